@@ -1,0 +1,56 @@
+"""The backends, and which of them runs where.
+
+Each backend implements the four functions of :mod:`fused_densenet.backends.contract`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from . import cpu, eager
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+"""All backends by name, the preferred first."""
+
+_VARIABLE = "FUSED_DENSENET_BACKEND"
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the dense blocks called inside the context with backend ``name``; one of :data:`BACKENDS`, or ``"auto"``.
+
+    Takes precedence over the variable FUSED_DENSENET_BACKEND. A backward pass uses the backend of its forward pass.
+
+    Raises:
+        ValueError: there is no such backend. A backend that cannot run raises RuntimeError when a block is called.
+    """
+    _forced.append(_known(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that runs on ``device`` with data of ``dtype``.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run there; the message says why.
+    """
+    name = _forced[-1] if _forced else _known(os.environ.get(_VARIABLE, "auto"))
+    if name == "auto":
+        return next(name for name, backend in BACKENDS.items() if backend.unavailable(device, dtype) is None)
+    reason = BACKENDS[name].unavailable(device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for and cannot run: {reason}")
+    return name
+
+
+def _known(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
+    return name

@@ -1,0 +1,50 @@
+"""The primitives as C++ kernels for the CPU (csrc/cpu): threads, vectors, matrix tiles in cache.
+
+Every function follows the contract of :mod:`fused_densenet.backends`.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from .contract import Gradient, Norm
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if _extension.missing is not None:
+        return _extension.missing
+    if device.type != "cpu":
+        return f"it serves the CPU, not {device.type}"
+    return None if dtype in _DTYPES else f"it has no kernels for {dtype}"
+
+
+def place(x: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+    torch.ops.fused_densenet.place(x, out, mean, var)
+
+
+def place_backward(grad: Gradient, out: Tensor) -> None:
+    torch.ops.fused_densenet.place_backward(*grad, out)
+
+
+def norm_relu_conv(
+    x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
+) -> None:
+    torch.ops.fused_densenet.norm_relu_conv(x, *norm, weight, out, mean, var)
+
+
+def norm_relu_conv_backward(
+    grad: Gradient,
+    x: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    dx: Tensor,
+    accumulate: bool,
+    dweight: Tensor | None,
+    sum_dz: Tensor,
+    sum_dz_centered: Tensor,
+) -> None:
+    torch.ops.fused_densenet.norm_relu_conv_backward(
+        *grad, x, *norm, weight, dx, accumulate, dweight, sum_dz, sum_dz_centered
+    )

@@ -1,0 +1,98 @@
+"""The primitives in plain ATen calls: any device, any floating dtype, float64 included.
+
+Every function follows the contract of :mod:`fused_densenet.backends`. Arithmetic on values is done in float32
+(float64 for float64 data) and rounded once when stored, as the kernels do.
+"""
+
+import torch
+from torch import Tensor
+
+from .contract import Gradient, Norm, accumulate_dtype
+
+_PIXELS = (0, 1, 2, 3)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if dtype.is_floating_point else f"{dtype} is not a floating dtype"
+
+
+def place(x: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+    out.copy_(x)
+    _moments(out, mean, var)
+
+
+def place_backward(grad: Gradient, out: Tensor) -> None:
+    out.copy_(_load(grad))
+
+
+def norm_relu_conv(
+    x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
+) -> None:
+    a = _activation(x, norm).to(x.dtype)
+    out.copy_(_channels_last(_convolve(a, weight.to(x.dtype))))
+    _moments(out, mean, var)
+
+
+def norm_relu_conv_backward(
+    grad: Gradient,
+    x: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    dx: Tensor,
+    accumulate: bool,
+    dweight: Tensor | None,
+    sum_dz: Tensor,
+    sum_dz_centered: Tensor,
+) -> None:
+    a = _activation(x, norm)
+    g = _load(grad).to(x.dtype)
+    da, dw, _ = torch.ops.aten.convolution_backward(
+        _channels_first(g),
+        _channels_first(a.to(x.dtype)),
+        weight.to(x.dtype),
+        None,
+        (1, 1, 1),
+        [size // 2 for size in weight.shape[2:]],
+        (1, 1, 1),
+        False,
+        (0, 0, 0),
+        1,
+        (True, dweight is not None, False),
+    )
+    if dweight is not None:
+        dweight.copy_(dw)
+    dz = _channels_last(da).to(a.dtype).masked_fill_(a <= 0, 0)
+    sum_dz.copy_(dz.sum(_PIXELS))
+    sum_dz_centered.copy_((dz * (x - norm.mean)).sum(_PIXELS))
+    dx.copy_(dx + dz * norm.scale if accumulate else dz)
+
+
+def _activation(x: Tensor, norm: Norm) -> Tensor:
+    return ((x - norm.mean) * norm.scale + norm.shift).relu_()
+
+
+def _load(grad: Gradient) -> Tensor:
+    return grad.scale * grad.stored + (grad.slope * (grad.value - grad.mean) + grad.offset)
+
+
+def _moments(out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+    if mean is None or var is None:
+        return
+    batch_var, batch_mean = torch.var_mean(out.to(accumulate_dtype(out.dtype)), _PIXELS, correction=0)
+    mean.copy_(batch_mean)
+    var.copy_(batch_var)
+
+
+def _convolve(a: Tensor, weight: Tensor) -> Tensor:
+    padding = tuple(size // 2 for size in weight.shape[2:])
+    if a.shape[1] == 1 and weight.shape[2] == 1:
+        return torch.conv2d(_channels_first(a).squeeze(2), weight.squeeze(2), padding=padding[1:]).unsqueeze(2)
+    return torch.conv3d(_channels_first(a), weight, padding=padding)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 4, 1, 2, 3)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 4, 1)

@@ -1,0 +1,87 @@
+"""``dense_block``: the fused block on plain tensors; picks the backend and the mode, and draws dropout's masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .backends import choose
+from .schedule import NormReluConv
+
+
+@dataclass
+class BatchMoments:
+    """Mean and biased variance over the batch of what each norm-relu-conv read, in the order of execution."""
+
+    mean: list[Tensor]
+    var: list[Tensor]
+
+
+def dense_block(
+    x: Tensor,
+    convolutions: Sequence[NormReluConv],
+    *,
+    bottleneck: bool,
+    drop_rate: float = 0.0,
+    memory_efficient: bool = False,
+) -> tuple[Tensor, BatchMoments]:
+    """A dense block: every layer reads the concatenation of ``x`` and all earlier layers' outputs.
+
+    ``x_{l+1} = [x_l, conv(relu(bn(x_l)))]`` (arXiv 1608.06993, equation 2), with a second BN-ReLU-conv inside where
+    ``bottleneck``.
+
+    Args:
+        x: ``(N, C_0, *spatial)``, 1 to 3 spatial dimensions, any strides; float32, bfloat16, float16 or float64.
+        convolutions: one per layer, or two per layer where ``bottleneck`` (1x1, then the growth convolution). Their
+            weights are in the dtype of ``x`` or float32.
+        drop_rate: dropout of each layer's new feature maps; draws what ``F.dropout`` draws for their shape.
+        memory_efficient: compute the bottleneck again in backward instead of keeping it.
+
+    Returns:
+        ``(N, C_0 + layers * growth_rate, *spatial)``, channels-last, in the dtype of ``x``; and the batch moments,
+        float32 (float64 for float64), from which running statistics are updated.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run on this device or dtype.
+    """
+    per_layer = 2 if bottleneck else 1
+    weights = [c.weight for c in convolutions]
+    batch_stats = [c.batch_stats for c in convolutions]
+    gammas = [c.gamma for c in convolutions]
+    betas = [c.beta for c in convolutions]
+    running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
+    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate) if drop_rate > 0 else []
+    keep_scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
+    out, stats, _, bottleneck_stats = ops.dense_block(
+        x,
+        weights,
+        gammas,
+        betas,
+        running,
+        keep,
+        [c.eps for c in convolutions],
+        batch_stats,
+        per_layer,
+        keep_scale,
+        bottleneck and differentiable and not memory_efficient,
+        choose(x.device, x.dtype),
+    )
+    moments = BatchMoments([], [])
+    for i, c in enumerate(convolutions):
+        inside = bottleneck and i % 2 == 1
+        mean, var = bottleneck_stats[:, i // 2] if inside else stats[:, : c.weight.shape[1]]
+        moments.mean.append(mean)
+        moments.var.append(var)
+    return out, moments
+
+
+def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float) -> list[Tensor]:
+    masks = []
+    for weight in growth_weights:
+        ones = x.new_ones((x.shape[0], weight.shape[0], *x.shape[2:]))
+        masks.append(F.dropout(ones, drop_rate, training=True) != 0)
+    return masks

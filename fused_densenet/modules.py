@@ -1,0 +1,177 @@
+"""``FusedDenseBlock``: torchvision's dense block by signature, state_dict and result; one fused operator inside."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_block_arguments, check_input
+from .fallback import announce, fallback_reason, uses_batch_stats
+from .functional import dense_block
+from .schedule import NormReluConv
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class FusedDenseLayer(nn.Module):
+    """The parameters of one dense layer, named as torchvision names them.
+
+    Called by itself it runs operator by operator, through its submodules, on ``(N, num_input_features, *spatial)`` or
+    on a list of tensors to concatenate, and returns the ``growth_rate`` new feature maps.
+    """
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None,
+        drop_rate: float,
+        memory_efficient: bool = False,
+        *,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        conv, norm = CONV[spatial_dims], NORM[spatial_dims]
+        width = growth_rate if bn_size is None else bn_size * growth_rate
+        first_kernel = 3 if bn_size is None else 1
+        self.norm1 = norm(num_input_features)
+        self.relu1 = nn.ReLU()
+        self.conv1 = conv(num_input_features, width, first_kernel, padding=first_kernel // 2, bias=False)
+        if bn_size is not None:
+            self.norm2 = norm(width)
+            self.relu2 = nn.ReLU()
+            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.drop_rate = float(drop_rate)
+        self.memory_efficient = memory_efficient
+
+    @property
+    def bottleneck(self) -> bool:
+        return hasattr(self, "conv2")
+
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        x = input if isinstance(input, Tensor) else torch.cat(input, dim=1)
+        out = self.conv1(self.relu1(self.norm1(x)))
+        if self.bottleneck:
+            out = self.conv2(self.relu2(self.norm2(out)))
+        if self.drop_rate > 0:
+            out = nn.functional.dropout(out, p=self.drop_rate, training=self.training)
+        return out
+
+    def pairs(self) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
+        """(norm, relu, conv) of each norm-relu-conv, in order."""
+        first = (self.norm1, self.relu1, self.conv1)
+        return [first, (self.norm2, self.relu2, self.conv2)] if self.bottleneck else [first]
+
+
+class FusedDenseBlock(nn.ModuleDict):
+    """A dense block in one preallocated buffer; a drop-in for torchvision's ``_DenseBlock``.
+
+    Equivalent to::
+
+        for layer in layers:
+            x = torch.cat([x, dropout(layer.conv2(relu(layer.norm2(layer.conv1(relu(layer.norm1(x)))))))], dim=1)
+
+    (arXiv 1608.06993, equation 2), with the same parameter names, gradients, running statistics and random numbers.
+
+    Args:
+        num_layers: dense layers in the block.
+        num_input_features: channels of the input.
+        bn_size: width of the bottleneck in multiples of ``growth_rate``; None for layers without one.
+        growth_rate: feature maps that each layer adds.
+        drop_rate: dropout of each layer's new feature maps, 0 to 1.
+        memory_efficient: compute the bottleneck again in backward instead of keeping it.
+        spatial_dims: 1, 2 or 3.
+
+    Shape:
+        ``(N, num_input_features, *spatial)`` to ``(N, num_input_features + num_layers * growth_rate, *spatial)``,
+        channels-last in memory; float32, bfloat16, float16 or float64. Under autocast a block runs in the dtype of its
+        input, as concatenation would make it.
+
+    Raises:
+        ValueError, TypeError: a bad argument or input; raised before anything is written.
+    """
+
+    _version = 2
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int | None,
+        growth_rate: int,
+        drop_rate: float = 0.0,
+        memory_efficient: bool = False,
+        *,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        check_block_arguments(num_layers, num_input_features, bn_size, growth_rate, drop_rate, spatial_dims)
+        for i in range(num_layers):
+            self[f"denselayer{i + 1}"] = FusedDenseLayer(
+                num_input_features + i * growth_rate,
+                growth_rate,
+                bn_size,
+                drop_rate,
+                memory_efficient,
+                spatial_dims=spatial_dims,
+            )
+        self.num_input_features = num_input_features
+        self.spatial_dims = spatial_dims
+        self.memory_efficient = memory_efficient
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        layers: list[FusedDenseLayer] = list(self.values())  # type: ignore[arg-type]
+        check_input(init_features, self.num_input_features, self.spatial_dims, layers)
+        reason = fallback_reason(init_features, layers)
+        if reason is not None:
+            announce(reason)
+            return self._operator_by_operator(init_features)
+        pairs = [pair for layer in layers for pair in layer.pairs()]
+        out, moments = dense_block(
+            init_features,
+            [_norm_relu_conv(norm, conv) for norm, _, conv in pairs],
+            bottleneck=layers[0].bottleneck,
+            drop_rate=layers[0].drop_rate if layers[0].training else 0.0,
+            memory_efficient=self.memory_efficient,
+        )
+        pixels = init_features.numel() // self.num_input_features
+        _update_running([norm for norm, _, _ in pairs], moments.mean, moments.var, pixels)
+        return out
+
+    def _operator_by_operator(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, dim=1)
+
+
+def _norm_relu_conv(norm: nn.Module, conv: nn.Module) -> NormReluConv:
+    weight, gamma, beta = conv.weight, norm.weight, norm.bias
+    if gamma is None:
+        gamma, beta = weight.new_ones(weight.shape[1]), weight.new_zeros(weight.shape[1])
+    return NormReluConv(
+        weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm)
+    )
+
+
+@torch.no_grad()
+def _update_running(
+    norms: Sequence[nn.Module], means: Sequence[Tensor], variances: Sequence[Tensor], pixels: int
+) -> None:
+    """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased."""
+    unbiased = pixels / max(pixels - 1, 1)
+    by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for norm, mean, var in zip(norms, means, variances, strict=True):
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
+            running += [norm.running_mean, norm.running_var]
+            batch += [mean.to(norm.running_mean.dtype), (var * unbiased).to(norm.running_var.dtype)]
+            counts.append(norm.num_batches_tracked)
+    for momentum, (running, batch, counts) in by_momentum.items():
+        torch._foreach_add_(counts, 1)
+        if momentum is not None:
+            torch._foreach_lerp_(running, batch, momentum)
+        else:  # cumulative average
+            for i, (old, new) in enumerate(zip(running, batch, strict=True)):
+                old.lerp_(new, (1 / counts[i // 2]).to(old.dtype))

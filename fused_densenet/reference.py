@@ -1,0 +1,156 @@
+"""DenseNet as its paper writes it, in plain ``torch.nn``: the specification.
+
+Densely Connected Convolutional Networks, arXiv 1608.06993. Layer ``l`` computes ``x_l = H_l([x_0, ..., x_{l-1}])``
+(equation 2) where ``[...]`` concatenates channels and ``H_l`` is BN-ReLU-conv3 (section 3, "composite function"), with
+a BN-ReLU-conv1 of ``bn_size * growth_rate`` channels before it in a bottleneck layer (DenseNet-B). Nothing here is
+fast, and nothing here is shared with the code that is tested against it. Parameter names are torchvision's.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+class DenseLayer(nn.Module):
+    """BN-ReLU-conv1-BN-ReLU-conv3 (``bn_size`` given) or BN-ReLU-conv3 (``bn_size=None``), then dropout.
+
+    Maps ``(N, num_input_features, *spatial)`` to the ``growth_rate`` new feature maps ``(N, growth_rate, *spatial)``.
+    """
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None,
+        drop_rate: float = 0.0,
+        *,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
+        width = num_input_features
+        self.norm1 = norm(width)
+        if bn_size is not None:
+            width = bn_size * growth_rate
+            self.conv1 = conv(num_input_features, width, kernel_size=1, bias=False)
+            self.norm2 = norm(width)
+            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.bottleneck = bn_size is not None
+        self.drop_rate = drop_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.norm1(x)))
+        if self.bottleneck:
+            out = self.conv2(F.relu(self.norm2(out)))
+        return F.dropout(out, self.drop_rate, self.training) if self.drop_rate > 0 else out
+
+
+class DenseBlock(nn.Module):
+    """``num_layers`` dense layers, each reading the concatenation of the input and all earlier layers' outputs.
+
+    Maps ``(N, C, *spatial)`` to ``(N, C + num_layers * growth_rate, *spatial)``.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int | None,
+        growth_rate: int,
+        drop_rate: float = 0.0,
+        *,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            layer = DenseLayer(
+                num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate, spatial_dims=spatial_dims
+            )
+            self.add_module(f"denselayer{i + 1}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = x
+        for layer in self.children():
+            features = torch.cat([features, layer(features)], dim=1)
+        return features
+
+
+class Transition(nn.Sequential):
+    """BN-ReLU-conv1 to ``num_output_features`` channels, then 2^d average pooling (section 3, "pooling layers")."""
+
+    def __init__(self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2) -> None:
+        super().__init__(
+            OrderedDict(
+                norm=_NORM[spatial_dims](num_input_features),
+                relu=nn.ReLU(),
+                conv=_CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False),
+                pool=_AVG_POOL[spatial_dims](kernel_size=2, stride=2),
+            )
+        )
+
+
+class DenseNet(nn.Module):
+    """DenseNet (``bn_size=None``, ``compression=1``) and DenseNet-BC, for ImageNet (table 1) or CIFAR (section 4.2).
+
+    Args:
+        growth_rate: k, feature maps added by each layer.
+        block_config: layers of each dense block.
+        num_init_features: channels of the stem.
+        bn_size: width of the bottleneck in multiples of k, or None for layers without one.
+        compression: theta, the share of channels that a transition keeps.
+        in_channels: channels of the image.
+        num_classes: outputs of the classifier.
+        drop_rate: dropout after each dense layer.
+        small_inputs: CIFAR's stem (one 3^d convolution) instead of ImageNet's (7^d, BN, ReLU, max pooling).
+        spatial_dims: 1, 2 or 3.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int | None = 4,
+        compression: float = 0.5,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        *,
+        small_inputs: bool = False,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
+        self.features = nn.Sequential()
+        if small_inputs:
+            self.features.add_module("conv0", conv(in_channels, num_init_features, 3, padding=1, bias=False))
+        else:
+            self.features.add_module("conv0", conv(in_channels, num_init_features, 7, 2, padding=3, bias=False))
+            self.features.add_module("norm0", norm(num_init_features))
+            self.features.add_module("relu0", nn.ReLU())
+            self.features.add_module("pool0", _MAX_POOL[spatial_dims](3, stride=2, padding=1))
+        width = num_init_features
+        for i, num_layers in enumerate(block_config):
+            block = DenseBlock(num_layers, width, bn_size, growth_rate, drop_rate, spatial_dims=spatial_dims)
+            self.features.add_module(f"denseblock{i + 1}", block)
+            width += num_layers * growth_rate
+            if i + 1 < len(block_config):
+                out = int(width * compression)
+                self.features.add_module(f"transition{i + 1}", Transition(width, out, spatial_dims=spatial_dims))
+                width = out
+        self.features.add_module("norm5", norm(width))
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.features(x))
+        return self.classifier(features.flatten(2).mean(2))

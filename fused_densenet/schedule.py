@@ -1,0 +1,277 @@
+"""The dense block's algorithm: two loops, over layers forward and backward, above any backend's primitives.
+
+Write X for the block's buffer; layer l reads its first C_l channels. In training a channel's mean and variance are the
+same for every layer that reads it, so they are taken once, where the channel is written. One reader's batch
+normalisation sends back to x (arXiv 1502.03167, section 3)
+
+    dx = s (dz - sum(dz) / M - (x - mean) rstd^2 sum(dz (x - mean)) / M),    s = gamma rstd
+
+with dz the gradient by ReLU's input and M the pixels. The first term goes into the gradient buffer at once; the other
+two are the same functions of x for all readers, so only their coefficients are summed, and they are subtracted where
+the channel's own producer loads its gradient. Where a norm is frozen, its statistics are constants and owe nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backends.contract import Gradient, Norm, accumulate_dtype
+
+
+@dataclass
+class NormReluConv:
+    """One norm-relu-conv of a layer: parameters and constants, as ``nn.BatchNorm`` and ``nn.Conv`` hold them.
+
+    ``running_mean`` and ``running_var`` are needed, and read, only where ``batch_stats`` is False.
+    """
+
+    weight: Tensor
+    gamma: Tensor
+    beta: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+    batch_stats: bool
+
+
+@dataclass
+class Layer:
+    """The one (plain) or two (bottleneck) norm-relu-convs of a dense layer, and its dropout.
+
+    ``keep`` is dropout's mask, boolean ``(N, growth_rate, *spatial)``, or None; kept values are times ``keep_scale``.
+    """
+
+    convolutions: Sequence[NormReluConv]
+    keep: Tensor | None
+    keep_scale: float
+
+
+@dataclass
+class Saved:
+    """What forward leaves for backward.
+
+    Attributes:
+        buffer: ``(N, C, *spatial)``, channels-last; the block's output.
+        stats: ``(2, C)``, mean and biased variance of each channel of the buffer.
+        bottleneck: ``(layers, N, D, H, W, width)``, every layer's 1x1 output; empty if there is none to keep.
+        bottleneck_stats: ``(2, layers, width)``, mean and biased variance of it.
+    """
+
+    buffer: Tensor
+    stats: Tensor
+    bottleneck: Tensor
+    bottleneck_stats: Tensor
+
+
+def forward(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool, backend: ModuleType) -> Saved:
+    """Runs the block on ``x`` ``(N, C_0, *spatial)``."""
+    saved = allocate(x, layers, keep_bottleneck)
+    data = pixels_last(saved.buffer)
+    mean, var = saved.stats
+    width = x.shape[1]
+    backend.place(pixels_last(x), data[..., :width], mean[:width], var[:width])
+    bottleneck = _scratch(data, layers) if not keep_bottleneck else None
+    for i, layer in enumerate(layers):
+        end = width + _growth(layer)
+        source, source_mean, source_var = data[..., :width], mean[:width], var[:width]
+        if len(layer.convolutions) == 2:
+            y = saved.bottleneck[i] if bottleneck is None else bottleneck
+            y_mean, y_var = saved.bottleneck_stats[:, i]
+            first = layer.convolutions[0]
+            norm = _norm(first, source_mean, source_var)
+            backend.norm_relu_conv(source, norm, weight_5d(first.weight), y, y_mean, y_var)
+            source, source_mean, source_var = y, y_mean, y_var
+        last = layer.convolutions[-1]
+        norm = _norm(last, source_mean, source_var)
+        new, new_mean, new_var = data[..., width:end], mean[width:end], var[width:end]
+        if layer.keep is None:
+            backend.norm_relu_conv(source, norm, weight_5d(last.weight), new, new_mean, new_var)
+        else:
+            backend.norm_relu_conv(source, norm, weight_5d(last.weight), new, None, None)
+            backend.place(new * _noise(layer, new), new, new_mean, new_var)
+        width = end
+    return saved
+
+
+@dataclass
+class Gradients:
+    """``dx`` ``(N, C_0, *spatial)``, and per layer and convolution the gradients of (weight, gamma, beta)."""
+
+    dx: Tensor
+    parameters: list[list[tuple[Tensor | None, Tensor, Tensor]]]
+
+
+def backward(
+    dout: Tensor,
+    saved: Saved,
+    layers: Sequence[Layer],
+    weight_needed: Sequence[Sequence[bool]],
+    backend: ModuleType,
+) -> Gradients:
+    """The gradients of the block, given ``dout`` ``(N, C, *spatial)``; ``weight_needed`` per layer and convolution."""
+    data = pixels_last(saved.buffer)
+    mean, var = saved.stats
+    stored = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device)
+    backend.place(pixels_last(dout), stored, None, None)
+    ones = torch.ones_like(mean)
+    owed = torch.zeros_like(saved.stats)  # what readers' statistics owe each channel: per 1, per (x - mean)
+    recompute = saved.bottleneck.numel() == 0
+    y_scratch = _scratch(data, layers) if recompute else None
+    dy = _scratch(data, layers)
+    parameters: list[list[tuple[Tensor | None, Tensor, Tensor]]] = [[] for _ in layers]
+    end = data.shape[-1]
+    for i in reversed(range(len(layers))):
+        layer = layers[i]
+        width = end - _growth(layer)
+        new = slice(width, end)
+        grad = Gradient(stored[..., new], data[..., new], ones[new], -owed[1, new], mean[new], -owed[0, new])
+        if layer.keep is not None:
+            grad = _dropout_backward(grad, layer, backend)
+        source, source_mean, source_var = data[..., :width], mean[:width], var[:width]
+        first = layer.convolutions[0]
+        first_norm = _norm(first, source_mean, source_var)
+        if len(layer.convolutions) == 2:
+            last = layer.convolutions[1]
+            y_mean, y_var = saved.bottleneck_stats[:, i]
+            if y_scratch is None:
+                y = saved.bottleneck[i]
+            else:
+                y = y_scratch
+                backend.norm_relu_conv(source, first_norm, weight_5d(first.weight), y, None, None)
+            norm = _norm(last, y_mean, y_var)
+            gradients, y_owed = _convolution_backward(
+                grad, y, norm, y_var, last, dy, False, weight_needed[i][1], backend
+            )
+            parameters[i].append(gradients)
+            grad = Gradient(dy, y, norm.scale, -y_owed[1], norm.mean, -y_owed[0])
+        gradients, source_owed = _convolution_backward(
+            grad, source, first_norm, source_var, first, stored[..., :width], True, weight_needed[i][0], backend
+        )
+        parameters[i].insert(0, gradients)
+        owed[:, :width] += source_owed
+        end = width
+    dx = empty_channels_last((dout.shape[0], end, *dout.shape[2:]), end, saved.buffer)
+    source = slice(0, end)
+    grad = Gradient(stored[..., source], data[..., source], ones[source], -owed[1, source], mean[source], -owed[0, source])
+    backend.place_backward(grad, pixels_last(dx))
+    return Gradients(dx, parameters)
+
+
+def _convolution_backward(
+    grad: Gradient,
+    x: Tensor,
+    norm: Norm,
+    var: Tensor,
+    convolution: NormReluConv,
+    dx: Tensor,
+    accumulate: bool,
+    weight_needed: bool,
+    backend: ModuleType,
+) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor]:
+    """One convolution's parameter gradients, and what its norm's statistics owe ``x``: ``(2, C)``."""
+    weight = convolution.weight
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_needed else None
+    sums = torch.empty(2, x.shape[-1], dtype=accumulate_dtype(x.dtype), device=x.device)
+    backend.norm_relu_conv_backward(
+        grad,
+        x,
+        norm,
+        weight_5d(weight),
+        dx,
+        accumulate,
+        None if dweight is None else weight_5d(dweight),
+        sums[0],
+        sums[1],
+    )
+    rstd = torch.rsqrt((var if convolution.batch_stats else _running(convolution)[1]) + convolution.eps)
+    dgamma = (sums[1] * rstd).to(convolution.gamma.dtype)
+    dbeta = sums[0].to(convolution.beta.dtype)
+    if convolution.batch_stats:
+        owed = sums * (norm.scale / _pixels(x))
+        owed[1] *= rstd * rstd
+    else:
+        owed = torch.zeros_like(sums)
+    return (dweight, dgamma, dbeta), owed
+
+
+def _dropout_backward(grad: Gradient, layer: Layer, backend: ModuleType) -> Gradient:
+    loaded = torch.empty(grad.stored.shape, dtype=grad.stored.dtype, device=grad.stored.device)
+    backend.place_backward(grad, loaded)
+    loaded *= _noise(layer, loaded)
+    zeros = torch.zeros_like(grad.scale)
+    return Gradient(loaded, loaded, torch.ones_like(grad.scale), zeros, zeros, zeros)
+
+
+def _noise(layer: Layer, like: Tensor) -> Tensor:
+    assert layer.keep is not None
+    return pixels_last(layer.keep).to(like.dtype) * layer.keep_scale
+
+
+def _norm(convolution: NormReluConv, mean: Tensor, var: Tensor) -> Norm:
+    if not convolution.batch_stats:
+        mean, var = _running(convolution)
+    scale = convolution.gamma.to(var.dtype) * torch.rsqrt(var + convolution.eps)
+    return Norm(mean, scale, convolution.beta.to(var.dtype))
+
+
+def _running(convolution: NormReluConv) -> tuple[Tensor, Tensor]:
+    assert convolution.running_mean is not None and convolution.running_var is not None
+    dtype = accumulate_dtype(convolution.running_mean.dtype)
+    return convolution.running_mean.to(dtype), convolution.running_var.to(dtype)
+
+
+def allocate(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool) -> Saved:
+    """The block's uninitialised outputs for input ``x``."""
+    channels = x.shape[1] + sum(_growth(layer) for layer in layers)
+    padded = -(-channels // 8) * 8  # 16-byte aligned pixels in every dtype
+    buffer = empty_channels_last((x.shape[0], channels, *x.shape[2:]), padded, x)
+    vectors = {"dtype": accumulate_dtype(x.dtype), "device": x.device}
+    width = _bottleneck_width(layers)
+    kept = len(layers) if keep_bottleneck and width else 0
+    bottleneck = torch.empty(kept, *pixels_last(buffer).shape[:-1], width, dtype=x.dtype, device=x.device)
+    return Saved(
+        buffer, torch.empty(2, channels, **vectors), bottleneck, torch.empty(2, len(layers), width, **vectors)
+    )
+
+
+def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:
+    strides = [0, 1, *[0] * (len(shape) - 2)]
+    step = pixel_stride
+    for dim in reversed(range(2, len(shape))):
+        strides[dim] = step
+        step = step * shape[dim]
+    strides[0] = step
+    return torch.empty_strided(tuple(shape), strides, dtype=like.dtype, device=like.device)
+
+
+def _scratch(data: Tensor, layers: Sequence[Layer]) -> Tensor:
+    return torch.empty(*data.shape[:-1], _bottleneck_width(layers), dtype=data.dtype, device=data.device)
+
+
+def _bottleneck_width(layers: Sequence[Layer]) -> int:
+    return layers[0].convolutions[0].weight.shape[0] if len(layers[0].convolutions) == 2 else 0
+
+
+def _growth(layer: Layer) -> int:
+    return layer.convolutions[-1].weight.shape[0]
+
+
+def _pixels(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def pixels_last(x: Tensor) -> Tensor:
+    """``(N, C, *spatial)`` seen as ``(N, D, H, W, C)``, missing sizes equal to 1."""
+    while x.dim() < 5:
+        x = x.unsqueeze(2)
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def weight_5d(weight: Tensor) -> Tensor:
+    """``(K, C, *kernel)`` seen as ``(K, C, kd, kh, kw)``, missing sizes equal to 1."""
+    while weight.dim() < 5:
+        weight = weight.unsqueeze(2)
+    return weight

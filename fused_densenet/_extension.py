@@ -4,12 +4,17 @@ The extension's name carries the torch version that it was compiled for: a libra
 another misreads tensors without an error, so only the exact one is ever loaded.
 """
 
+import functools
 import importlib
 import importlib.machinery
-import importlib.util
 import pathlib
+import warnings
+from types import ModuleType
 
 import torch
+
+REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in a checkout of fused_densenet"
+COMPILER = "g++ 11.3 or newer"
 
 
 def extension_name(torch_version: str) -> str:
@@ -18,25 +23,39 @@ def extension_name(torch_version: str) -> str:
     return f"_C_torch_{major}_{minor}"
 
 
-REBUILD = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout of fused_densenet"
-
-
-def _load() -> str | None:
-    name = extension_name(torch.__version__)
-    folder = pathlib.Path(__file__).parent
-    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
-    built = sorted({path.name.split(".")[0] for path in folder.glob("_C_torch_*") if path.name.endswith(suffixes)})
-    if name in built:
-        try:
-            importlib.import_module(f"{__package__}.{name}")
-        except ImportError as error:
-            return f"the compiled extension {name} does not load ({error}); {REBUILD}"
+def absent(folder: pathlib.Path, torch_version: str) -> str | None:
+    """Why ``folder`` holds no extension for this Python and ``torch_version``, and what to do, or None."""
+    name = extension_name(torch_version)
+    built = [file.name.partition(".") for file in sorted(folder.glob("_C_torch_*.so"))]
+    here = {module for module, _, tag in built if f".{tag}" in importlib.machinery.EXTENSION_SUFFIXES}
+    if name in here:
         return None
+    if here:
+        versions = ", ".join(module.removeprefix("_C_torch_").replace("_", ".") for module in sorted(here))
+        return f"the C++ extension was compiled for torch {versions} and torch {torch_version} is running; {REBUILD}"
     if built:
-        versions = ", ".join(found.removeprefix("_C_torch_").replace("_", ".") for found in built)
-        return f"the extension was compiled for torch {versions} and torch {torch.__version__} is running; {REBUILD}"
-    return f"the C++ extension was not compiled when fused_densenet was installed; install g++ 10 or newer and {REBUILD}"
+        files = ", ".join("".join(file) for file in built)
+        return f"the C++ extension was compiled for another Python ({files}); {REBUILD}"
+    return f"the C++ extension was not compiled when fused_densenet was installed; install {COMPILER} and {REBUILD}"
 
 
-missing: str | None = _load()
-"""Why there is no compiled extension, or None where it is loaded."""
+def _load() -> tuple[ModuleType | None, str | None]:
+    reason = absent(pathlib.Path(__file__).parent, torch.__version__)
+    if reason is not None:
+        return None, reason
+    name = extension_name(torch.__version__)
+    try:
+        return importlib.import_module(f"{__package__}.{name}"), None
+    except ImportError as error:
+        return None, f"the C++ extension {name} does not load ({error}); {REBUILD}"
+
+
+module, missing = _load()
+"""The compiled extension, or None and why there is none."""
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Says once that the CPU works without its kernels, and why."""
+    if missing is not None:
+        warnings.warn(f"dense blocks run slower on the CPU than they could: {missing}", RuntimeWarning, stacklevel=2)

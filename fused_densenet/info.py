@@ -1,0 +1,60 @@
+"""``python -m fused_densenet.info``: versions, and which backends run here, or why not."""
+
+import os
+import platform
+import warnings
+
+import torch
+
+from . import __version__, _extension
+from .backends import BACKENDS, choose
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def report() -> str:
+    """What the package was built with and what it runs with, as plain text: one section for each device and dtype."""
+    lines = [
+        f"fused_densenet {__version__}",
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU capability "
+        f"{torch.backends.cpu.get_cpu_capability()}, CUDA {torch.version.cuda or 'not built in'}",
+        f"extension: {_extension_line()}",
+    ]
+    lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("FUSED_DENSENET_")]
+    for device in _devices():
+        if device.type == "cuda":
+            lines += ["", f"{device}: {torch.cuda.get_device_name(device)}"]
+        for dtype in DTYPES:
+            lines += ["", f"{device}, {str(dtype).removeprefix('torch.')}: {_chosen(device, dtype)}"]
+            for name, backend in BACKENDS.items():
+                reason = backend.unavailable(device, dtype)
+                lines.append(f"    {name:8}{'available' if reason is None else f'not available: {reason}'}")
+    return "\n".join(lines)
+
+
+def _extension_line() -> str:
+    module = _extension.module
+    if module is None:
+        return f"none; {_extension.missing}"
+    return (
+        f"{module.__name__.rpartition('.')[2]}, compiled by {module.compiler}; "
+        f"kernels {module.instruction_set()}, for bfloat16 {module.instruction_set_bfloat16()}"
+    )
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+def _chosen(device: torch.device, dtype: torch.dtype) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report itself says what is missing
+        try:
+            return f"runs on {choose(device, dtype)}"
+        except (RuntimeError, ValueError) as error:
+            return f"does not run: {error}"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,67 @@
+"""The report of ``python -m fused_densenet.info``."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import fused_densenet
+from fused_densenet import _extension, backends, info
+
+
+def section(report: str, title: str) -> list[str]:
+    """The lines of one device and dtype, the title first."""
+    return next(part for part in report.split("\n\n") if part.startswith(title)).splitlines()
+
+
+def test_names_every_version_in_use() -> None:
+    head = info.report().split("\n\n")[0]
+    assert f"fused_densenet {fused_densenet.__version__}" in head
+    assert f"torch {torch.__version__}, {torch.get_num_threads()} threads" in head
+    assert torch.backends.cpu.get_cpu_capability() in head
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_says_of_every_backend_whether_it_runs(dtype: str) -> None:
+    title, *lines = section(info.report(), f"cpu, {dtype}:")
+    assert title.endswith(f"runs on {backends.choose(torch.device('cpu'), getattr(torch, dtype))}")
+    assert [line.split()[0] for line in lines] == list(backends.BACKENDS)
+    for line in lines:
+        name, said = line.split(maxsplit=1)
+        reason = backends.BACKENDS[name].unavailable(torch.device("cpu"), getattr(torch, dtype))
+        assert said == ("available" if reason is None else f"not available: {reason}")
+
+
+def test_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "module", None)
+    monkeypatch.setattr(_extension, "missing", "it was lost")
+    report = info.report()
+    assert "extension: none; it was lost" in report
+    title, *lines = section(report, "cpu, float32:")
+    assert title.endswith("runs on eager")
+    assert "    cpu     not available: it was lost" in lines
+
+
+def test_says_what_compiled_the_extension_and_what_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("fused_densenet._C_torch_9_9")
+    vars(module).update(compiler="99.1", instruction_set=lambda: "avx2", instruction_set_bfloat16=lambda: "avx512_bf16")
+    monkeypatch.setattr(_extension, "module", module)
+    assert "extension: _C_torch_9_9, compiled by 99.1; kernels avx2, for bfloat16 avx512_bf16" in info.report()
+
+
+def test_a_backend_that_was_asked_for_and_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_DENSENET_BACKEND", "cpu")
+    monkeypatch.setattr(backends.cpu, "unavailable", lambda device, dtype: "the machine is on strike")
+    report = info.report()
+    assert "FUSED_DENSENET_BACKEND=cpu" in report
+    assert section(report, "cpu, float32:")[0].endswith(
+        "does not run: backend 'cpu' was asked for and cannot run: the machine is on strike"
+    )
+
+
+def test_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "fused_densenet.info"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fused_densenet ")
+    assert "cpu, float32: runs on " in done.stdout

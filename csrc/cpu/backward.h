@@ -1,0 +1,196 @@
+// Backward: data gradient, weight gradient and both per-channel sums from one reading of gradient and activations.
+//
+// A box's gradient is loaded once. Then, a block of input channels at a time: the activations are recomputed, the
+// weight gradient takes them, and the data gradient of the same channels is masked, summed and stored while their
+// inputs are still in cache.
+
+namespace fused_densenet::FD_ISA {
+
+template <class T, class P>
+class BackwardKernel {
+  using A = Accumulate<T>;
+  using E = typename P::Element;
+  using V = Vec<A>;
+
+ public:
+  BackwardKernel(const Backward& f, void* workspace, int threads)
+      : f_(f),
+        packed_(f.shape, true),
+        grad_blocks_(ceil_div(packed_.row_elements(), kBlock)),
+        ld_dweight_(ceil_div(f.shape.out, kWidth) * kWidth),
+        pixel_blocks_(ceil_div(ld_dweight_, kBlock)) {
+    const int64_t operands = grad_blocks_ + 1 + (P::pair == 2 ? pixel_blocks_ : 0);
+    grid_ = plan_grid(f.shape, operands * kBlock * sizeof(E) + kBlock * sizeof(A), threads);
+    parts_ = parts_of(grid_, threads);
+    Arena arena(workspace);
+    weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
+    partial_ = arena.take<A>(2 * grid_.count() * f.shape.in);
+    dweight_size_ = needs_dweight() ? f.shape.taps() * f.shape.in * ld_dweight_ : 0;
+    dweight_ = arena.take<A>(dweight_size_ * parts_);
+    for_parts_ = arena.used();
+    grad_ = arena.take<E>(grad_blocks_ * grid_.padded_pixels() * kBlock);
+    grad_by_pixel_ = arena.take<E>(P::pair == 2 ? pixel_blocks_ * grid_.pixels() * kBlock : 0);
+    activation_ = arena.take<E>(grid_.padded_pixels() * kBlock);
+    result_ = arena.take<A>(grid_.pixels() * kBlock);
+    steps_ = arena.take<Step>(f.shape.taps() * grad_blocks_);
+    row_steps_ = arena.take<Step>(grid_.box[0] * grid_.box[1]);
+    part_bytes_ = arena.used() - for_parts_;
+  }
+
+  size_t workspace() const { return for_parts_ + part_bytes_ * parts_; }
+
+  void run(const Parallel& parallel) const {
+    if (f_.weight.is_float)
+      packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
+    else
+      packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
+    parallel_for(parallel, parts_, [&](int64_t part) {
+      std::memset(dweight_ + part * dweight_size_, 0, static_cast<size_t>(dweight_size_) * sizeof(A));
+      const Range boxes = split(grid_.count(), parts_, part);
+      for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, part);
+    });
+    merge_sums(partial_, grid_.count(), f_.shape.in, f_.sum_dz, f_.sum_dz_centered, parallel);
+    if (!needs_dweight()) return;
+    if (f_.dweight.is_float)
+      write_dweight<A, float>(f_.shape, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
+    else
+      write_dweight<A, T>(f_.shape, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
+  }
+
+ private:
+  static constexpr int64_t kWidth = Layout<P, Reduce::pixels>::panel;
+
+  bool needs_dweight() const { return f_.dweight.data != nullptr; }
+
+  template <class X>
+  X* of_part(X* p, int64_t part) const {
+    return reinterpret_cast<X*>(reinterpret_cast<char*>(p) + part * part_bytes_);
+  }
+
+  void box(int64_t i, int64_t part) const {
+    const Box b = grid_.at(i);
+    const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
+    const int64_t padded = (b.size[0] + 2 * grid_.margin[0]) * height * width;
+    load_gradient(b, part, padded, width);
+    Step* steps = of_part(steps_, part);
+    int64_t count = 0;
+    for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
+      for (int64_t k = 0; k < grad_blocks_; ++k) {
+        steps[count++] = {(k * padded + tap_pixel(tap, height, width)) * kBlock,
+                          (tap * packed_.row_elements() + k * kBlock) * packed_.width,
+                          least(kBlock, packed_.row_elements() - k * kBlock)};
+      }
+    }
+    for (int64_t c = 0; c < f_.shape.in; c += kBlock) {
+      const int64_t channels = least(kBlock, f_.shape.in - c);
+      if (needs_dweight()) weight_gradient(b, part, c, channels, height, width);
+      A* result = of_part(result_, part);
+      for (int64_t d = 0; d < b.size[0]; ++d) {
+        for (int64_t h = 0; h < b.size[1]; ++h) {
+          multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
+                                        weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
+                                        result + (d * b.size[1] + h) * b.size[2] * kBlock, kBlock, b.size[2], channels,
+                                        steps, count, false);
+        }
+      }
+      store_data_gradient(b, result, c, channels, partial_ + 2 * i * f_.shape.in);
+    }
+  }
+
+  int64_t tap_pixel(int64_t tap, int64_t height, int64_t width) const {
+    const Shape& s = f_.shape;
+    return (tap / (s.kh * s.kw) * height + tap / s.kw % s.kh) * width + tap % s.kw;
+  }
+
+  void load_gradient(const Box& b, int64_t part, int64_t padded, int64_t width) const {
+    const LoadedGradient<T> gradient(f_.grad);
+    using Loader = Fill<P, LoadedGradient<T>>;
+    constexpr int64_t block_channels = kBlock * P::pair;
+    for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
+      for (int64_t k = 0; k < grad_blocks_; ++k) {
+        const int64_t n = k * block_channels;
+        Loader::by_channel(gradient, first, low, high, width, n, least(block_channels, f_.shape.out - n),
+                           of_part(grad_, part) + (k * padded + row * width) * kBlock);
+      }
+    });
+    if constexpr (P::pair == 2) {
+      if (!needs_dweight()) return;
+      const int64_t pixels = grid_.pixels();
+      for_each_row(grid_, b, false, [&](int64_t row, int64_t first, int64_t, int64_t) {
+        for (int64_t k = 0; k < pixel_blocks_; ++k) {
+          const int64_t n = k * kBlock;
+          Loader::pairs_of_pixels(gradient, first, b.size[2], n, least(kBlock, f_.shape.out - n),
+                                  of_part(grad_by_pixel_, part) + (k * pixels + row * row_elements(b)) * kBlock);
+        }
+      });
+    }
+  }
+
+  int64_t row_elements(const Box& b) const { return ceil_div(b.size[2], P::pair); }
+
+  void weight_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t height, int64_t width) const {
+    const Activation<T> activation(f_.x, f_.norm);
+    E* a = of_part(activation_, part);
+    for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
+      Fill<P, Activation<T>>::by_pixel(activation, first, low, high, width, c, channels, a + row * width * kBlock);
+    });
+    const int64_t block_size =
+        (P::pair == 2 ? grid_.pixels() : (b.size[0] + 2 * grid_.margin[0]) * height * width) * kBlock;
+    const E* gradient =
+        P::pair == 2 ? of_part(grad_by_pixel_, part) : of_part(grad_, part) + margin_pixels(height, width) * kBlock;
+    Step* steps = of_part(row_steps_, part);
+    for (int64_t d = 0; d < b.size[0]; ++d) {
+      for (int64_t h = 0; h < b.size[1]; ++h) {
+        const int64_t row = d * b.size[1] + h, padded_row = d * height + h;
+        steps[row] = {padded_row * width * kBlock, (P::pair == 2 ? row * row_elements(b) : padded_row * width) * kBlock,
+                      row_elements(b)};
+      }
+    }
+    A* dweight = dweight_ + part * dweight_size_;
+    for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
+      for (int64_t k = 0; k < pixel_blocks_; ++k) {
+        multiply<P, Reduce::pixels>(a + tap_pixel(tap, height, width) * kBlock, 1, gradient + k * block_size, kWidth,
+                                    dweight + (tap * f_.shape.in + c) * ld_dweight_ + k * kBlock, ld_dweight_, channels,
+                                    least(kBlock, f_.shape.out - k * kBlock), steps, b.size[0] * b.size[1], true);
+      }
+    }
+  }
+
+  int64_t margin_pixels(int64_t height, int64_t width) const {
+    return (grid_.margin[0] * height + grid_.margin[1]) * width + grid_.margin[2];
+  }
+
+  void store_data_gradient(const Box& b, const A* result, int64_t c, int64_t channels, A* sums) const {
+    const Activation<T> activation(f_.x, f_.norm);
+    T* dx = static_cast<T*>(f_.dx.data);
+    for (int64_t j = 0; j < channels; j += V::size) {
+      const int n = static_cast<int>(least(V::size, channels - j));
+      const V scale = load(activation.scale + c + j, n);
+      V sum = V::zero(), sum_centered = V::zero();
+      const A* from = result + j;
+      for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
+        for (int64_t w = 0; w < b.size[2]; ++w, from += kBlock) {
+          const V centered = activation.centered(first + w, c + j, n);
+          const V dz = where_positive(activation.before_relu(centered, c + j, n), load(from));
+          sum += dz;
+          sum_centered = fma(dz, centered, sum_centered);
+          T* p = dx + (first + w) * f_.dx.ld + c + j;
+          store(p, f_.accumulate ? fma(scale, dz, load(p, n)) : dz, n);
+        }
+      });
+      store(sums + c + j, sum, n);
+      store(sums + f_.shape.in + c + j, sum_centered, n);
+    }
+  }
+
+  const Backward& f_;
+  PackedWeight<P> packed_;
+  int64_t grad_blocks_, ld_dweight_, pixel_blocks_, dweight_size_, parts_;
+  Grid grid_;
+  E *weight_, *grad_, *grad_by_pixel_, *activation_;
+  A *partial_, *dweight_, *result_;
+  Step *steps_, *row_steps_;
+  size_t for_parts_, part_bytes_;
+};
+
+}  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,116 @@
+// Forward: out = conv(relu((x - mean) * scale + shift), W), and the moments of out.
+//
+// A box's activations are computed once into scratch memory (zeros outside the image), all taps read them there.
+
+namespace fused_densenet::FD_ISA {
+
+template <class T, class P>
+class ForwardKernel {
+  using A = Accumulate<T>;
+  using E = typename P::Element;
+
+ public:
+  ForwardKernel(const Forward& f, void* workspace, int threads)
+      : f_(f),
+        packed_(f.shape, false),
+        blocks_(ceil_div(packed_.row_elements(), kBlock)),
+        ldc_(packed_.panels() * packed_.width) {
+    const int64_t bytes_per_pixel = blocks_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
+    grid_ = plan_grid(f.shape, bytes_per_pixel, threads);
+    parts_ = parts_of(grid_, threads);
+    Arena arena(workspace);
+    weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
+    partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
+    for_parts_ = arena.used();
+    operand_ = arena.take<E>(blocks_ * grid_.padded_pixels() * kBlock);
+    result_ = arena.take<A>(grid_.pixels() * ldc_);
+    steps_ = arena.take<Step>(f.shape.taps() * blocks_);
+    part_bytes_ = arena.used() - for_parts_;
+  }
+
+  size_t workspace() const { return for_parts_ + part_bytes_ * parts_; }
+
+  void run(const Parallel& parallel) const {
+    if (f_.weight.is_float)
+      packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
+    else
+      packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
+    parallel_for(parallel, parts_, [&](int64_t part) {
+      const Range boxes = split(grid_.count(), parts_, part);
+      for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, part);
+    });
+    if (f_.moments.mean != nullptr) {
+      merge_moments(
+          partial_, grid_.count(), f_.shape.out,
+          [&](int64_t i) {
+            const Box b = grid_.at(i);
+            return b.size[0] * b.size[1] * b.size[2];
+          },
+          f_.moments, parallel);
+    }
+  }
+
+ private:
+  template <class X>
+  X* of_part(X* p, int64_t part) const {
+    return reinterpret_cast<X*>(reinterpret_cast<char*>(p) + part * part_bytes_);
+  }
+
+  void box(int64_t i, int64_t part) const {
+    const Box b = grid_.at(i);
+    E* operand = of_part(operand_, part);
+    A* result = of_part(result_, part);
+    Step* steps = of_part(steps_, part);
+    const Activation<T> activation(f_.x, f_.norm);
+    const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
+    const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
+    constexpr int64_t block_channels = kBlock * P::pair;
+    for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
+      for (int64_t k = 0; k < blocks_; ++k) {
+        const int64_t c = k * block_channels;
+        Fill<P, Activation<T>>::by_channel(activation, first, low, high, width, c,
+                                           least(block_channels, f_.shape.in - c),
+                                           operand + k * block_size + row * width * kBlock);
+      }
+    });
+    int64_t count = 0;
+    for (int64_t d = 0; d < f_.shape.kd; ++d) {
+      for (int64_t h = 0; h < f_.shape.kh; ++h) {
+        for (int64_t w = 0; w < f_.shape.kw; ++w) {
+          const int64_t tap = (d * f_.shape.kh + h) * f_.shape.kw + w;
+          for (int64_t k = 0; k < blocks_; ++k) {
+            steps[count++] = {k * block_size + ((d * height + h) * width + w) * kBlock,
+                              (tap * packed_.row_elements() + k * kBlock) * packed_.width,
+                              least(kBlock, packed_.row_elements() - k * kBlock)};
+          }
+        }
+      }
+    }
+    for (int64_t d = 0; d < b.size[0]; ++d) {
+      for (int64_t h = 0; h < b.size[1]; ++h) {
+        multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
+                                      packed_.panel_size(), result + (d * b.size[1] + h) * b.size[2] * ldc_, ldc_,
+                                      b.size[2], f_.shape.out, steps, count, false);
+      }
+    }
+    const bool wanted = f_.moments.mean != nullptr;
+    A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;
+    A* m2 = wanted ? mean + f_.shape.out : nullptr;
+    const auto runs = [&](auto f) {
+      for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) { f(first, b.size[2]); });
+    };
+    store_with_moments<T>(result, ldc_, b.size[0] * b.size[1] * b.size[2], f_.shape.out, static_cast<T*>(f_.out.data),
+                          f_.out.ld, runs, mean, m2);
+  }
+
+  const Forward& f_;
+  PackedWeight<P> packed_;
+  int64_t blocks_, ldc_, parts_;
+  Grid grid_;
+  E *weight_, *operand_;
+  A *partial_, *result_;
+  Step* steps_;
+  size_t for_parts_, part_bytes_;
+};
+
+}  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,20 @@
+// The tables of kernels that the instruction sets' files define.
+#pragma once
+
+#include "params.h"
+
+namespace fused_densenet {
+
+#define FD_DECLARE(isa)             \
+  namespace isa {                   \
+  const Kernels& find(DType dtype); \
+  }
+FD_DECLARE(portable)
+#if defined(__x86_64__)
+FD_DECLARE(avx2)
+FD_DECLARE(avx512)
+FD_DECLARE(avx512_bf16)
+#endif
+#undef FD_DECLARE
+
+}  // namespace fused_densenet

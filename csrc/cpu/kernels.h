@@ -1,0 +1,41 @@
+// One instruction set's kernels. Included once by each instruction set's file, after it has defined FD_ISA and asked
+// the compiler for its instructions; no header of the standard library may be included here or below.
+
+#include "vec.h"
+// vec.h comes first: everything below is written in its vectors.
+#include "tile.h"
+// clang-format off
+#include "operands.h"
+#include "weight.h"
+#include "reduce.h"
+#include "plan.h"
+#include "forward.h"
+#include "backward.h"
+#include "place.h"
+// clang-format on
+
+namespace fused_densenet::FD_ISA {
+
+template <class Kernel, class Problem>
+size_t workspace_of(const Problem& problem, int threads) {
+  return Kernel(problem, nullptr, threads).workspace();
+}
+
+template <class Kernel, class Problem>
+void run(const Problem& problem, void* workspace, const Parallel& parallel) {
+  Kernel(problem, workspace, parallel.threads).run(parallel);
+}
+
+template <class T, class P>
+constexpr Kernels kernels = {
+    workspace_of<ForwardKernel<T, P>, Forward>,
+    run<ForwardKernel<T, P>, Forward>,
+    workspace_of<BackwardKernel<T, P>, Backward>,
+    run<BackwardKernel<T, P>, Backward>,
+    workspace_of<PlaceKernel<T>, Place>,
+    run<PlaceKernel<T>, Place>,
+    workspace_of<PlaceBackwardKernel<T>, PlaceBackward>,
+    run<PlaceBackwardKernel<T>, PlaceBackward>,
+};
+
+}  // namespace fused_densenet::FD_ISA

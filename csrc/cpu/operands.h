@@ -1,0 +1,163 @@
+// Operands in scratch memory: what a tile of pixels needs, computed once while it is loaded.
+
+namespace fused_densenet::FD_ISA {
+
+template <class T>
+struct Activation {  // relu((x - mean) * scale + shift)
+  using V = Vec<Accumulate<T>>;
+  const T* x;
+  int64_t ld;
+  const Accumulate<T>*mean, *scale, *shift;
+
+  Activation(const Pixels& p, const Norm& n)
+      : x(static_cast<const T*>(p.data)),
+        ld(p.ld),
+        mean(static_cast<const Accumulate<T>*>(n.mean)),
+        scale(static_cast<const Accumulate<T>*>(n.scale)),
+        shift(static_cast<const Accumulate<T>*>(n.shift)) {}
+
+  V centered(int64_t pixel, int64_t c, int n) const { return load(x + pixel * ld + c, n) - load(mean + c, n); }
+  V before_relu(V centered, int64_t c, int n) const { return fma(centered, load(scale + c, n), load(shift + c, n)); }
+  V at(int64_t pixel, int64_t c, int n) const { return relu(before_relu(centered(pixel, c, n), c, n)); }
+};
+
+template <class T>
+struct LoadedGradient {  // scale * stored + (slope * (value - mean) + offset)
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const T *stored, *value;
+  int64_t ld_stored, ld_value;
+  const A *scale, *slope, *mean, *offset;
+
+  explicit LoadedGradient(const Gradient& g)
+      : stored(static_cast<const T*>(g.stored.data)),
+        value(static_cast<const T*>(g.value.data)),
+        ld_stored(g.stored.ld),
+        ld_value(g.value.ld),
+        scale(static_cast<const A*>(g.scale)),
+        slope(static_cast<const A*>(g.slope)),
+        mean(static_cast<const A*>(g.mean)),
+        offset(static_cast<const A*>(g.offset)) {}
+
+  V at(int64_t pixel, int64_t c, int n) const {
+    const V owed =
+        fma(load(slope + c, n), load(value + pixel * ld_value + c, n) - load(mean + c, n), load(offset + c, n));
+    return fma(load(scale + c, n), load(stored + pixel * ld_stored + c, n), owed);
+  }
+};
+
+// A box of pixels of one image: `size` of them from `begin`, and `margin` more on each side in the operands.
+struct Box {
+  int64_t image;
+  int64_t begin[3], size[3];
+};
+
+struct Grid {  // how an image is cut into boxes
+  int64_t image[3], box[3], margin[3], parts[3], images;
+  int64_t count() const { return images * parts[0] * parts[1] * parts[2]; }
+  int64_t pixels() const { return box[0] * box[1] * box[2]; }
+  int64_t padded(int i) const { return box[i] + 2 * margin[i]; }
+  int64_t padded_pixels() const { return padded(0) * padded(1) * padded(2); }
+  Box at(int64_t i) const {
+    Box b;
+    for (int j = 2; j >= 0; --j) {
+      const Range r = split(image[j], parts[j], i % parts[j]);
+      b.begin[j] = r.begin;
+      b.size[j] = r.size();
+      i /= parts[j];
+    }
+    b.image = i;
+    return b;
+  }
+  int64_t pixel(const Box& b, int64_t d, int64_t h, int64_t w) const {  // d, h, w count from the box's first pixel
+    return ((b.image * image[0] + b.begin[0] + d) * image[1] + b.begin[1] + h) * image[2] + b.begin[2] + w;
+  }
+};
+
+// Calls row(index, first, low, high) for every row of pixels of a box with its margin: `index` rows are before it in
+// scratch, its pixel i is pixel `first + i` of the batch, and pixels outside [low, high) lie outside the image.
+template <class F>
+void for_each_row(const Grid& g, const Box& b, bool with_margin, F row) {
+  int64_t m[3];
+  for (int j = 0; j < 3; ++j) m[j] = with_margin ? g.margin[j] : 0;
+  const int64_t width = b.size[2] + 2 * m[2];
+  int64_t index = 0;
+  for (int64_t d = -m[0]; d < b.size[0] + m[0]; ++d) {
+    const bool d_inside = b.begin[0] + d >= 0 && b.begin[0] + d < g.image[0];
+    for (int64_t h = -m[1]; h < b.size[1] + m[1]; ++h, ++index) {
+      const bool inside = d_inside && b.begin[1] + h >= 0 && b.begin[1] + h < g.image[1];
+      const int64_t low = inside ? most(0, m[2] - b.begin[2]) : 0;
+      const int64_t high = inside ? least(width, g.image[2] - b.begin[2] + m[2]) : 0;
+      row(index, g.pixel(b, d, h, -m[2]), low, high);
+    }
+  }
+}
+
+template <class P, class S>
+struct Fill;
+
+// One number an element.
+template <class A, class S>
+struct Fill<Plain<A>, S> {
+  using V = Vec<A>;
+  // `count` channels from `c` of `width` pixels; out[pixel][kBlock].
+  static void by_channel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
+                         A* out) {
+    for (int64_t i = 0; i < width; ++i, out += kBlock) {
+      if (i >= low && i < high) {
+        for (int64_t j = 0; j < count; j += V::size)
+          store(out + j, s.at(first + i, c + j, static_cast<int>(count - j)));
+      } else {
+        for (int64_t j = 0; j < count; j += V::size) store(out + j, V::zero());
+      }
+    }
+  }
+  static void by_pixel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
+                       A* out) {
+    by_channel(s, first, low, high, width, c, count, out);
+  }
+};
+
+#if defined(FD_AVX512_BF16)
+// Two numbers an element: neighbouring channels, or the same channel of a pixel and the next.
+template <class S>
+struct Fill<Paired, S> {
+  static void by_channel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
+                         uint32_t* out) {
+    for (int64_t i = 0; i < width; ++i, out += kBlock) {
+      const bool inside = i >= low && i < high;
+      for (int64_t j = 0; j < count; j += 32) {
+        const int n = static_cast<int>(count - j);
+        const VecF a = inside ? s.at(first + i, c + j, n) : VecF::zero();
+        const VecF b = inside && n > 16 ? s.at(first + i, c + j + 16, n - 16) : VecF::zero();
+        _mm512_storeu_si512(out + j / 2, pair_channels(a, b));
+      }
+    }
+  }
+  static void by_pixel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
+                       uint32_t* out) {
+    for (int64_t j = 0; j < count; j += 16) {
+      const int n = static_cast<int>(count - j);
+      VecF a = low == 0 && high > 0 ? s.at(first, c + j, n) : VecF::zero();
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t next = i + 1;
+        const VecF b = next >= low && next < high ? s.at(first + next, c + j, n) : VecF::zero();
+        _mm512_storeu_si512(out + i * kBlock + j, pair_pixels(a, b));
+        a = b;
+      }
+    }
+  }
+  // Pixels 0 and 1, 2 and 3, ... of a row, nothing beside the last of an odd number.
+  static void pairs_of_pixels(const S& s, int64_t first, int64_t width, int64_t c, int64_t count, uint32_t* out) {
+    for (int64_t i = 0; i < width; i += 2, out += kBlock) {
+      for (int64_t j = 0; j < count; j += 16) {
+        const int n = static_cast<int>(count - j);
+        const VecF b = i + 1 < width ? s.at(first + i + 1, c + j, n) : VecF::zero();
+        _mm512_storeu_si512(out + j, pair_pixels(s.at(first + i, c + j, n), b));
+      }
+    }
+  }
+};
+#endif
+
+}  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,93 @@
+// Per-channel statistics: taken tile by tile, merged in the order of the tiles.
+
+namespace fused_densenet::FD_ISA {
+
+// Stores a tile of numbers c[row][ldc] as `columns` channels of out and takes, of the values as stored, mean and the
+// sum of squared deviations per channel, unless `mean` is null. `runs(f)` calls f(pixel, count) for each run of
+// neighbouring pixels that the rows are, in their order.
+template <class T, class F>
+void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t columns, T* out, int64_t ld, F runs,
+                        Accumulate<T>* mean, Accumulate<T>* m2) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  for (int64_t j = 0; j < columns; j += V::size) {
+    const int n = static_cast<int>(least(V::size, columns - j));
+    V sum = V::zero();
+    A* from = c + j;
+    runs([&](int64_t pixel, int64_t count) {
+      T* p = out + pixel * ld + j;
+      for (int64_t i = 0; i < count; ++i, p += ld, from += ldc) {
+        V x = load(from);
+        store(p, x, n);
+        if constexpr (sizeof(T) == 2) {
+          x = load(p, n);
+          store(from, x);
+        }
+        sum += x;
+      }
+    });
+    if (mean == nullptr) continue;
+    const V average = sum * V::all(A(1) / static_cast<A>(rows));
+    V squares = V::zero();
+    for (int64_t r = 0; r < rows; ++r) {
+      const V d = load(c + r * ldc + j) - average;
+      squares = fma(d, d, squares);
+    }
+    store(mean + j, average, n);
+    store(m2 + j, squares, n);
+  }
+}
+
+// Partial moments [tile][2][channels] to mean and biased variance, by pairwise updates in the order of the tiles
+// (Chan, Golub, LeVeque 1979). `size(tile)` is the number of values in a tile.
+template <class A, class F>
+void merge_moments(const A* partial, int64_t tiles, int64_t channels, F size, const Moments& moments,
+                   const Parallel& parallel) {
+  constexpr int64_t width = 32;
+  parallel_for(parallel, ceil_div(channels, width), [&](int64_t task) {
+    const int64_t begin = task * width;
+    const int64_t count = least(width, channels - begin);
+    double mean[width] = {}, m2[width] = {};
+    double total = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const double added = static_cast<double>(size(t));
+      const double share = added / (total + added);
+      const double weight = total * share;
+      const A* p = partial + 2 * t * channels + begin;
+      for (int64_t j = 0; j < count; ++j) {
+        const double delta = static_cast<double>(p[j]) - mean[j];
+        mean[j] += delta * share;
+        m2[j] += static_cast<double>(p[channels + j]) + delta * delta * weight;
+      }
+      total += added;
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      static_cast<A*>(moments.mean)[begin + j] = static_cast<A>(mean[j]);
+      static_cast<A*>(moments.var)[begin + j] = static_cast<A>(m2[j] / total);
+    }
+  });
+}
+
+// Partial sums [tile][2][channels] to two sums.
+template <class A>
+void merge_sums(const A* partial, int64_t tiles, int64_t channels, void* first, void* second,
+                const Parallel& parallel) {
+  constexpr int64_t width = 32;
+  parallel_for(parallel, ceil_div(channels, width), [&](int64_t task) {
+    const int64_t begin = task * width;
+    const int64_t count = least(width, channels - begin);
+    double sums[2][width] = {};
+    for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t s = 0; s < 2; ++s) {
+        const A* p = partial + (2 * t + s) * channels + begin;
+        for (int64_t j = 0; j < count; ++j) sums[s][j] += static_cast<double>(p[j]);
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      static_cast<A*>(first)[begin + j] = static_cast<A>(sums[0][j]);
+      static_cast<A*>(second)[begin + j] = static_cast<A>(sums[1][j]);
+    }
+  });
+}
+
+}  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,135 @@
+// The matrix tile: C[r][v] (+)= sum over steps and k of A[r][k] * B[k][v], all of C in registers.
+//
+// A is broadcast element by element, B is read in vectors. One element of A and B is one number of the accumulation
+// type, or (bfloat16 with a dot-product instruction) a pair of numbers that are neighbours in the reduction.
+
+namespace fused_densenet::FD_ISA {
+
+constexpr int kBlock = 64;  // elements from one row of an operand in scratch memory to the next
+
+#if defined(FD_AVX512)
+constexpr int kTileRows = 14;  // 14 x 2 accumulators, 2 vectors of B, 1 of A: 31 of 32 registers
+#else
+constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 vectors of B, 1 of A: 15 of 16 registers
+#endif
+constexpr int kTileVectors = 2;
+
+template <class A>
+struct Plain {
+  using Element = A;
+  using Acc = A;
+  static constexpr int pair = 1;
+  using Operand = Vec<A>;
+  static Operand broadcast(Element a) { return Operand::all(a); }
+  static Operand read(const Element* b) { return load(b); }
+  static Vec<A> multiply_add(Operand a, Operand b, Vec<A> c) { return fma(a, b, c); }
+};
+
+#if defined(FD_AVX512_BF16)
+struct Paired {
+  using Element = uint32_t;
+  using Acc = float;
+  static constexpr int pair = 2;
+  using Operand = __m512i;
+  static Operand broadcast(Element a) { return _mm512_set1_epi32(static_cast<int>(a)); }
+  static Operand read(const Element* b) { return _mm512_loadu_si512(b); }
+  static VecF multiply_add(Operand a, Operand b, VecF c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b)}; }
+};
+#endif
+
+// Where in A and B a stretch of the reduction starts, and its length in elements.
+struct Step {
+  int64_t a, b, k;
+};
+
+// How A and B lie in memory: reduction over channels (A's rows are pixels, B is a packed weight), or over pixels (A's
+// rows are channels; B holds the gradient, one block of channels a pixel).
+enum class Reduce { channels, pixels };
+
+template <class P, Reduce R>
+struct Layout {
+  static constexpr int panel = kTileVectors * Vec<typename P::Acc>::size;
+  static constexpr int a_row = R == Reduce::channels ? kBlock : 1;
+  static constexpr int a_k = R == Reduce::channels ? 1 : P::pair * kBlock;
+  static constexpr int b_k = R == Reduce::channels ? panel : kBlock;
+};
+
+template <class P, Reduce R, int rows, int vectors>
+void tile(const typename P::Element* a0, const typename P::Element* b0, typename P::Acc* c, int64_t ldc,
+          const Step* steps, int64_t count, bool accumulate) {
+  using L = Layout<P, R>;
+  using V = Vec<typename P::Acc>;
+  V acc[rows][vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * V::size) : V::zero();
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    const typename P::Element* a = a0 + steps[s].a;
+    const typename P::Element* b = b0 + steps[s].b;
+    for (int64_t k = steps[s].k; k > 0; --k, a += L::a_k, b += L::b_k) {
+      typename P::Operand bv[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) bv[v] = P::read(b + v * V::size);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const typename P::Operand av = P::broadcast(a[r * L::a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) acc[r][v] = P::multiply_add(av, bv[v], acc[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(c + r * ldc + v * V::size, acc[r][v]);
+  }
+}
+
+template <class P>
+using TileFunction = void (*)(const typename P::Element*, const typename P::Element*, typename P::Acc*, int64_t,
+                              const Step*, int64_t, bool);
+
+template <class P, Reduce R, int rows = kTileRows>
+struct Tiles : Tiles<P, R, rows - 1> {
+  static TileFunction<P> find(int r, int v) {
+    if (r != rows) return Tiles<P, R, rows - 1>::find(r, v);
+    return v == 1 ? tile<P, R, rows, 1> : tile<P, R, rows, 2>;
+  }
+};
+template <class P, Reduce R>
+struct Tiles<P, R, 0> {
+  static TileFunction<P> find(int, int) { return nullptr; }
+};
+
+// The i-th of `parts` near-equal stretches of [0, count).
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+inline Range split(int64_t count, int64_t parts, int64_t i) { return {count * i / parts, count * (i + 1) / parts}; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// C[rows][columns] (+)= A B in tiles; `a_stride` elements of A from row to row, `b_panel` elements of B from one panel
+// of columns to the next. Every panel but the last of B is full; C has room for whole panels.
+template <class P, Reduce R>
+void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
+              typename P::Acc* c, int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count,
+              bool accumulate) {
+  constexpr int panel = Layout<P, R>::panel;
+  constexpr int vector = Vec<typename P::Acc>::size;
+  const int64_t row_tiles = ceil_div(rows, kTileRows);
+  for (int64_t i = 0; i < row_tiles; ++i) {
+    const Range r = split(rows, row_tiles, i);
+    for (int64_t j = 0; j * panel < columns; ++j) {
+      const int vectors = columns - j * panel > vector ? 2 : 1;
+      const TileFunction<P> function = Tiles<P, R>::find(static_cast<int>(r.size()), vectors);
+      function(a + r.begin * a_stride, b + j * b_panel, c + r.begin * ldc + j * panel, ldc, steps, count, accumulate);
+    }
+  }
+}
+
+}  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,226 @@
+// Vectors of the accumulation type: AVX-512, AVX2, or four lanes of the compiler's own for every other machine.
+//
+// Included once by each instruction set's file, which defines FD_ISA (a namespace) and, where it has them, FD_AVX512,
+// FD_AVX512_BF16 or FD_AVX2.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(FD_AVX512) || defined(FD_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace fused_densenet::FD_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class A>
+struct Vec;
+
+#if defined(FD_AVX512)
+
+template <>
+struct Vec<float> {
+  static constexpr int size = 16;
+  __m512 v;
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec all(float x) { return {_mm512_set1_ps(x)}; }
+};
+template <>
+struct Vec<double> {
+  static constexpr int size = 8;
+  __m512d v;
+  static Vec zero() { return {_mm512_setzero_pd()}; }
+  static Vec all(double x) { return {_mm512_set1_pd(x)}; }
+};
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+
+inline __mmask16 lanes16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline __mmask8 lanes8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+
+inline VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline VecF load(const float* p, int n) { return n >= 16 ? load(p) : VecF{_mm512_maskz_loadu_ps(lanes16(n), p)}; }
+inline void store(float* p, VecF x) { _mm512_storeu_ps(p, x.v); }
+inline void store(float* p, VecF x, int n) {
+  if (n >= 16)
+    store(p, x);
+  else
+    _mm512_mask_storeu_ps(p, lanes16(n), x.v);
+}
+inline VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline VecD load(const double* p, int n) { return n >= 8 ? load(p) : VecD{_mm512_maskz_loadu_pd(lanes8(n), p)}; }
+inline void store(double* p, VecD x) { _mm512_storeu_pd(p, x.v); }
+inline void store(double* p, VecD x, int n) {
+  if (n >= 8)
+    store(p, x);
+  else
+    _mm512_mask_storeu_pd(p, lanes8(n), x.v);
+}
+
+inline __m256i load_16_bits(const void* p, int n) {
+  return n >= 16 ? _mm256_loadu_si256(static_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(lanes16(n), p);
+}
+inline void store_16_bits(void* p, __m256i x, int n) {
+  if (n >= 16)
+    _mm256_storeu_si256(static_cast<__m256i*>(p), x);
+  else
+    _mm256_mask_storeu_epi16(p, lanes16(n), x);
+}
+inline VecF widen(__m256i b) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))}; }
+inline __m256i narrow(VecF x) {
+#if defined(FD_AVX512_BF16)
+  return (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(even, 16), nan, _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+inline VecF load(const bf16* p, int n) { return widen(load_16_bits(p, n)); }
+inline void store(bf16* p, VecF x, int n) { store_16_bits(p, narrow(x), n); }
+inline VecF load(const f16* p, int n) { return {_mm512_cvtph_ps(load_16_bits(p, n))}; }
+inline void store(f16* p, VecF x, int n) {
+  store_16_bits(p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
+}
+
+inline VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline VecF relu(VecF x) { return {_mm512_max_ps(_mm512_setzero_ps(), x.v)}; }  // of a NaN: the NaN
+inline VecF where_positive(VecF pre, VecF x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(pre.v, _mm512_setzero_ps(), _CMP_NLE_UQ), x.v)};
+}
+inline VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline VecD operator*(VecD a, VecD b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline VecD relu(VecD x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }
+inline VecD where_positive(VecD pre, VecD x) {
+  return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(pre.v, _mm512_setzero_pd(), _CMP_NLE_UQ), x.v)};
+}
+
+#elif defined(FD_AVX2)
+
+template <>
+struct Vec<float> {
+  static constexpr int size = 8;
+  __m256 v;
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec all(float x) { return {_mm256_set1_ps(x)}; }
+};
+template <>
+struct Vec<double> {
+  static constexpr int size = 4;
+  __m256d v;
+  static Vec zero() { return {_mm256_setzero_pd()}; }
+  static Vec all(double x) { return {_mm256_set1_pd(x)}; }
+};
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+
+inline __m256i lanes8(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lanes4(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+
+inline VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline VecF load(const float* p, int n) { return n >= 8 ? load(p) : VecF{_mm256_maskload_ps(p, lanes8(n))}; }
+inline void store(float* p, VecF x) { _mm256_storeu_ps(p, x.v); }
+inline void store(float* p, VecF x, int n) {
+  if (n >= 8)
+    store(p, x);
+  else
+    _mm256_maskstore_ps(p, lanes8(n), x.v);
+}
+inline VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline VecD load(const double* p, int n) { return n >= 4 ? load(p) : VecD{_mm256_maskload_pd(p, lanes4(n))}; }
+inline void store(double* p, VecD x) { _mm256_storeu_pd(p, x.v); }
+inline void store(double* p, VecD x, int n) {
+  if (n >= 4)
+    store(p, x);
+  else
+    _mm256_maskstore_pd(p, lanes4(n), x.v);
+}
+
+inline __m128i load_16_bits(const void* p, int n) {
+  if (n >= 8) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  __m128i x = _mm_setzero_si128();
+  std::memcpy(&x, p, 2 * n);
+  return x;
+}
+inline void store_16_bits(void* p, __m128i x, int n) { std::memcpy(p, &x, 2 * (n >= 8 ? 8 : n)); }
+inline VecF load(const bf16* p, int n) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bits(p, n)), 16))};
+}
+inline void store(bf16* p, VecF x, int n) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i top = _mm256_blendv_epi8(_mm256_srli_epi32(even, 16), _mm256_set1_epi32(0x7fc0), nan);
+  store_16_bits(p, _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1)), n);
+}
+inline VecF load(const f16* p, int n) { return {_mm256_cvtph_ps(load_16_bits(p, n))}; }
+inline void store(f16* p, VecF x, int n) {
+  store_16_bits(p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
+}
+
+inline VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline VecF relu(VecF x) { return {_mm256_max_ps(_mm256_setzero_ps(), x.v)}; }  // of a NaN: the NaN
+inline VecF where_positive(VecF pre, VecF x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(pre.v, _mm256_setzero_ps(), _CMP_NLE_UQ), x.v)};
+}
+inline VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
+inline VecD operator*(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline VecD relu(VecD x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
+inline VecD where_positive(VecD pre, VecD x) {
+  return {_mm256_and_pd(_mm256_cmp_pd(pre.v, _mm256_setzero_pd(), _CMP_NLE_UQ), x.v)};
+}
+
+#else
+
+#include "vec_portable.inc"
+
+#endif
+
+template <class V>
+inline V& operator+=(V& a, V b) {
+  return a = a + b;
+}
+
+// Storage types load into, and store from, vectors of their accumulation type.
+template <class T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulate = typename AccumulateOf<T>::type;
+
+#if defined(FD_AVX512_BF16)
+// 32 consecutive channels as 16 pairs, and two pixels of 16 channels as 16 pairs.
+inline __m512i pair_channels(VecF low, VecF high) { return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v); }
+inline __m512i pair_pixels(VecF first, VecF second) {
+  const __m512i even = _mm512_cvtepu16_epi32(narrow(first));
+  return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(second)), 16));
+}
+#endif
+
+}  // namespace fused_densenet::FD_ISA

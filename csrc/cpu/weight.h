@@ -1,0 +1,114 @@
+// Weights as the tiles read them, and weight gradients as modules hold them.
+
+namespace fused_densenet::FD_ISA {
+
+inline float as_number(const float* p) { return *p; }
+inline double as_number(const double* p) { return *p; }
+template <class Half>
+float as_number(const Half* p) {
+  float x[Vec<float>::size];
+  store(x, load(p, 1));
+  return x[0];
+}
+
+inline void store_number(float* p, float x) { *p = x; }
+inline void store_number(double* p, double x) { *p = x; }
+template <class Half>
+void store_number(Half* p, float x) {
+  store(p, Vec<float>::all(x), 1);
+}
+
+// The number that a convolution in type T reads from a weight held in float32 or in T.
+template <class T, class W>
+Accumulate<T> rounded(const W* p) {
+  const Accumulate<T> x = as_number(p);
+  if constexpr (sizeof(T) == 2 && sizeof(W) == 4) {
+    T t;
+    store(&t, Vec<float>::all(x), 1);
+    return as_number(&t);
+  } else {
+    return x;
+  }
+}
+
+#if defined(FD_AVX512_BF16)
+inline uint32_t bf16_bits(const bf16* p) { return p->bits; }
+inline uint32_t bf16_bits(const float* p) {
+  return static_cast<uint32_t>(_mm256_extract_epi16(narrow(VecF::all(*p)), 0));
+}
+#endif
+
+// A weight in panels [panel][tap][row element][panel columns]. Forward multiplies by W[in][out]; the data gradient by
+// W[out][in] with the taps reversed. Rows and columns beyond the weight are zero.
+template <class P>
+struct PackedWeight {
+  using E = typename P::Element;
+  static constexpr int64_t width = Layout<P, Reduce::channels>::panel;
+  int64_t rows, columns, taps;
+  bool transposed;
+
+  PackedWeight(const Shape& s, bool transposed)
+      : rows(transposed ? s.out : s.in), columns(transposed ? s.in : s.out), taps(s.taps()), transposed(transposed) {}
+  int64_t row_elements() const { return ceil_div(rows, P::pair); }
+  int64_t panels() const { return ceil_div(columns, width); }
+  int64_t panel_size() const { return taps * row_elements() * width; }
+  int64_t bytes() const { return panels() * panel_size() * static_cast<int64_t>(sizeof(E)); }
+
+  template <class T, class W>
+  void pack(const Shape& s, const Weight& weight, E* out, const Parallel& parallel) const {
+    const int64_t row_stride = transposed ? weight.stride_out : weight.stride_in;
+    const int64_t column_stride = transposed ? weight.stride_in : weight.stride_out;
+    constexpr int64_t task_rows = 16;
+    const int64_t tasks = ceil_div(row_elements(), task_rows);
+    parallel_for(parallel, panels() * tasks, [&](int64_t task) {
+      const int64_t p = task / tasks;
+      const int64_t begin = task % tasks * task_rows;
+      const int64_t end = least(row_elements(), begin + task_rows);
+      const int64_t filled = least(width, columns - p * width);
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const W* w = static_cast<const W*>(weight.data) + weight.tap(s, transposed ? taps - 1 - tap : tap) +
+                       p * width * column_stride + r * P::pair * row_stride;
+          E* e = out + p * panel_size() + (tap * row_elements() + r) * width;
+          for (int64_t j = 0; j < filled; ++j) {
+            if constexpr (P::pair == 1) {
+              e[j] = rounded<T>(w + j * column_stride);
+            } else {
+              e[j] = bf16_bits(w + j * column_stride);
+              if (2 * r + 1 < rows) e[j] |= bf16_bits(w + j * column_stride + row_stride) << 16;
+            }
+          }
+          for (int64_t j = filled; j < width; ++j) e[j] = E{};
+        }
+      }
+    });
+  }
+};
+
+// The weight's gradient: `parts` partial sums [part][tap][in][ld], added in that order and written where the module
+// holds it.
+template <class A, class W>
+void write_dweight(const Shape& s, const Weight& dweight, const A* partial, int64_t parts, int64_t ld,
+                   const Parallel& parallel) {
+  using V = Vec<A>;
+  const int64_t part_size = s.taps() * s.in * ld;
+  constexpr int64_t task_rows = 8;
+  parallel_for(parallel, ceil_div(s.in, task_rows), [&](int64_t task) {
+    for (int64_t n = 0; n < s.out; n += V::size) {
+      const int64_t lanes = least(V::size, s.out - n);
+      for (int64_t c = task * task_rows; c < least(s.in, (task + 1) * task_rows); ++c) {
+        for (int64_t tap = 0; tap < s.taps(); ++tap) {
+          const A* p = partial + (tap * s.in + c) * ld + n;
+          V sum = load(p);
+          for (int64_t i = 1; i < parts; ++i) sum += load(p + i * part_size);
+          A numbers[V::size];
+          store(numbers, sum);
+          W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out + c * dweight.stride_in + dweight.tap(s, tap);
+          for (int64_t j = 0; j < lanes; ++j) store_number(w + j * dweight.stride_out, numbers[j]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,45 @@
+"""For every test: memory that nobody wrote is NaN, the random numbers are fixed, fallbacks are not silent."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from fused_densenet import fallback, use_backend
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile("thorough", parent=hypothesis.settings.get_profile("default"), max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan() -> Iterator[None]:
+    """torch fills what ``torch.empty`` and C++'s ``at::empty`` return with NaN (integers with their maximum)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def _fallbacks_warn_again() -> None:
+    """A fallback warns once per process and reason: each test starts anew."""
+    fallback._warn_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FUSED_DENSENET_BACKEND", "FUSED_DENSENET_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each backend of the CPU."""
+    with use_backend(request.param):
+        yield request.param

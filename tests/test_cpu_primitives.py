@@ -1,0 +1,354 @@
+"""Each primitive against float64, entry by entry, and in 16 bits against the operators' own error."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from primitives import (
+    Guarded,
+    Shape,
+    affine,
+    backward_magnitude,
+    clear_of_zero,
+    exact_backward,
+    exact_forward,
+    forward_magnitude,
+    load,
+    load_magnitude,
+    loaded_gradient,
+    make_weight,
+    operators,
+    source,
+    vector,
+)
+from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
+from torch import Tensor
+
+from fused_densenet.backends import BACKENDS
+from fused_densenet.backends.contract import accumulate_dtype
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NAMES = ["float64", "float32", "bfloat16", "float16"]
+LAYOUTS = ["contiguous", "channels_last", "strided"]
+WIDE = [
+    Shape((1, 1, 28, 28), 128, 32, (1, 3, 3)),
+    Shape((2, 1, 14, 14), 480, 128, (1, 1, 1)),
+    Shape((1, 1, 13, 11), 1000, 128, (1, 1, 1)),
+    Shape((2, 1, 9, 17), 192, 48, (1, 3, 3)),
+    Shape((1, 5, 6, 7), 48, 12, (3, 3, 3)),
+    Shape((3, 1, 1, 65), 33, 20, (1, 1, 3)),
+    Shape((2, 1, 1, 1), 512, 128, (1, 1, 1)),
+    Shape((1, 1, 2, 3), 304, 12, (1, 3, 3)),
+]
+
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+all_backends = pytest.mark.parametrize("backend", ["eager", "cpu"])
+wide = pytest.mark.parametrize("shape", WIDE, ids=str)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    dims = draw(st.integers(1, 3))
+    longest = (40, 11, 5)[dims - 1]
+    sizes = [draw(st.integers(1, longest)) if i >= 3 - dims else 1 for i in range(3)]
+    kernel = [draw(st.sampled_from([1, 3])) if i >= 3 - dims else 1 for i in range(3)]
+    if draw(st.booleans()):
+        kernel = [max(kernel) if i >= 3 - dims else 1 for i in range(3)]
+    channels = draw(st.one_of(st.integers(1, 70), st.sampled_from([8, 16, 64, 128])))
+    out_channels = draw(st.one_of(st.integers(1, 50), st.sampled_from([12, 32, 48, 128])))
+    return Shape((draw(st.integers(1, 3)), *sizes), channels, out_channels, tuple(kernel))
+
+
+margins = st.sampled_from([0, 0, 1, 3, 8])
+
+
+@all_backends
+@all_dtypes
+@settings(max_examples=40)
+@given(
+    shape=shapes(),
+    layout=st.sampled_from(LAYOUTS),
+    weight_in_float32=st.booleans(),
+    before=margins,
+    after=margins,
+    moments=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_norm_relu_conv(
+    backend: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str,
+    weight_in_float32: bool,
+    before: int,
+    after: int,
+    moments: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    check_forward(backend, shape, dtype, layout, weight_in_float32, before, after, moments)
+
+
+@all_backends
+@all_dtypes
+@wide
+def test_norm_relu_conv_of_many_channels(backend: str, dtype: torch.dtype, shape: Shape) -> None:
+    check_forward(backend, shape, dtype, "contiguous", False, 0, 8, True)
+
+
+def check_forward(
+    backend: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    weight_in_float32: bool,
+    before: int,
+    after: int,
+    moments: bool,
+) -> None:
+    weight_dtype = _weight_dtype(dtype, weight_in_float32)
+    norm = affine(shape.channels, dtype)
+    values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
+    x = source(values, before, after)
+    weight = make_weight(shape, weight_dtype, layout)
+    out = Guarded((*shape.pixels, shape.out_channels), dtype, after, before + 1)
+    out.data.fill_(float("nan"))
+    mean, var = (vector(shape.out_channels, dtype) if moments else None for _ in range(2))
+    mean_data, var_data = (None if v is None else v.data for v in (mean, var))
+    BACKENDS[backend].norm_relu_conv(x, norm, weight, out.data, mean_data, var_data)
+    exact = exact_forward(values, norm, weight)
+    magnitude = forward_magnitude(values, norm, weight)
+    assert_entries(out.data, exact, magnitude, dtype, "out")
+    out.check("out")
+    if mean is not None and var is not None:
+        check_moments(out.data, mean, var)
+    if dtype in (torch.bfloat16, torch.float16):
+        grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
+        theirs, _, _ = operators(grad, values, norm, weight)
+        assert_error_ratio(out.data, theirs, exact, dtype, "out", magnitude)
+
+
+def check_moments(out: Tensor, mean: Guarded, var: Guarded) -> None:
+    """Mean and variance of what was stored, not of what was computed."""
+    eps = tolerance("moments") * ulp(mean.data.dtype)
+    exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
+    largest = out.double().abs().amax((0, 1, 2, 3))
+    deviation = exact_var.sqrt()
+    assert ((mean.data - exact_mean).abs() <= eps * largest).all()
+    assert ((var.data - exact_var).abs() <= eps * (exact_var + deviation * largest + eps * largest.square())).all()
+    mean.check("mean")
+    var.check("var")
+
+
+@all_backends
+@all_dtypes
+@settings(max_examples=40)
+@given(
+    shape=shapes(),
+    layout=st.sampled_from(LAYOUTS),
+    weight_in_float32=st.booleans(),
+    before=margins,
+    after=margins,
+    accumulate=st.booleans(),
+    want_dweight=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_norm_relu_conv_backward(
+    backend: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    layout: str,
+    weight_in_float32: bool,
+    before: int,
+    after: int,
+    accumulate: bool,
+    want_dweight: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    check_backward(backend, shape, dtype, layout, weight_in_float32, before, after, accumulate, want_dweight)
+
+
+@all_backends
+@all_dtypes
+@wide
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_norm_relu_conv_backward_of_many_channels(
+    backend: str, dtype: torch.dtype, shape: Shape, accumulate: bool
+) -> None:
+    check_backward(backend, shape, dtype, "contiguous", False, 0, 8, accumulate, True)
+
+
+def check_backward(
+    backend: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    weight_in_float32: bool,
+    before: int,
+    after: int,
+    accumulate: bool,
+    want_dweight: bool,
+) -> None:
+    weight_dtype = _weight_dtype(dtype, weight_in_float32)
+    norm = affine(shape.channels, dtype)
+    values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
+    x = source(values, before, after)
+    weight = make_weight(shape, weight_dtype, layout)
+    grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
+    dx = Guarded(values.shape, dtype, after, before + 1)
+    old = dx.data.clone()
+    if not accumulate:
+        dx.data.fill_(float("nan"))
+    dweight = torch.full(weight.shape, float("nan"), dtype=weight_dtype) if want_dweight else None
+    sums = [vector(shape.channels, dtype) for _ in range(2)]
+    BACKENDS[backend].norm_relu_conv_backward(
+        grad, x, norm, weight, dx.data, accumulate, dweight, sums[0].data, sums[1].data
+    )
+    exact, magnitude = exact_backward(grad, values, norm, weight), backward_magnitude(grad, values, norm, weight)
+    exact_dx, dx_magnitude = exact.dz, magnitude.dz
+    if accumulate:
+        exact_dx = old.double() + norm.scale.double() * exact.dz
+        dx_magnitude = old.double().abs() + norm.scale.double().abs() * magnitude.dz
+    assert_entries(dx.data, exact_dx, dx_magnitude, dtype, "dx")
+    dx.check("dx")
+    if dweight is not None:
+        assert_entries(dweight, exact.dweight, magnitude.dweight, dtype, "dweight")
+    for name, total in zip(("sum_dz", "sum_dz_centered"), sums, strict=True):
+        assert_entries(total.data, getattr(exact, name), getattr(magnitude, name), dtype, name)
+        total.check(name)
+    if dtype in (torch.bfloat16, torch.float16):
+        _, theirs, their_dx = operators(grad, values, norm, weight)
+        their_dx = (old + their_dx) if accumulate else theirs.dz
+        assert_error_ratio(dx.data, their_dx, exact_dx, dtype, "dx", dx_magnitude)
+        if dweight is not None:
+            assert_error_ratio(dweight, theirs.dweight, exact.dweight, dtype, "dweight", magnitude.dweight)
+        for name, total in zip(("sum_dz", "sum_dz_centered"), sums, strict=True):
+            of = (getattr(result, name) for result in (theirs, exact, magnitude))
+            their_sum, exact_sum, sum_magnitude = of
+            assert_error_ratio(total.data, their_sum, exact_sum, dtype, name, sum_magnitude)
+
+
+@all_backends
+@all_dtypes
+@settings(max_examples=25)
+@given(
+    shape=shapes(),
+    layout=st.sampled_from(["channels first", "channels last", "expanded", "reversed"]),
+    before=margins,
+    after=margins,
+    moments=st.booleans(),
+)
+def test_place(
+    backend: str, dtype: torch.dtype, shape: Shape, layout: str, before: int, after: int, moments: bool
+) -> None:
+    n, d, h, w = shape.pixels
+    c = shape.channels
+    x = {
+        "channels first": torch.randn(n, c, d, h, w).permute(0, 2, 3, 4, 1),
+        "channels last": torch.randn(n, d, h, w, c),
+        "expanded": torch.randn(1, d, 1, w, c).expand(n, d, h, w, c),
+        "reversed": torch.randn(c, w, h, d, 2 * n).permute(4, 3, 2, 1, 0)[::2],
+    }[layout].to(dtype)
+    out = Guarded((*shape.pixels, c), dtype, before, after)
+    mean, var = (vector(c, dtype) if moments else None for _ in range(2))
+    BACKENDS[backend].place(x, out.data, *(None if v is None else v.data for v in (mean, var)))
+    assert torch.equal(out.data, x)
+    out.check("out")
+    if mean is not None and var is not None:
+        check_moments(x, mean, var)
+
+
+@all_backends
+@all_dtypes
+@settings(max_examples=25)
+@given(shape=shapes(), channels_first=st.booleans())
+def test_place_backward(backend: str, dtype: torch.dtype, shape: Shape, channels_first: bool) -> None:
+    n, d, h, w = shape.pixels
+    grad = loaded_gradient(shape.pixels, shape.channels, dtype)
+    out = torch.empty(n, d, h, w, shape.channels, dtype=dtype)
+    if channels_first:
+        out = torch.empty(n, shape.channels, d, h, w, dtype=dtype).permute(0, 2, 3, 4, 1)
+    BACKENDS[backend].place_backward(grad, out)
+    assert_entries(out, load(grad), load_magnitude(grad), dtype, "out")
+
+
+@all_backends
+@pytest.mark.parametrize("pixels", [(8, 1, 28, 28), (2, 3, 5, 7)], ids=str)
+def test_variance_of_a_distant_channel(backend: str, pixels: tuple[int, int, int, int]) -> None:
+    """Mean 1000, deviation 1: sums of squares in float32 would lose the variance."""
+    x = torch.randn(*pixels, 16) + 1000
+    out, mean, var = torch.empty_like(x), torch.empty(16), torch.empty(16)
+    BACKENDS[backend].place(x, out, mean, var)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 1, 2, 3), correction=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=tolerance("variance"), atol=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=tolerance("moments") * ulp(torch.float32), atol=0)
+
+
+@all_backends
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3)], ids=str)
+def test_variance_of_a_distant_output(backend: str, kernel: tuple[int, int, int]) -> None:
+    x = torch.randn(4, 1, 20, 20, 8)
+    norm = affine(8, torch.float32)._replace(mean=torch.zeros(8), scale=torch.ones(8), shift=torch.full((8,), 1000.0))
+    weight = torch.zeros(24, 8, *kernel)
+    weight[torch.arange(24), torch.arange(24) % 8, kernel[0] // 2, kernel[1] // 2, kernel[2] // 2] = 1
+    out, mean, var = torch.empty(4, 1, 20, 20, 24), torch.empty(24), torch.empty(24)
+    BACKENDS[backend].norm_relu_conv(x, norm, weight, out, mean, var)
+    exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
+    assert 0.8 < exact_var.min() and 999 < exact_mean.min()
+    torch.testing.assert_close(var.double(), exact_var, rtol=tolerance("variance"), atol=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=tolerance("moments") * ulp(torch.float32), atol=0)
+
+
+@all_backends
+def test_nan_and_infinity_pass_through(backend: str) -> None:
+    """A NaN in one pixel reaches every output of its neighbourhood: it is not turned into zero by ReLU."""
+    x = torch.randn(1, 1, 5, 5, 16)
+    x[0, 0, 2, 2, 3] = float("nan")
+    norm = affine(16, torch.float32)
+    out = torch.empty(1, 1, 5, 5, 8)
+    BACKENDS[backend].norm_relu_conv(x, norm, torch.randn(8, 16, 1, 3, 3), out, None, None)
+    expected = torch.zeros(5, 5, dtype=torch.bool)
+    expected[1:4, 1:4] = True
+    assert torch.equal(out[0, 0].isnan().all(-1), expected)
+    assert torch.equal(out[0, 0].isnan().any(-1), expected)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@all_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2])
+@wide
+def test_two_runs_give_the_same_bits(backend: str, dtype: torch.dtype, threads: int, shape: Shape) -> None:
+    torch.set_num_threads(threads)
+    module = BACKENDS[backend]
+    norm = affine(shape.channels, dtype)
+    x = torch.randn(*shape.pixels, shape.channels).to(dtype)
+    weight = make_weight(shape, dtype, "contiguous")
+    grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
+    runs = []
+    for _ in range(3):
+        out = torch.empty(*shape.pixels, shape.out_channels, dtype=dtype)
+        mean, var = (torch.empty(shape.out_channels, dtype=torch.float32) for _ in range(2))
+        module.norm_relu_conv(x, norm, weight, out, mean, var)
+        dx, dweight = torch.ones_like(x), torch.empty_like(weight)
+        sums = torch.empty(2, shape.channels)
+        module.norm_relu_conv_backward(grad, x, norm, weight, dx, True, dweight, sums[0], sums[1])
+        placed, placed_mean, placed_var = torch.empty_like(x), *torch.empty(2, shape.channels)
+        module.place(x, placed, placed_mean, placed_var)
+        runs.append([out, mean, var, dx, dweight, sums, placed_mean, placed_var])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def _weight_dtype(dtype: torch.dtype, in_float32: bool) -> torch.dtype:
+    return accumulate_dtype(dtype) if in_float32 else dtype

@@ -1,0 +1,176 @@
+"""The two loops and their operator, with the eager primitives: derivatives by finite differences, tracing, FLOPs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peers
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_densenet import FusedDenseBlock, ops, use_backend
+
+KINDS = ["bottleneck", "recomputed bottleneck", "plain"]
+STATISTICS = ["batch", "running", "mixed"]
+
+
+@dataclass
+class Case:
+    """Arguments of the operator: three layers on 3 channels, growth 2, bottleneck 4, away from the kinks of ReLU."""
+
+    kind: str
+    statistics: str = "batch"
+    spatial_dims: int = 2
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        draw = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(5)}
+        layers, inputs, growth, width = 3, 3, 2, 4
+        spatial = (3, 2, 4)[: self.spatial_dims]
+        self.x = torch.randn(2, inputs, *spatial, **draw)
+        self.per_layer = 1 if self.kind == "plain" else 2
+        self.weights, self.gammas, self.betas, self.running = [], [], [], []
+        self.batch_stats = []
+        for i in range(layers):
+            channels = inputs + i * growth
+            shapes = [(growth, channels, 3), (width, channels, 1), (growth, width, 3)]
+            for out, source, kernel in shapes[:1] if self.kind == "plain" else shapes[1:]:
+                self.weights.append(torch.randn(out, source, *[kernel] * self.spatial_dims, **draw))
+                self.gammas.append(0.5 + torch.rand(source, **draw))
+                self.betas.append(torch.randn(source, **draw))
+                number = len(self.batch_stats)
+                batch = self.statistics == "batch" or (self.statistics == "mixed" and number % 3 != 1)
+                self.batch_stats.append(batch)
+                if not batch:
+                    self.running += [torch.randn(source, **draw), 0.5 + torch.rand(source, **draw)]
+        masks = [torch.rand(2, growth, *spatial, **draw) > 0.3 for _ in range(layers)]
+        self.keep = masks if self.dropout else []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The differentiable arguments."""
+        return [t.requires_grad_() for t in (self.x, *self.weights, *self.gammas, *self.betas)]
+
+    def arguments(self, tensors: list[Tensor]) -> tuple[Any, ...]:
+        n = len(self.weights)
+        parameters = [tensors[1 + i * n : 1 + (i + 1) * n] for i in range(3)]
+        eps = [1e-5 * (1 + i) for i in range(n)]
+        keep_scale = 1 / 0.7 if self.dropout else 1.0
+        lists = (*parameters, self.running, self.keep, eps, self.batch_stats)
+        return (tensors[0], *lists, self.per_layer, keep_scale, self.kind == "bottleneck", "eager")
+
+    def function(self) -> Callable[..., Tensor]:
+        return lambda *tensors: ops.dense_block(*self.arguments(list(tensors)))[0]
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str, statistics: str, spatial_dims: int) -> None:
+    case = Case(kind, statistics, spatial_dims)
+    assert gradcheck(case.function(), case.tensors, fast_mode=spatial_dims != 1)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_with_dropout(kind: str, statistics: str) -> None:
+    case = Case(kind, statistics, spatial_dims=1, dropout=True)
+    assert gradcheck(case.function(), case.tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradgradcheck(kind: str, statistics: str) -> None:
+    case = Case(kind, statistics, dropout=True)
+    assert gradgradcheck(case.function(), case.tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_sees_a_missing_debt(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what the batch statistics owe, gradcheck fails: it depends on the deferred terms."""
+    monkeypatch.setattr("fused_densenet.schedule._pixels", lambda _: float("inf"))
+    case = Case(kind)
+    with pytest.raises(GradcheckError):
+        gradcheck(case.function(), case.tensors, fast_mode=True)
+
+
+def test_gradcheck_of_the_module() -> None:
+    block = FusedDenseBlock(2, 3, 2, 2).double()
+    for norm in (m for m in block.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.bias)
+    names, parameters = zip(*block.named_parameters(), strict=True)
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        out = torch.func.functional_call(block, dict(zip(names, values, strict=True)), (x,))
+        assert isinstance(out, Tensor)
+        return out
+
+    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    with use_backend("eager"):
+        assert gradcheck(function, (x, *parameters))
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind: str, statistics: str) -> None:
+    case = Case(kind, statistics, dropout=kind != "bottleneck")
+    torch.library.opcheck(torch.ops.fused_densenet.dense_block.default, case.arguments(case.tensors))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_backward(kind: str) -> None:
+    case = Case(kind, "mixed")
+    arguments = case.arguments(case.tensors)
+    saved = [t.detach() for t in ops.dense_block(*arguments)]
+    needed = [i % 2 == 0 for i in range(len(case.weights))]
+    backward = (torch.randn_like(saved[0]), *saved, *arguments[1:10], "eager", needed)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.fused_densenet.dense_block_backward.default, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_is_the_same(training: bool, memory_efficient: bool) -> None:
+    block = FusedDenseBlock(2, 5, 2, 3, memory_efficient=memory_efficient).train(training)
+    x = torch.randn(2, 5, 6, 7)
+    state = {name: value.clone() for name, value in block.state_dict().items()}
+    results = []
+    for call in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        block.load_state_dict(state)
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = call(leaf)
+        out.square().sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in block.parameters()), *(b.clone() for b in block.buffers())])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_flops_are_torchvisions(memory_efficient: bool) -> None:
+    sizes = (3, 8, 4, 6)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    counts = []
+    for block in (peers.DenseBlock(*sizes, 0.0), FusedDenseBlock(*sizes, memory_efficient=memory_efficient)):
+        with FlopCounterMode(display=False) as forward:
+            out = block(x)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    (their_forward, their_backward), (forward_count, backward_count) = counts
+    recomputed = 2 * x[:, 0].numel() * sum(24 * (8 + 6 * i) for i in range(3)) if memory_efficient else 0
+    assert forward_count == their_forward > 0
+    assert backward_count == their_backward + recomputed
+
+
+def test_flops_without_the_weights_gradients() -> None:
+    block = FusedDenseBlock(2, 8, 4, 6).requires_grad_(False)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    out = block(x)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    weights = sum(p.numel() for n, p in block.named_parameters() if "conv" in n)
+    assert backward.get_total_flops() == 2 * 2 * 5 * 5 * weights

@@ -1,0 +1,93 @@
+"""Every tolerance of the tests, with its reason, and the comparisons that use them.
+
+The measure is backward error wherever a test knows it: the difference from a float64 computation in units of the sum
+of the absolute values of the terms that were added. Cancellation does not loosen it and it holds entry by entry.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tolerance(NamedTuple):
+    value: float
+    reason: str
+
+
+TABLE: dict[str, Tolerance] = {
+    "entry float64": Tolerance(32, "ulp of the magnitude: rounding of up to 5e3 products, added in blocks"),
+    "entry float32": Tolerance(16, "ulp of the magnitude: rounding of up to 5e3 products, added in blocks"),
+    "entry bfloat16": Tolerance(2, "ulp of the magnitude: activation, weight, gradient and result rounded once each"),
+    "entry float16": Tolerance(2, "ulp of the magnitude: activation, weight, gradient and result rounded once each"),
+    "error ratio": Tolerance(1.5, "the contract: error at most 1.5 times that of the operator-by-operator version"),
+    "sampling": Tolerance(1.0, "ulp / sqrt(entries): how far the error of a few rounded entries differs by luck alone"),
+    "flips": Tolerance(5e-3, "relative rms: float32 inputs of ReLU that rounding moves across zero, some per million"),
+    "float32 whole block": Tolerance(2e-5, "of the largest entry: 2e-7 through ten operators, times conditioning"),
+    "float64 whole block": Tolerance(1e-12, "of the largest entry: 2e-16 through fifty operators, times conditioning"),
+    "variance": Tolerance(1e-5, "relative: the contract for a channel with mean 1000 and deviation 1 in float32"),
+    "moments": Tolerance(4, "ulp: float32 sums over pixels, merged as mean and M2"),
+    "saved MiB": Tolerance(22.5, "per image: buffers 5.6 and bottlenecks 16.5 of DenseNet-121, and vectors"),
+    "saved MiB, memory_efficient": Tolerance(6.3, "per image: buffers 5.6 of DenseNet-121, padding and vectors"),
+    "torchvision's saved MiB": Tolerance(0.01, "relative: published with one decimal"),
+}
+
+
+def tolerance(name: str) -> float:
+    return TABLE[name].value
+
+
+def ulp(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def assert_entries(actual: Tensor, exact: Tensor, magnitude: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Every entry within its rounding: ``|actual - exact| <= tolerance * ulp(dtype) * magnitude``."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    smallest = torch.finfo(dtype).smallest_normal * ulp(dtype)
+    limit = tolerance(f"entry {_name(dtype)}") * (ulp(dtype) * magnitude + smallest)
+    excess = (actual.double() - exact).abs() / limit
+    worst = excess.max().item() if excess.numel() else 0.0
+    assert worst <= 1, f"{what}: error is {worst:.3g} times the tolerance, {int((~(excess <= 1)).sum())} entries"
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_error_ratio(
+    ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, what: str, magnitude: Tensor | None = None
+) -> None:
+    """rms error of ``ours`` at most 1.5 times that of ``theirs``, the operator-by-operator version in ``dtype``."""
+    assert ours.shape == theirs.shape == exact.shape, f"{what}: shapes {ours.shape}, {theirs.shape}, {exact.shape}"
+    if not exact.numel():
+        return
+    our_error, their_error = rms(ours.double() - exact), rms(theirs.double() - exact)
+    luck = tolerance("sampling") * ulp(dtype) * rms(exact if magnitude is None else magnitude) / exact.numel() ** 0.5
+    limit = tolerance("error ratio") * their_error + luck
+    assert our_error <= limit, f"{what}: error {our_error:.3g}, operator by operator {their_error:.3g}"
+
+
+def assert_largest(actual: Tensor, expected: Tensor, name: str, what: str) -> None:
+    """``max |actual - expected| <= tolerance * max |expected|``."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not expected.numel():
+        return
+    error = (actual.double() - expected.double()).abs().max().item()
+    limit = tolerance(name) * expected.double().abs().max().item()
+    assert error <= limit, f"{what}: error {error:.3g}, allowed {limit:.3g}"
+
+
+def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """:func:`assert_largest` for tensors by name; integers must be equal."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        if value.is_floating_point():
+            assert_largest(actual[key], value, name, key)
+        else:
+            assert torch.equal(actual[key], value), key

@@ -5,18 +5,32 @@
 
 from . import reference
 from .backends import use_backend
+from .csp import CSPDenseBlock, CSPDenseNet, csp_densenet121, csp_densenet169, csp_densenet201, csp_densenet264
 from .fallback import FallbackError, FallbackWarning, strict
 from .functional import dense_block
+from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .modules import FusedDenseBlock, FusedDenseLayer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CSPDenseBlock",
+    "CSPDenseNet",
+    "DenseNet",
     "FallbackError",
     "FallbackWarning",
     "FusedDenseBlock",
     "FusedDenseLayer",
+    "csp_densenet121",
+    "csp_densenet169",
+    "csp_densenet201",
+    "csp_densenet264",
     "dense_block",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
     "reference",
     "strict",
     "use_backend",

@@ -154,3 +154,123 @@ class DenseNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x))
         return self.classifier(features.flatten(2).mean(2))
+
+
+class CSPDenseBlock(nn.Module):
+    """A cross stage partial dense block and its transitions (CSPNet, arXiv 1911.11929, section 3 and figure 3).
+
+    ``x_0 = [x_0', x_0'']`` by channels, ``int(split_ratio * num_input_features)`` of them in x_0'. With B the dense
+    block, T and U transitions, fusion "first" is ``U([B(x_0''), x_0'])``, "last" ``[T(B(x_0'')), x_0']`` and "both"
+    ``U([T(B(x_0'')), x_0'])``. The first transition pools, and x_0' is pooled to join it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int | None,
+        growth_rate: int,
+        drop_rate: float = 0.0,
+        *,
+        num_output_features: int,
+        split_ratio: float = 0.5,
+        fusion: str = "both",
+        pool: bool = True,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        self.around = int(split_ratio * num_input_features)
+        through = num_input_features - self.around
+        self.denseblock = DenseBlock(num_layers, through, bn_size, growth_rate, drop_rate, spatial_dims=spatial_dims)
+        self.pool = _AVG_POOL[spatial_dims](kernel_size=2, stride=2) if pool else nn.Identity()
+        self.fusion = fusion
+        width = through + num_layers * growth_rate
+        if fusion == "first":
+            self.transition = _transition(width + self.around, num_output_features, spatial_dims)
+        elif fusion == "last":
+            self.dense_transition = _transition(width, num_output_features - self.around, spatial_dims)
+        else:
+            half = num_output_features // 2
+            self.dense_transition = _transition(width, half, spatial_dims)
+            self.transition = _transition(half + self.around, num_output_features, spatial_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        around, through = x[:, : self.around], x[:, self.around :]
+        dense = self.denseblock(through)
+        if self.fusion == "first":
+            return self.pool(self.transition(torch.cat([dense, around], dim=1)))
+        if self.around:
+            joined = torch.cat([self.pool(self.dense_transition(dense)), self.pool(around)], dim=1)
+        else:
+            joined = self.pool(self.dense_transition(dense))
+        return joined if self.fusion == "last" else self.transition(joined)
+
+
+def _transition(num_input_features: int, num_output_features: int, spatial_dims: int) -> nn.Sequential:
+    """A transition up to its pooling."""
+    return nn.Sequential(
+        OrderedDict(
+            list(Transition(num_input_features, num_output_features, spatial_dims=spatial_dims).named_children())[:3]
+        )
+    )
+
+
+class CSPDenseNet(nn.Module):
+    """A DenseNet of :class:`CSPDenseBlock` stages, each as wide as DenseNet's; the last one is not pooled.
+
+    Args:
+        split_ratio, fusion: as CSPDenseBlock's; the others as DenseNet's.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int | None = 4,
+        compression: float = 0.5,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        *,
+        split_ratio: float = 0.5,
+        fusion: str = "both",
+        small_inputs: bool = False,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        stem = DenseNet(
+            growth_rate,
+            (),
+            num_init_features,
+            in_channels=in_channels,
+            small_inputs=small_inputs,
+            spatial_dims=spatial_dims,
+        )
+        self.features = stem.features
+        del self.features.norm5
+        width = num_init_features
+        for i, num_layers in enumerate(block_config):
+            last = i + 1 == len(block_config)
+            whole = width + num_layers * growth_rate
+            out = whole if last else int(whole * compression)
+            stage = CSPDenseBlock(
+                num_layers,
+                width,
+                bn_size,
+                growth_rate,
+                drop_rate,
+                num_output_features=out,
+                split_ratio=split_ratio,
+                fusion=fusion,
+                pool=not last,
+                spatial_dims=spatial_dims,
+            )
+            self.features.add_module(f"stage{i + 1}", stage)
+            width = out
+        self.features.add_module("norm5", _NORM[spatial_dims](width))
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.features(x))
+        return self.classifier(features.flatten(2).mean(2))

@@ -1,0 +1,149 @@
+"""``DenseNet`` on fused blocks: torchvision's constructor and keys, in 1, 2 or 3 dimensions, for ImageNet or CIFAR."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modules import CONV, NORM, FusedDenseBlock
+
+AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+class Transition(nn.Sequential):
+    """BN-ReLU-conv1 and, where ``pool``, 2^d average pooling; keys of torchvision's ``_Transition``.
+
+    Maps ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial)``, each size halved by pooling.
+    """
+
+    def __init__(
+        self, num_input_features: int, num_output_features: int, *, pool: bool = True, spatial_dims: int = 2
+    ) -> None:
+        parts = OrderedDict[str, nn.Module](
+            norm=NORM[spatial_dims](num_input_features),
+            relu=nn.ReLU(),
+            conv=CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False),
+        )
+        if pool:
+            parts["pool"] = AVG_POOL[spatial_dims](kernel_size=2, stride=2)
+        super().__init__(parts)
+
+
+class Network(nn.Module):
+    """What DenseNets have in common: the stem, then stages that a subclass adds, ``norm5`` and the classifier."""
+
+    def __init__(self, in_channels: int, num_init_features: int, small_inputs: bool, spatial_dims: int) -> None:
+        super().__init__()
+        conv, norm = CONV[spatial_dims], NORM[spatial_dims]
+        stem: OrderedDict[str, nn.Module] = OrderedDict()
+        if small_inputs:
+            stem["conv0"] = conv(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
+        else:
+            stem["conv0"] = conv(in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False)
+            stem["norm0"] = norm(num_init_features)
+            stem["relu0"] = nn.ReLU(inplace=True)
+            stem["pool0"] = MAX_POOL[spatial_dims](kernel_size=3, stride=2, padding=1)
+        self.features = nn.Sequential(stem)
+        self.spatial_dims = spatial_dims
+
+    def finish(self, num_features: int, num_classes: int) -> None:
+        """Adds what follows the stages and draws the initial weights, as torchvision does."""
+        self.features.add_module("norm5", NORM[self.spatial_dims](num_features))
+        self.classifier = nn.Linear(num_features, num_classes)
+        for module in self.modules():
+            if isinstance(module, CONV[self.spatial_dims]):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.features(x))
+        return self.classifier(features.flatten(2).mean(2))
+
+
+class DenseNet(Network):
+    """DenseNet and DenseNet-BC (arXiv 1608.06993, table 1 and section 4.2) on :class:`FusedDenseBlock`.
+
+    The positional arguments and the state_dict are torchvision's; the defaults are DenseNet-121.
+
+    Args:
+        growth_rate: k, feature maps added by each layer.
+        block_config: layers of each dense block.
+        num_init_features: channels of the stem.
+        bn_size: width of the bottleneck in multiples of k; None for layers without one.
+        drop_rate: dropout after each dense layer.
+        num_classes: outputs of the classifier.
+        memory_efficient: compute the bottlenecks again in backward instead of keeping them.
+        compression: theta, the share of channels that a transition keeps.
+        in_channels: channels of the image.
+        small_inputs: CIFAR's stem (one 3^d convolution) instead of ImageNet's (7^d, BN, ReLU, max pooling).
+        spatial_dims: 1, 2 or 3.
+
+    Shape:
+        ``(N, in_channels, *spatial)`` to ``(N, num_classes)``.
+    """
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int | None = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        memory_efficient: bool = False,
+        *,
+        compression: float = 0.5,
+        in_channels: int = 3,
+        small_inputs: bool = False,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__(in_channels, num_init_features, small_inputs, spatial_dims)
+        width = num_init_features
+        for i, num_layers in enumerate(block_config, 1):
+            block = FusedDenseBlock(
+                num_layers, width, bn_size, growth_rate, drop_rate, memory_efficient, spatial_dims=spatial_dims
+            )
+            self.features.add_module(f"denseblock{i}", block)
+            width += num_layers * growth_rate
+            if i < len(block_config):
+                out = int(width * compression)
+                self.features.add_module(f"transition{i}", Transition(width, out, spatial_dims=spatial_dims))
+                width = out
+        self.finish(width, num_classes)
+
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "121": {"growth_rate": 32, "block_config": (6, 12, 24, 16), "num_init_features": 64},
+    "161": {"growth_rate": 48, "block_config": (6, 12, 36, 24), "num_init_features": 96},
+    "169": {"growth_rate": 32, "block_config": (6, 12, 32, 32), "num_init_features": 64},
+    "201": {"growth_rate": 32, "block_config": (6, 12, 48, 32), "num_init_features": 64},
+    "264": {"growth_rate": 32, "block_config": (6, 12, 64, 48), "num_init_features": 64},
+}
+
+
+def densenet121(**arguments: Any) -> DenseNet:
+    """DenseNet-121 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s."""
+    return DenseNet(**CONFIGURATIONS["121"] | arguments)
+
+
+def densenet161(**arguments: Any) -> DenseNet:
+    """DenseNet-161 (k=48), as torchvision has it; ``arguments`` as :class:`DenseNet`'s."""
+    return DenseNet(**CONFIGURATIONS["161"] | arguments)
+
+
+def densenet169(**arguments: Any) -> DenseNet:
+    """DenseNet-169 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s."""
+    return DenseNet(**CONFIGURATIONS["169"] | arguments)
+
+
+def densenet201(**arguments: Any) -> DenseNet:
+    """DenseNet-201 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s."""
+    return DenseNet(**CONFIGURATIONS["201"] | arguments)
+
+
+def densenet264(**arguments: Any) -> DenseNet:
+    """DenseNet-264 of arXiv 1608.06993, table 1 (k=32); ``arguments`` as :class:`DenseNet`'s."""
+    return DenseNet(**CONFIGURATIONS["264"] | arguments)

@@ -10,9 +10,10 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, eager
+from .. import _extension
+from . import cpu, eager, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "eager": eager}
 """All backends by name, the preferred first."""
 
 _VARIABLE = "FUSED_DENSENET_BACKEND"
@@ -43,7 +44,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     """
     name = _forced[-1] if _forced else _known(os.environ.get(_VARIABLE, "auto"))
     if name == "auto":
-        return next(name for name, backend in BACKENDS.items() if backend.unavailable(device, dtype) is None)
+        names = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]  # the interpreter is for tests
+        name = next(name for name in names if BACKENDS[name].unavailable(device, dtype) is None)
+        if name == "eager" and device.type == "cpu" and not torch.compiler.is_compiling():
+            _extension.warn_if_missing()
+        return name
     reason = BACKENDS[name].unavailable(device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was asked for and cannot run: {reason}")

@@ -1,0 +1,131 @@
+"""Forward kernels: norm-relu-conv as an implicit matrix product, and the moments of what was stored."""
+
+import triton
+import triton.language as tl
+
+from .operands import at, normalise, position, tile_moments
+
+
+@triton.jit(do_not_specialize=["pixels", "D", "H", "W"])
+def norm_relu_conv(
+    x,
+    x_stride,
+    mean,
+    scale,
+    shift,
+    weight,
+    weight_k,
+    weight_c,
+    weight_d,
+    weight_h,
+    weight_w,
+    out,
+    out_stride,
+    moments,
+    pixels,
+    D,
+    H,
+    W,
+    C,
+    K,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``out[p, k] = sum over taps and c of relu(norm(x[p + tap, c])) * weight[k, c, tap]``.
+
+    A program computes a tile of BLOCK_P pixels by BLOCK_K channels, and leaves its mean and M2 in ``moments``
+    (tiles of pixels, 2, K).
+    """
+    TAPS: tl.constexpr = KD * KH * KW
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_k = k < K
+    tile = tl.program_id(1)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    valid = p < pixels
+    depth, height, width = position(p, D, H, W)
+    acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for step in range(0, tl.cdiv(C, BLOCK_C) * TAPS):
+        tap = step % TAPS
+        dd = tap // (KH * KW) - KD // 2
+        hh = tap // KW % KH - KH // 2
+        ww = tap % KW - KW // 2
+        inside = valid
+        if TAPS > 1:
+            inside = inside & (depth + dd >= 0) & (depth + dd < D) & (height + hh >= 0) & (height + hh < H)
+            inside = inside & (width + ww >= 0) & (width + ww < W)
+        c = step // TAPS * BLOCK_C + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        source = p.to(tl.int64) + ((dd * H + hh) * W + ww)
+        a = normalise(
+            tl.load(x + at(source, x_stride, c), mask=inside[:, None] & in_c[None, :], other=0.0),
+            tl.load(mean + c, mask=in_c, other=0.0),
+            tl.load(scale + c, mask=in_c, other=0.0),
+            tl.load(shift + c, mask=in_c, other=0.0),
+        )
+        a = tl.maximum(a, 0.0)
+        if TAPS > 1:
+            a = tl.where(inside[:, None], a, 0.0)
+        tap_offset = (dd + KD // 2) * weight_d + (hh + KH // 2) * weight_h + (ww + KW // 2) * weight_w
+        w = tl.load(
+            weight + tap_offset + (c * weight_c)[:, None] + (k * weight_k)[None, :],
+            mask=in_c[:, None] & in_k[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a.to(x.dtype.element_ty), w.to(x.dtype.element_ty), acc, input_precision=PRECISION)
+    stored = acc.to(out.dtype.element_ty)
+    tl.store(out + at(p, out_stride, k), stored, mask=valid[:, None] & in_k[None, :])
+    if MOMENTS:
+        n = tl.minimum(pixels - tile * BLOCK_P, BLOCK_P).to(tl.float32)
+        tile_mean, tile_m2 = tile_moments(stored.to(tl.float32), valid, n)
+        row = moments + tile.to(tl.int64) * 2 * K
+        tl.store(row + k, tile_mean, mask=in_k)
+        tl.store(row + K + k, tile_m2, mask=in_k)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_image", "row_pixels", "image_pixels"])
+def merge_moments(
+    moments,
+    mean,
+    var,
+    rows,
+    rows_per_image,
+    row_pixels,
+    image_pixels,
+    K,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The mean and biased variance per channel from ``moments`` (rows, 2, K), the means and M2 of disjoint pixels.
+
+    A row holds ``row_pixels`` pixels of an image, the last row of an image what is left.
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_k = k < K
+    lane = tl.arange(0, BLOCK_R)
+    total = (rows // rows_per_image).to(tl.float32) * image_pixels
+    origin = tl.load(moments + k, mask=in_k, other=0.0)
+    shift = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for i in range(0, rows, BLOCK_R):
+        row = i + lane
+        mask = (row < rows)[:, None] & in_k[None, :]
+        n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
+        row_mean = tl.load(moments + (row * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
+        shift += tl.where(mask, n[:, None] * (row_mean - origin[None, :]), 0.0)
+    centre = origin + tl.sum(shift, 0) / total
+    m2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for i in range(0, rows, BLOCK_R):
+        row = i + lane
+        mask = (row < rows)[:, None] & in_k[None, :]
+        n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
+        row_mean = tl.load(moments + (row * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
+        row_m2 = tl.load(moments + (row * 2 * K)[:, None] + (K + k)[None, :], mask=mask, other=0.0)
+        delta = row_mean - centre[None, :]
+        m2 += tl.where(mask, row_m2 + n[:, None] * delta * delta, 0.0)
+    tl.store(mean + k, centre, mask=in_k)
+    tl.store(var + k, tl.sum(m2, 0) / total, mask=in_k)

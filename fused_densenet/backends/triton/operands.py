@@ -1,0 +1,43 @@
+"""What the kernels share: addresses, the normalised activation, the gradient as it is loaded, moments of a tile."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalise(x, mean, scale, shift):
+    """ReLU's input. Forward and backward use this very expression, so that they agree on its sign."""
+    return (x.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def gradient(stored, value, scale, slope, mean, offset):
+    """``contract.Gradient`` of a tile of pixels by channels."""
+    centred = value.to(tl.float32) - mean[None, :]
+    return scale[None, :] * stored.to(tl.float32) + (slope[None, :] * centred + offset[None, :])
+
+
+@triton.jit
+def at(pixels, stride, channels):
+    """Offsets of a tile of pixels by channels, 64-bit.
+
+    Computed from the pixel itself: offsets within a tile would be the same in every iteration of the caller's loop, be
+    hoisted out of it, and take registers from the matrix product.
+    """
+    return (pixels.to(tl.int64) * stride)[:, None] + channels[None, :]
+
+
+@triton.jit
+def position(pixels, D, H, W):
+    """Depth, row and column of pixels counted through (N, D, H, W)."""
+    rows = pixels // W
+    return rows // H % D, rows % H, pixels % W
+
+
+@triton.jit
+def tile_moments(values, valid, n):
+    """Mean and M2 per column over the ``n`` valid rows: a corrected two-pass, no difference of large squares."""
+    first = tl.sum(tl.where(valid[:, None], values, 0.0), 0) / n
+    centred = tl.where(valid[:, None], values - first[None, :], 0.0)
+    drift = tl.sum(centred, 0) / n
+    return first + drift, tl.sum(centred * centred, 0) - n * drift * drift

@@ -1,0 +1,150 @@
+"""Tile sizes of the kernels for each class of shapes: a fixed choice, and the candidates that autotuning tries.
+
+With FUSED_DENSENET_AUTOTUNE=1 in the environment the candidates are timed at the first call of each shape class and
+the fastest is kept for the process; otherwise, and while a CUDA graph is captured, the first candidate is taken. Another
+tile adds in another order, so only fixed choices give the same bits in every process.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+AUTOTUNE = os.environ.get("FUSED_DENSENET_AUTOTUNE", "0") not in ("", "0")
+
+
+class Tile(NamedTuple):
+    """What one program computes at a time: ``p`` pixels, ``c`` input channels, ``k`` output channels (or tap rows)."""
+
+    p: int
+    c: int
+    k: int
+    warps: int
+    stages: int
+
+
+class ShapeClass(NamedTuple):
+    """What a kernel's best tile depends on.
+
+    Attributes:
+        kernel: the kernel's name.
+        arithmetic: "half" (bfloat16 and float16), "tf32" or "ieee".
+        k: output channels (tap rows in ``backward_weight``), rounded up to a power of two.
+        taps: taps of the convolution.
+    """
+
+    kernel: str
+    arithmetic: str
+    k: int
+    taps: int
+
+
+Choices = dict[int, list[Tile]]
+"""By the most output channels that they serve; the first is the fixed choice."""
+
+_TILES: dict[tuple[str, str], Choices] = {
+    ("norm_relu_conv", "half"): {
+        32: [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3)],
+        64: [Tile(64, 64, 64, 4, 3)],
+        128: [Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 8, 3)],
+        256: [Tile(64, 32, 256, 8, 3)],
+    },
+    ("norm_relu_conv", "tf32"): {
+        64: [Tile(64, 32, 64, 4, 3)],
+        128: [Tile(64, 32, 128, 8, 3)],
+        256: [Tile(64, 32, 256, 8, 2)],
+    },
+    ("norm_relu_conv", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
+    ("backward_pointwise", "half"): {
+        128: [Tile(64, 64, 128, 8, 2), Tile(64, 32, 128, 8, 2)],
+        256: [Tile(64, 32, 256, 8, 2)],
+    },
+    ("backward_pointwise", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
+    ("backward_data", "half"): {32: [Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)], 256: [Tile(64, 64, 64, 8, 2)]},
+    ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 4, 2)]},
+    ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
+    ("backward_weight", "half"): {256: [Tile(64, 64, 128, 8, 2), Tile(64, 128, 128, 8, 2)]},
+    ("backward_weight", "tf32"): {256: [Tile(32, 64, 128, 8, 2)]},
+    ("backward_weight", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
+}
+
+_TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
+    "sm_80": {
+        ("backward_pointwise", "half"): {128: [Tile(64, 32, 128, 8, 2)], 256: [Tile(32, 32, 256, 8, 2)]},
+        ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
+    },
+    "gfx942": {
+        ("norm_relu_conv", "half"): {
+            64: [Tile(64, 64, 64, 4, 3)],
+            128: [Tile(64, 32, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
+            256: [Tile(64, 32, 256, 8, 2)],
+        },
+        ("backward_pointwise", "half"): {128: [Tile(32, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
+    },
+}
+"""Where a family of GPUs differs: fewer registers or less shared memory than what the others use."""
+
+
+def candidates(shape: ShapeClass, family: str) -> list[Tile]:
+    """The tiles worth trying on a family of GPUs, the fixed choice first."""
+    key = (shape.kernel, shape.arithmetic)
+    choices = _TILES_OF.get(family, {}).get(key) or _TILES[key]
+    k = min(shape.k, max(choices))
+    tiles = next(tiles for most, tiles in choices.items() if k <= most)
+    return [tile._replace(k=min(k, tile.k)) for tile in tiles]
+
+
+_chosen: dict[tuple[ShapeClass, torch.device], Tile] = {}
+
+
+def tile(shape: ShapeClass, device: torch.device) -> Tile:
+    """The tile in use for a shape class on a device."""
+    return _chosen.get((shape, device)) or candidates(shape, family(device))[0]
+
+
+def wanted(shape: ShapeClass, device: torch.device) -> bool:
+    """Whether to tune now: asked for, not done yet, and no CUDA graph being captured."""
+    return (shape, device) not in _chosen and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def tune(shape: ShapeClass, device: torch.device, run: Callable[[Tile], None]) -> None:
+    """Times ``run`` with every candidate and keeps the fastest."""
+    times = {}
+    for candidate in candidates(shape, family(device)):
+        run(candidate)
+        times[candidate] = min(_milliseconds(functools.partial(run, candidate), device) for _ in range(5))
+    _chosen[shape, device] = min(times, key=lambda candidate: times[candidate])
+
+
+def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
+    module = torch.get_device_module(device)
+    start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """The GPUs whose choices a device shares, named by the one that the choices are compiled for.
+
+    "sm_80" stands for all with ``mma.sync`` (compute capability 8 and 12) and, until someone tunes them, for Intel's.
+    """
+    if device.type != "cuda":
+        return "sm_90" if device.type == "cpu" else "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or what other makers call so; 1 for the interpreter."""
+    if device.type == "cpu":
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count

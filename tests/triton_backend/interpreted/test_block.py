@@ -1,0 +1,65 @@
+"""A whole dense block on interpreted kernels against the reference: every result of a training step, and of eval."""
+
+import copy
+
+import blocks
+import pytest
+import tolerances
+import torch
+import triton_cpu
+
+from fused_densenet import FusedDenseBlock, reference, use_backend
+
+SIZES = {1: (2, 67), 2: (2, 7, 5), 3: (1, 3, 5, 3)}
+SHAPES = [(5, None), (12, 4)]  # growth rate, bn_size
+
+
+def pair(
+    spatial_dims: int, growth: int, bn_size: int | None, memory_efficient: bool = False
+) -> tuple[reference.DenseBlock, FusedDenseBlock, torch.Tensor]:
+    channels = 7
+    theirs = reference.DenseBlock(2, channels, bn_size, growth, spatial_dims=spatial_dims)
+    n, *spatial = SIZES[spatial_dims]
+    x = blocks.bimodal(n, channels, *spatial)
+    blocks.keep_clear_of_zero(theirs, x)
+    ours = FusedDenseBlock(2, channels, bn_size, growth, memory_efficient=memory_efficient, spatial_dims=spatial_dims)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours, x
+
+
+def run(block: FusedDenseBlock, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    with use_backend("triton"), triton_cpu.watch():
+        return blocks.step(block, x)
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize(("growth", "bn_size"), SHAPES, ids=["plain", "bottleneck"])
+def test_float32(spatial_dims: int, growth: int, bn_size: int | None) -> None:
+    theirs, ours, x = pair(spatial_dims, growth, bn_size, memory_efficient=spatial_dims == 3)
+    expected = blocks.step(theirs.double(), x.double())
+    tolerances.assert_same(run(ours, x), expected, "float32 whole block")
+
+
+def test_float32_in_eval() -> None:
+    theirs, ours, x = pair(1, 12, 4)
+    expected = blocks.step(theirs.double().eval(), x.double())
+    tolerances.assert_same(run(ours.eval(), x), expected, "float32 whole block")
+
+
+@pytest.mark.parametrize(("growth", "bn_size"), SHAPES, ids=["plain", "bottleneck"])
+def test_bfloat16(growth: int, bn_size: int | None) -> None:
+    theirs, ours, x = pair(2, growth, bn_size)
+    exact_block = copy.deepcopy(theirs).bfloat16().double()
+    exact = blocks.step(exact_block, x.bfloat16().double())
+    operators = blocks.step(theirs.bfloat16(), x.bfloat16())
+    for name, value in run(ours.bfloat16(), x.bfloat16()).items():
+        if value.is_floating_point():
+            tolerances.assert_error_ratio(value, operators[name], exact[name], torch.bfloat16, name)
+
+
+def test_deterministic() -> None:
+    _, ours, x = pair(1, 12, 4)
+    again = copy.deepcopy(ours)
+    first, second = run(ours, x), run(again, x)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

@@ -1,0 +1,14 @@
+"""Runs the tests of ``interpreted/`` in a process in which triton interprets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_interpreted() -> None:
+    folder = Path(__file__).parent / "interpreted"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr

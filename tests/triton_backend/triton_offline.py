@@ -1,0 +1,115 @@
+"""Compiles kernels for GPUs that are not there, with the specialisations of real launches, and reads the resources.
+
+Triton's own binder sees the arguments (divisible by 16, equal to 1); only the driver, which would ask a GPU what it is,
+is replaced. Must not be used in a process that interprets.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+"""Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities; CDNA3 ISA."""
+
+_MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+class _Driver:
+    """What triton asks of a driver while it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> tuple[str, Any]:  # the key of triton's cache of compiled kernels
+        return (self.target.backend, self.target.arch)
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_active(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def offline(target: str) -> Iterator[None]:
+    """Inside the context triton compiles for ``target``, one of :data:`TARGETS`."""
+    before, driver._active = getattr(driver, "_active", None), _Driver(TARGETS[target])
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def compile_kernel(function: Any, *arguments: Any, target: str, **constants: Any) -> Any:
+    """The compiled kernel that a launch with these arguments (CPU tensors or numbers) would run."""
+    with offline(target):
+        return function.warmup(*arguments, grid=(1,), **constants)
+
+
+@dataclass
+class Resources:
+    """Of one compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        shared: bytes of shared memory per block.
+        stack: bytes of local memory per thread; spilled registers live there, and nothing else of these kernels.
+        tensor_instructions: matrix instructions in the code.
+    """
+
+    registers: int
+    shared: int
+    stack: int
+    tensor_instructions: int
+
+
+def resources(compiled: Any) -> Resources:
+    target = compiled.metadata.target
+    if target.backend == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "-res-usage", file.name)
+        registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+        code, instruction = compiled.asm["ptx"], _MATRIX_INSTRUCTION[target.arch]
+    else:
+        code, instruction = compiled.asm["amdgcn"], "v_mfma"
+        registers, stack = (
+            _number(r"\.vgpr_count:\s+(\d+)", code),
+            _number(r"\.private_segment_fixed_size:\s+(\d+)", code),
+        )
+    return Resources(registers, compiled.metadata.shared, stack, code.count(instruction))
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, pattern
+    return int(match[1])
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Runs a tool that comes with triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout

@@ -47,7 +47,7 @@ class BackwardKernel {
     parallel_for(parallel, parts_, [&](int64_t part) {
       std::memset(dweight_ + part * dweight_size_, 0, static_cast<size_t>(dweight_size_) * sizeof(A));
       const Range boxes = split(grid_.count(), parts_, part);
-      for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, part);
+      for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
     });
     merge_sums(partial_, grid_.count(), f_.shape.in, f_.sum_dz, f_.sum_dz_centered, parallel);
     if (!needs_dweight()) return;
@@ -67,7 +67,7 @@ class BackwardKernel {
     return reinterpret_cast<X*>(reinterpret_cast<char*>(p) + part * part_bytes_);
   }
 
-  void box(int64_t i, int64_t part) const {
+  void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t padded = (b.size[0] + 2 * grid_.margin[0]) * height * width;
@@ -83,18 +83,42 @@ class BackwardKernel {
     }
     for (int64_t c = 0; c < f_.shape.in; c += kBlock) {
       const int64_t channels = least(kBlock, f_.shape.in - c);
-      if (needs_dweight()) weight_gradient(b, part, c, channels, height, width);
+      Prefetch prefetch = next_operands(b, i, end, c);
+      if (needs_dweight()) weight_gradient(b, part, c, channels, height, width, prefetch);
       A* result = of_part(result_, part);
       for (int64_t d = 0; d < b.size[0]; ++d) {
         for (int64_t h = 0; h < b.size[1]; ++h) {
           multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
                                         weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
                                         result + (d * b.size[1] + h) * b.size[2] * kBlock, kBlock, b.size[2], channels,
-                                        steps, count, false);
+                                        steps, count, false, prefetch);
         }
       }
       store_data_gradient(b, result, c, channels, partial_ + 2 * i * f_.shape.in);
     }
+  }
+
+  // What the next block of channels reads, or the next box's first.
+  Prefetch next_operands(const Box& b, int64_t i, int64_t end, int64_t c) const {
+    Prefetch prefetch;
+    int64_t next = c + kBlock, from = grid_.pixel(b, 0, 0, 0);
+    const int64_t pixels = b.size[0] * b.size[1] * b.size[2];
+    if (next >= f_.shape.in) {
+      if (i + 1 == end) return prefetch;
+      next = 0;
+      from = grid_.pixel(grid_.at(i + 1), 0, 0, 0);
+      const Pixels &stored = f_.grad.stored, &value = f_.grad.value;
+      const int64_t bytes = f_.shape.out * sizeof(T);
+      prefetch.add(static_cast<const T*>(stored.data) + from * stored.ld, pixels, bytes, stored.ld * sizeof(T));
+      prefetch.add(static_cast<const T*>(value.data) + from * value.ld, pixels, bytes, value.ld * sizeof(T));
+    }
+    const int64_t bytes = least(kBlock, f_.shape.in - next) * sizeof(T);
+    prefetch.add(static_cast<const T*>(f_.x.data) + from * f_.x.ld + next, pixels, bytes, f_.x.ld * sizeof(T));
+    prefetch.add(static_cast<const T*>(f_.dx.data) + from * f_.dx.ld + next, pixels, bytes, f_.dx.ld * sizeof(T));
+    int64_t calls = b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock);
+    if (needs_dweight()) calls += f_.shape.taps() * tiles_of<P, Reduce::pixels>(kBlock, f_.shape.out);
+    prefetch.spread(calls);
+    return prefetch;
   }
 
   int64_t tap_pixel(int64_t tap, int64_t height, int64_t width) const {
@@ -128,7 +152,8 @@ class BackwardKernel {
 
   int64_t row_elements(const Box& b) const { return ceil_div(b.size[2], P::pair); }
 
-  void weight_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t height, int64_t width) const {
+  void weight_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t height, int64_t width,
+                       Prefetch& prefetch) const {
     const Activation<T> activation(f_.x, f_.norm);
     E* a = of_part(activation_, part);
     for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
@@ -151,7 +176,8 @@ class BackwardKernel {
       for (int64_t k = 0; k < pixel_blocks_; ++k) {
         multiply<P, Reduce::pixels>(a + tap_pixel(tap, height, width) * kBlock, 1, gradient + k * block_size, kWidth,
                                     dweight + (tap * f_.shape.in + c) * ld_dweight_ + k * kBlock, ld_dweight_, channels,
-                                    least(kBlock, f_.shape.out - k * kBlock), steps, b.size[0] * b.size[1], true);
+                                    least(kBlock, f_.shape.out - k * kBlock), steps, b.size[0] * b.size[1], true,
+                                    prefetch);
       }
     }
   }
@@ -168,16 +194,19 @@ class BackwardKernel {
       const V scale = load(activation.scale + c + j, n);
       V sum = V::zero(), sum_centered = V::zero();
       const A* from = result + j;
-      for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
-        for (int64_t w = 0; w < b.size[2]; ++w, from += kBlock) {
-          const V centered = activation.centered(first + w, c + j, n);
-          const V dz = where_positive(activation.before_relu(centered, c + j, n), load(from));
-          sum += dz;
-          sum_centered = fma(dz, centered, sum_centered);
-          T* p = dx + (first + w) * f_.dx.ld + c + j;
-          store(p, f_.accumulate ? fma(scale, dz, load(p, n)) : dz, n);
-        }
-      });
+      const auto column = [&](int lanes) {  // a constant for whole vectors
+        for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
+          for (int64_t w = 0; w < b.size[2]; ++w, from += kBlock) {
+            const V centered = activation.centered(first + w, c + j, lanes);
+            const V dz = where_positive(activation.before_relu(centered, c + j, lanes), load(from));
+            sum += dz;
+            sum_centered = fma(dz, centered, sum_centered);
+            T* p = dx + (first + w) * f_.dx.ld + c + j;
+            store(p, f_.accumulate ? fma(scale, dz, load(p, lanes)) : dz, lanes);
+          }
+        });
+      };
+      n == V::size ? column(V::size) : column(n);
       store(sums + c + j, sum, n);
       store(sums + f_.shape.in + c + j, sum_centered, n);
     }

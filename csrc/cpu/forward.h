@@ -37,7 +37,7 @@ class ForwardKernel {
       packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
     parallel_for(parallel, parts_, [&](int64_t part) {
       const Range boxes = split(grid_.count(), parts_, part);
-      for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, part);
+      for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
     });
     if (f_.moments.mean != nullptr) {
       merge_moments(
@@ -56,7 +56,7 @@ class ForwardKernel {
     return reinterpret_cast<X*>(reinterpret_cast<char*>(p) + part * part_bytes_);
   }
 
-  void box(int64_t i, int64_t part) const {
+  void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
     E* operand = of_part(operand_, part);
     A* result = of_part(result_, part);
@@ -86,11 +86,17 @@ class ForwardKernel {
         }
       }
     }
+    Prefetch prefetch;
+    if (i + 1 < end) {
+      prefetch.add(static_cast<const T*>(f_.x.data) + grid_.pixel(grid_.at(i + 1), 0, 0, 0) * f_.x.ld,
+                   b.size[0] * b.size[1] * b.size[2], f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
+    }
+    prefetch.spread(b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], f_.shape.out));
     for (int64_t d = 0; d < b.size[0]; ++d) {
       for (int64_t h = 0; h < b.size[1]; ++h) {
         multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
                                       packed_.panel_size(), result + (d * b.size[1] + h) * b.size[2] * ldc_, ldc_,
-                                      b.size[2], f_.shape.out, steps, count, false);
+                                      b.size[2], f_.shape.out, steps, count, false, prefetch);
       }
     }
     const bool wanted = f_.moments.mean != nullptr;

@@ -105,8 +105,9 @@ struct Fill<Plain<A>, S> {
                          A* out) {
     for (int64_t i = 0; i < width; ++i, out += kBlock) {
       if (i >= low && i < high) {
-        for (int64_t j = 0; j < count; j += V::size)
-          store(out + j, s.at(first + i, c + j, static_cast<int>(count - j)));
+        int64_t j = 0;
+        for (; j + V::size <= count; j += V::size) store(out + j, s.at(first + i, c + j, V::size));
+        if (j < count) store(out + j, s.at(first + i, c + j, static_cast<int>(count - j)));
       } else {
         for (int64_t j = 0; j < count; j += V::size) store(out + j, V::zero());
       }

@@ -14,18 +14,21 @@ void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t col
     const int n = static_cast<int>(least(V::size, columns - j));
     V sum = V::zero();
     A* from = c + j;
-    runs([&](int64_t pixel, int64_t count) {
-      T* p = out + pixel * ld + j;
-      for (int64_t i = 0; i < count; ++i, p += ld, from += ldc) {
-        V x = load(from);
-        store(p, x, n);
-        if constexpr (sizeof(T) == 2) {
-          x = load(p, n);
-          store(from, x);
+    const auto column = [&](int lanes) {  // a constant for whole vectors
+      runs([&](int64_t pixel, int64_t count) {
+        T* p = out + pixel * ld + j;
+        for (int64_t i = 0; i < count; ++i, p += ld, from += ldc) {
+          V x = load(from);
+          store(p, x, lanes);
+          if constexpr (sizeof(T) == 2) {
+            x = load(p, lanes);
+            store(from, x);
+          }
+          sum += x;
         }
-        sum += x;
-      }
-    });
+      });
+    };
+    n == V::size ? column(V::size) : column(n);
     if (mean == nullptr) continue;
     const V average = sum * V::all(A(1) / static_cast<A>(rows));
     V squares = V::zero();

@@ -113,12 +113,50 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Fetches rows of memory into the second-level cache, a few lines at a time, while something else is computed.
+class Prefetch {
+ public:
+  // `rows` rows of `bytes` from `first`, `stride` bytes apart.
+  void add(const void* first, int64_t rows, int64_t bytes, int64_t stride) {
+    if (streams_ == kStreams) return;
+    streams[streams_++] = {static_cast<const char*>(first), rows, ceil_div(bytes, kLine), stride};
+    lines_ += rows * ceil_div(bytes, kLine);
+  }
+  // Over so many calls of some().
+  void spread(int64_t calls) { per_call_ = ceil_div(lines_, most(calls, 1)); }
+  void some() {
+    for (int64_t i = 0; i < per_call_ && stream_ < streams_; ++i) {
+      const Stream& s = streams[stream_];
+      __builtin_prefetch(s.first + row_ * s.stride + line_ * kLine, 0, 2);
+      if (++line_ < s.lines) continue;
+      line_ = 0;
+      if (++row_ < s.rows) continue;
+      row_ = 0;
+      ++stream_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kStreams = 4;
+  struct Stream {
+    const char* first;
+    int64_t rows, lines, stride;
+  };
+  Stream streams[kStreams];
+  int64_t streams_ = 0, lines_ = 0, per_call_ = 0, stream_ = 0, row_ = 0, line_ = 0;
+};
+
 // C[rows][columns] (+)= A B in tiles; `a_stride` elements of A from row to row, `b_panel` elements of B from one panel
 // of columns to the next. Every panel but the last of B is full; C has room for whole panels.
 template <class P, Reduce R>
+int64_t tiles_of(int64_t rows, int64_t columns) {
+  return ceil_div(rows, kTileRows) * ceil_div(columns, Layout<P, R>::panel);
+}
+
+template <class P, Reduce R>
 void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
               typename P::Acc* c, int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count,
-              bool accumulate) {
+              bool accumulate, Prefetch& prefetch) {
   constexpr int panel = Layout<P, R>::panel;
   constexpr int vector = Vec<typename P::Acc>::size;
   const int64_t row_tiles = ceil_div(rows, kTileRows);
@@ -128,6 +166,7 @@ void multiply(const typename P::Element* a, int64_t a_stride, const typename P::
       const int vectors = columns - j * panel > vector ? 2 : 1;
       const TileFunction<P> function = Tiles<P, R>::find(static_cast<int>(r.size()), vectors);
       function(a + r.begin * a_stride, b + j * b_panel, c + r.begin * ldc + j * panel, ldc, steps, count, accumulate);
+      prefetch.some();
     }
   }
 }

@@ -20,12 +20,12 @@ class BackwardKernel {
         ld_dweight_(ceil_div(f.shape.out, kWidth) * kWidth),
         pixel_blocks_(ceil_div(ld_dweight_, kBlock)) {
     const int64_t operands = grad_blocks_ + 1 + (P::pair == 2 ? pixel_blocks_ : 0);
-    grid_ = plan_grid(f.shape, operands * kBlock * sizeof(E) + kBlock * sizeof(A), threads);
+    grid_ = plan_grid(f.shape, operands * kBlock * sizeof(E) + kBlock * sizeof(A), threads, packed_.winograd);
     parts_ = parts_of(grid_, threads);
     Arena arena(workspace);
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.in);
-    dweight_size_ = needs_dweight() ? f.shape.taps() * f.shape.in * ld_dweight_ : 0;
+    dweight_size_ = needs_dweight() ? packed_.taps * f.shape.in * ld_dweight_ : 0;
     dweight_ = arena.take<A>(dweight_size_ * parts_);
     for_parts_ = arena.used();
     grad_ = arena.take<E>(grad_blocks_ * grid_.padded_pixels() * kBlock);
@@ -33,6 +33,9 @@ class BackwardKernel {
     activation_ = arena.take<E>(grid_.padded_pixels() * kBlock);
     result_ = arena.take<A>(grid_.pixels() * kBlock);
     steps_ = arena.take<Step>(f.shape.taps() * grad_blocks_);
+    product_ = {f.shape.out, kBlock};
+    patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
+    products_ = arena.take<A>(packed_.winograd ? product_.products_size(kBlock) : 0);
     row_steps_ = arena.take<Step>(grid_.box[0] * grid_.box[1]);
     part_bytes_ = arena.used() - for_parts_;
   }
@@ -52,9 +55,9 @@ class BackwardKernel {
     merge_sums(partial_, grid_.count(), f_.shape.in, f_.sum_dz, f_.sum_dz_centered, parallel);
     if (!needs_dweight()) return;
     if (f_.dweight.is_float)
-      write_dweight<A, float>(f_.shape, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
+      write_dweight<A, float>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
     else
-      write_dweight<A, T>(f_.shape, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
+      write_dweight<A, T>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
   }
 
  private:
@@ -72,29 +75,55 @@ class BackwardKernel {
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t padded = (b.size[0] + 2 * grid_.margin[0]) * height * width;
     load_gradient(b, part, padded, width);
+    for (int64_t c = 0; c < f_.shape.in; c += kBlock) {
+      const int64_t channels = least(kBlock, f_.shape.in - c);
+      Prefetch prefetch = next_operands(b, i, end, c);
+      if (needs_dweight()) {
+        load_activation(b, part, c, channels, width);
+        if (packed_.winograd)
+          weight_gradient_by_patches(b, part, c, channels, height * width * kBlock, prefetch);
+        else
+          weight_gradient(b, part, c, channels, height, width, prefetch);
+      }
+      if (packed_.winograd)
+        data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
+      else
+        data_gradient(b, part, c, channels, height, width, padded, prefetch);
+      store_data_gradient(b, of_part(result_, part), c, channels, partial_ + 2 * i * f_.shape.in);
+    }
+  }
+
+  void data_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t height, int64_t width,
+                     int64_t padded, Prefetch& prefetch) const {
     Step* steps = of_part(steps_, part);
     int64_t count = 0;
     for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
       for (int64_t k = 0; k < grad_blocks_; ++k) {
-        steps[count++] = {(k * padded + tap_pixel(tap, height, width)) * kBlock,
+        steps[count++] = {(k * padded + tap_pixel(f_.shape, tap, height, width)) * kBlock,
                           (tap * packed_.row_elements() + k * kBlock) * packed_.width,
                           least(kBlock, packed_.row_elements() - k * kBlock)};
       }
     }
-    for (int64_t c = 0; c < f_.shape.in; c += kBlock) {
-      const int64_t channels = least(kBlock, f_.shape.in - c);
-      Prefetch prefetch = next_operands(b, i, end, c);
-      if (needs_dweight()) weight_gradient(b, part, c, channels, height, width, prefetch);
-      A* result = of_part(result_, part);
-      for (int64_t d = 0; d < b.size[0]; ++d) {
-        for (int64_t h = 0; h < b.size[1]; ++h) {
-          multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
-                                        weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
-                                        result + (d * b.size[1] + h) * b.size[2] * kBlock, kBlock, b.size[2], channels,
-                                        steps, count, false, prefetch);
-        }
+    for (int64_t d = 0; d < b.size[0]; ++d) {
+      for (int64_t h = 0; h < b.size[1]; ++h) {
+        multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
+                                      weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
+                                      of_part(result_, part) + (d * b.size[1] + h) * b.size[2] * kBlock, kBlock,
+                                      b.size[2], channels, steps, count, false, prefetch);
       }
-      store_data_gradient(b, result, c, channels, partial_ + 2 * i * f_.shape.in);
+    }
+  }
+
+  void data_gradient_by_patches(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t plane_size,
+                                int64_t block_size, Prefetch& prefetch) const {
+    if constexpr (P::pair == 1) {
+      const WinogradProduct<P> product{f_.shape.out, channels};
+      for (int64_t d = 0; d < b.size[0]; ++d) {
+        product.run({b.size[1], b.size[2]}, of_part(grad_, part) + d * plane_size, block_size,
+                    weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
+                    of_part(result_, part) + d * b.size[1] * b.size[2] * kBlock, kBlock, of_part(patches_, part),
+                    of_part(products_, part), of_part(steps_, part), prefetch);
+      }
     }
   }
 
@@ -115,15 +144,11 @@ class BackwardKernel {
     const int64_t bytes = least(kBlock, f_.shape.in - next) * sizeof(T);
     prefetch.add(static_cast<const T*>(f_.x.data) + from * f_.x.ld + next, pixels, bytes, f_.x.ld * sizeof(T));
     prefetch.add(static_cast<const T*>(f_.dx.data) + from * f_.dx.ld + next, pixels, bytes, f_.dx.ld * sizeof(T));
-    int64_t calls = b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock);
-    if (needs_dweight()) calls += f_.shape.taps() * tiles_of<P, Reduce::pixels>(kBlock, f_.shape.out);
+    int64_t calls = packed_.winograd ? b.size[0] * product_.calls({b.size[1], b.size[2]})
+                                     : b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock);
+    if (needs_dweight()) calls += packed_.taps * tiles_of<P, Reduce::pixels>(kBlock, f_.shape.out);
     prefetch.spread(calls);
     return prefetch;
-  }
-
-  int64_t tap_pixel(int64_t tap, int64_t height, int64_t width) const {
-    const Shape& s = f_.shape;
-    return (tap / (s.kh * s.kw) * height + tap / s.kw % s.kh) * width + tap % s.kw;
   }
 
   void load_gradient(const Box& b, int64_t part, int64_t padded, int64_t width) const {
@@ -152,13 +177,44 @@ class BackwardKernel {
 
   int64_t row_elements(const Box& b) const { return ceil_div(b.size[2], P::pair); }
 
+  void load_activation(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t width) const {
+    const Activation<T> activation(f_.x, f_.norm);
+    for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
+      Fill<P, Activation<T>>::by_pixel(activation, first, low, high, width, c, channels,
+                                       of_part(activation_, part) + row * width * kBlock);
+    });
+  }
+
+  void weight_gradient_by_patches(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t plane_size,
+                                  Prefetch& prefetch) const {
+    if constexpr (P::pair == 1) {
+      const TilePlane plane{b.size[1], b.size[2]};
+      const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, product_.strip());
+      const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * plane_size;
+      A *patches = of_part(patches_, part), *gradients = of_part(products_, part);
+      for (int64_t s = 0; s < b.size[0] * strips; ++s) {
+        const int64_t d = s / strips;
+        const Range range = split(all, strips, s % strips);
+        const int64_t tiles = range.size();
+        transform_patches(plane, of_part(activation_, part) + d * plane_size, range.begin, tiles, channels, patches);
+        for (int64_t k = 0; k < pixel_blocks_; ++k) {
+          const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
+          transform_gradients(plane, of_part(grad_, part) + k * block_size + d * plane_size, range.begin, tiles, count,
+                              gradients);
+          const Step step{0, 0, tiles};
+          for (int64_t i = 0; i < kPositions; ++i) {
+            A* dweight = dweight_ + part * dweight_size_ + (i * f_.shape.in + c) * ld_dweight_ + k * kBlock;
+            multiply<P, Reduce::pixels>(patches + i * tiles * kBlock, 1, gradients + i * tiles * kBlock, kWidth,
+                                        dweight, ld_dweight_, channels, count, &step, 1, true, prefetch);
+          }
+        }
+      }
+    }
+  }
+
   void weight_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t height, int64_t width,
                        Prefetch& prefetch) const {
-    const Activation<T> activation(f_.x, f_.norm);
-    E* a = of_part(activation_, part);
-    for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
-      Fill<P, Activation<T>>::by_pixel(activation, first, low, high, width, c, channels, a + row * width * kBlock);
-    });
+    const E* a = of_part(activation_, part);
     const int64_t block_size =
         (P::pair == 2 ? grid_.pixels() : (b.size[0] + 2 * grid_.margin[0]) * height * width) * kBlock;
     const E* gradient =
@@ -174,10 +230,10 @@ class BackwardKernel {
     A* dweight = dweight_ + part * dweight_size_;
     for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
       for (int64_t k = 0; k < pixel_blocks_; ++k) {
-        multiply<P, Reduce::pixels>(a + tap_pixel(tap, height, width) * kBlock, 1, gradient + k * block_size, kWidth,
-                                    dweight + (tap * f_.shape.in + c) * ld_dweight_ + k * kBlock, ld_dweight_, channels,
-                                    least(kBlock, f_.shape.out - k * kBlock), steps, b.size[0] * b.size[1], true,
-                                    prefetch);
+        multiply<P, Reduce::pixels>(a + tap_pixel(f_.shape, tap, height, width) * kBlock, 1, gradient + k * block_size,
+                                    kWidth, dweight + (tap * f_.shape.in + c) * ld_dweight_ + k * kBlock, ld_dweight_,
+                                    channels, least(kBlock, f_.shape.out - k * kBlock), steps, b.size[0] * b.size[1],
+                                    true, prefetch);
       }
     }
   }
@@ -216,8 +272,9 @@ class BackwardKernel {
   PackedWeight<P> packed_;
   int64_t grad_blocks_, ld_dweight_, pixel_blocks_, dweight_size_, parts_;
   Grid grid_;
-  E *weight_, *grad_, *grad_by_pixel_, *activation_;
-  A *partial_, *dweight_, *result_;
+  WinogradProduct<P> product_;
+  E *weight_, *grad_, *grad_by_pixel_, *activation_, *patches_;
+  A *partial_, *dweight_, *result_, *products_;
   Step *steps_, *row_steps_;
   size_t for_parts_, part_bytes_;
 };

@@ -16,7 +16,7 @@ class ForwardKernel {
         blocks_(ceil_div(packed_.row_elements(), kBlock)),
         ldc_(packed_.panels() * packed_.width) {
     const int64_t bytes_per_pixel = blocks_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
-    grid_ = plan_grid(f.shape, bytes_per_pixel, threads);
+    grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.winograd);
     parts_ = parts_of(grid_, threads);
     Arena arena(workspace);
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
@@ -25,6 +25,9 @@ class ForwardKernel {
     operand_ = arena.take<E>(blocks_ * grid_.padded_pixels() * kBlock);
     result_ = arena.take<A>(grid_.pixels() * ldc_);
     steps_ = arena.take<Step>(f.shape.taps() * blocks_);
+    product_ = {f.shape.in, f.shape.out};
+    patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
+    products_ = arena.take<A>(packed_.winograd ? product_.products_size(ldc_) : 0);
     part_bytes_ = arena.used() - for_parts_;
   }
 
@@ -60,7 +63,6 @@ class ForwardKernel {
     const Box b = grid_.at(i);
     E* operand = of_part(operand_, part);
     A* result = of_part(result_, part);
-    Step* steps = of_part(steps_, part);
     const Activation<T> activation(f_.x, f_.norm);
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
@@ -73,32 +75,15 @@ class ForwardKernel {
                                            operand + k * block_size + row * width * kBlock);
       }
     });
-    int64_t count = 0;
-    for (int64_t d = 0; d < f_.shape.kd; ++d) {
-      for (int64_t h = 0; h < f_.shape.kh; ++h) {
-        for (int64_t w = 0; w < f_.shape.kw; ++w) {
-          const int64_t tap = (d * f_.shape.kh + h) * f_.shape.kw + w;
-          for (int64_t k = 0; k < blocks_; ++k) {
-            steps[count++] = {k * block_size + ((d * height + h) * width + w) * kBlock,
-                              (tap * packed_.row_elements() + k * kBlock) * packed_.width,
-                              least(kBlock, packed_.row_elements() - k * kBlock)};
-          }
-        }
-      }
-    }
     Prefetch prefetch;
     if (i + 1 < end) {
       prefetch.add(static_cast<const T*>(f_.x.data) + grid_.pixel(grid_.at(i + 1), 0, 0, 0) * f_.x.ld,
                    b.size[0] * b.size[1] * b.size[2], f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
     }
-    prefetch.spread(b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], f_.shape.out));
-    for (int64_t d = 0; d < b.size[0]; ++d) {
-      for (int64_t h = 0; h < b.size[1]; ++h) {
-        multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
-                                      packed_.panel_size(), result + (d * b.size[1] + h) * b.size[2] * ldc_, ldc_,
-                                      b.size[2], f_.shape.out, steps, count, false, prefetch);
-      }
-    }
+    if (packed_.winograd)
+      by_patches(b, part, height * width * kBlock, block_size, prefetch);
+    else
+      tap_by_tap(b, part, height, width, block_size, prefetch);
     const bool wanted = f_.moments.mean != nullptr;
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;
     A* m2 = wanted ? mean + f_.shape.out : nullptr;
@@ -109,12 +94,48 @@ class ForwardKernel {
                           f_.out.ld, runs, mean, m2);
   }
 
+  void tap_by_tap(const Box& b, int64_t part, int64_t height, int64_t width, int64_t block_size,
+                  Prefetch& prefetch) const {
+    const E* operand = of_part(operand_, part);
+    A* result = of_part(result_, part);
+    Step* steps = of_part(steps_, part);
+    int64_t count = 0;
+    for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
+      for (int64_t k = 0; k < blocks_; ++k) {
+        steps[count++] = {k * block_size + tap_pixel(f_.shape, tap, height, width) * kBlock,
+                          (tap * packed_.row_elements() + k * kBlock) * packed_.width,
+                          least(kBlock, packed_.row_elements() - k * kBlock)};
+      }
+    }
+    prefetch.spread(b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], f_.shape.out));
+    for (int64_t d = 0; d < b.size[0]; ++d) {
+      for (int64_t h = 0; h < b.size[1]; ++h) {
+        multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
+                                      packed_.panel_size(), result + (d * b.size[1] + h) * b.size[2] * ldc_, ldc_,
+                                      b.size[2], f_.shape.out, steps, count, false, prefetch);
+      }
+    }
+  }
+
+  void by_patches(const Box& b, int64_t part, int64_t plane_size, int64_t block_size, Prefetch& prefetch) const {
+    if constexpr (P::pair == 1) {
+      const TilePlane plane{b.size[1], b.size[2]};
+      prefetch.spread(b.size[0] * product_.calls(plane));
+      for (int64_t d = 0; d < b.size[0]; ++d) {
+        product_.run(plane, of_part(operand_, part) + d * plane_size, block_size, weight_, packed_.panel_size(),
+                     of_part(result_, part) + d * b.size[1] * b.size[2] * ldc_, ldc_, of_part(patches_, part),
+                     of_part(products_, part), of_part(steps_, part), prefetch);
+      }
+    }
+  }
+
   const Forward& f_;
   PackedWeight<P> packed_;
   int64_t blocks_, ldc_, parts_;
   Grid grid_;
-  E *weight_, *operand_;
-  A *partial_, *result_;
+  WinogradProduct<P> product_;
+  E *weight_, *operand_, *patches_;
+  A *partial_, *result_, *products_;
   Step* steps_;
   size_t for_parts_, part_bytes_;
 };

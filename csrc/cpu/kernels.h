@@ -6,6 +6,7 @@
 #include "tile.h"
 // clang-format off
 #include "operands.h"
+#include "winograd.h"
 #include "weight.h"
 #include "reduce.h"
 #include "plan.h"

@@ -53,7 +53,11 @@ struct Box {
 };
 
 struct Grid {  // how an image is cut into boxes
-  int64_t image[3], box[3], margin[3], parts[3], images;
+  int64_t image[3], unit[3], box[3], margin[3], parts[3], images;
+  void cut(int i, int64_t count) {
+    parts[i] = count;
+    box[i] = least(image[i], ceil_div(ceil_div(image[i], unit[i]), count) * unit[i]);
+  }
   int64_t count() const { return images * parts[0] * parts[1] * parts[2]; }
   int64_t pixels() const { return box[0] * box[1] * box[2]; }
   int64_t padded(int i) const { return box[i] + 2 * margin[i]; }
@@ -61,9 +65,9 @@ struct Grid {  // how an image is cut into boxes
   Box at(int64_t i) const {
     Box b;
     for (int j = 2; j >= 0; --j) {
-      const Range r = split(image[j], parts[j], i % parts[j]);
-      b.begin[j] = r.begin;
-      b.size[j] = r.size();
+      const Range r = split(ceil_div(image[j], unit[j]), parts[j], i % parts[j]);
+      b.begin[j] = r.begin * unit[j];
+      b.size[j] = least(r.end * unit[j], image[j]) - b.begin[j];
       i /= parts[j];
     }
     b.image = i;
@@ -73,6 +77,11 @@ struct Grid {  // how an image is cut into boxes
     return ((b.image * image[0] + b.begin[0] + d) * image[1] + b.begin[1] + h) * image[2] + b.begin[2] + w;
   }
 };
+
+// Which pixel of a padded box a tap reads for the box's first pixel.
+inline int64_t tap_pixel(const Shape& s, int64_t tap, int64_t height, int64_t width) {
+  return (tap / (s.kh * s.kw) * height + tap / s.kw % s.kh) * width + tap % s.kw;
+}
 
 // Calls row(index, first, low, high) for every row of pixels of a box with its margin: `index` rows are before it in
 // scratch, its pixel i is pixel `first + i` of the batch, and pixels outside [low, high) lie outside the image.

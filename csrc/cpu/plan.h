@@ -5,33 +5,33 @@ namespace fused_densenet::FD_ISA {
 constexpr int64_t kCacheBytes = 384 << 10;  // of a core's second-level cache, for the operands of one box
 
 // A 1x1 convolution sees one long row of pixels. Boxes are as equal as they can be, and as many as fill the threads
-// evenly.
-inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads) {
+// evenly; where `even`, of an even height and width but for the last.
+inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, bool even) {
   Grid g;
   const bool pointwise = s.taps() == 1;
   const int64_t image[3] = {pointwise ? 1 : s.d, pointwise ? 1 : s.h, pointwise ? s.pixels() : s.w};
   const int64_t kernel[3] = {s.kd, s.kh, s.kw};
   g.images = pointwise ? 1 : s.n;
+  int64_t units[3];  // in these a box is measured
   for (int j = 0; j < 3; ++j) {
     g.image[j] = image[j];
     g.margin[j] = kernel[j] / 2;
-    g.box[j] = 1;
-    g.parts[j] = image[j];
+    g.unit[j] = even && j > 0 ? 2 : 1;
+    units[j] = ceil_div(image[j], g.unit[j]);
+    g.cut(j, units[j]);
   }
   const int64_t budget = most(kCacheBytes / bytes_per_pixel, 1);
   for (int j = 2; j >= 0; --j) {  // grow along W, then H, then D, while the padded box fits
-    const int64_t longest = j == 2 ? 8 * kTileRows : image[j];
     const int64_t others = g.padded_pixels() / g.padded(j);
-    const int64_t fits = most(budget / others - 2 * g.margin[j], j == 2 ? kTileRows : 1);
-    g.parts[j] = ceil_div(image[j], least(longest, fits));
-    g.box[j] = ceil_div(image[j], g.parts[j]);
+    const int64_t fits = most(budget / others - 2 * g.margin[j], j == 2 ? kTileRows : g.unit[j]);
+    const int64_t longest = j == 2 ? least(8 * kTileRows, fits) : fits;
+    g.cut(j, ceil_div(units[j], most(longest / g.unit[j], 1)));
   }
   for (int j = 0; j < 3; ++j) {  // cut further where threads would be left without equal work
     const int64_t rest = g.count() / g.parts[j];
-    while (g.count() % threads != 0 && g.count() < 4 * threads && g.parts[j] < image[j]) {
-      g.parts[j] = least(image[j], ceil_div(ceil_div(rest * (g.parts[j] + 1), threads) * threads, rest));
+    while (g.count() % threads != 0 && g.count() < 4 * threads && g.parts[j] < units[j]) {
+      g.cut(j, least(units[j], ceil_div(ceil_div(rest * (g.parts[j] + 1), threads) * threads, rest)));
     }
-    g.box[j] = ceil_div(image[j], g.parts[j]);
   }
   return g;
 }

@@ -39,16 +39,21 @@ inline uint32_t bf16_bits(const float* p) {
 #endif
 
 // A weight in panels [panel][tap][row element][panel columns]. Forward multiplies by W[in][out]; the data gradient by
-// W[out][in] with the taps reversed. Rows and columns beyond the weight are zero.
+// W[out][in] with the taps reversed. Winograd's 16 matrices take the place of 9 taps. Rows and columns beyond the
+// weight are zero.
 template <class P>
 struct PackedWeight {
   using E = typename P::Element;
   static constexpr int64_t width = Layout<P, Reduce::channels>::panel;
   int64_t rows, columns, taps;
-  bool transposed;
+  bool transposed, winograd;
 
   PackedWeight(const Shape& s, bool transposed)
-      : rows(transposed ? s.out : s.in), columns(transposed ? s.in : s.out), taps(s.taps()), transposed(transposed) {}
+      : rows(transposed ? s.out : s.in),
+        columns(transposed ? s.in : s.out),
+        taps(use_winograd<P>(s) ? kPositions : s.taps()),
+        transposed(transposed),
+        winograd(use_winograd<P>(s)) {}
   int64_t row_elements() const { return ceil_div(rows, P::pair); }
   int64_t panels() const { return ceil_div(columns, width); }
   int64_t panel_size() const { return taps * row_elements() * width; }
@@ -66,10 +71,12 @@ struct PackedWeight {
       const int64_t end = least(row_elements(), begin + task_rows);
       const int64_t filled = least(width, columns - p * width);
       for (int64_t r = begin; r < end; ++r) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const W* w = static_cast<const W*>(weight.data) + weight.tap(s, transposed ? taps - 1 - tap : tap) +
+        E* out_row = out + p * panel_size() + r * width;
+        E spatial[9 * width], positions[kPositions * width];
+        for (int64_t tap = 0; tap < s.taps(); ++tap) {
+          const W* w = static_cast<const W*>(weight.data) + weight.tap(s, transposed ? s.taps() - 1 - tap : tap) +
                        p * width * column_stride + r * P::pair * row_stride;
-          E* e = out + p * panel_size() + (tap * row_elements() + r) * width;
+          E* e = winograd ? spatial + tap * width : out_row + tap * row_elements() * width;
           for (int64_t j = 0; j < filled; ++j) {
             if constexpr (P::pair == 1) {
               e[j] = rounded<T>(w + j * column_stride);
@@ -80,31 +87,49 @@ struct PackedWeight {
           }
           for (int64_t j = filled; j < width; ++j) e[j] = E{};
         }
+        if constexpr (P::pair == 1) {
+          if (!winograd) continue;
+          transform_weight(spatial, width, positions);
+          for (int64_t i = 0; i < kPositions; ++i) {
+            std::memcpy(out_row + i * row_elements() * width, positions + i * width, width * sizeof(E));
+          }
+        }
       }
     });
   }
 };
 
-// The weight's gradient: `parts` partial sums [part][tap][in][ld], added in that order and written where the module
-// holds it.
+// The weight's gradient: `parts` partial sums [part][tap or position][in][ld], added in that order and written where
+// the module holds it.
 template <class A, class W>
-void write_dweight(const Shape& s, const Weight& dweight, const A* partial, int64_t parts, int64_t ld,
+void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts, int64_t ld,
                    const Parallel& parallel) {
   using V = Vec<A>;
-  const int64_t part_size = s.taps() * s.in * ld;
+  const int64_t terms = winograd ? kPositions : s.taps();
   constexpr int64_t task_rows = 8;
   parallel_for(parallel, ceil_div(s.in, task_rows), [&](int64_t task) {
     for (int64_t n = 0; n < s.out; n += V::size) {
       const int64_t lanes = least(V::size, s.out - n);
       for (int64_t c = task * task_rows; c < least(s.in, (task + 1) * task_rows); ++c) {
-        for (int64_t tap = 0; tap < s.taps(); ++tap) {
-          const A* p = partial + (tap * s.in + c) * ld + n;
+        const auto sum_of_parts = [&](int64_t term) {
+          const A* p = partial + (term * s.in + c) * ld + n;
           V sum = load(p);
-          for (int64_t i = 1; i < parts; ++i) sum += load(p + i * part_size);
+          for (int64_t i = 1; i < parts; ++i) sum += load(p + i * terms * s.in * ld);
+          return sum;
+        };
+        const auto write = [&](int64_t tap, V sum) {
           A numbers[V::size];
           store(numbers, sum);
           W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out + c * dweight.stride_in + dweight.tap(s, tap);
           for (int64_t j = 0; j < lanes; ++j) store_number(w + j * dweight.stride_out, numbers[j]);
+        };
+        if (winograd) {
+          V u[kPositions], taps[9];
+          for (int64_t i = 0; i < kPositions; ++i) u[i] = sum_of_parts(i);
+          transform_dweight(u, taps);
+          for (int64_t tap = 0; tap < 9; ++tap) write(tap, taps[tap]);
+        } else {
+          for (int64_t tap = 0; tap < s.taps(); ++tap) write(tap, sum_of_parts(tap));
         }
       }
     }

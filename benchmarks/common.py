@@ -1,0 +1,166 @@
+"""What the benchmarks share: fused copies of a network, where a figure was taken, options, JSON and plots."""
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+import fused_densenet
+from fused_densenet import FusedDenseBlock
+from fused_densenet.backends import choose
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+MIB = 2**20
+COLOURS = {
+    "reference": "#b4413c",
+    "reference, checkpointed": "#d99a3d",
+    "ours": "#2a6f97",
+    "ours, memory_efficient": "#4aa27a",
+}
+
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def fuse(network: nn.Module, *, memory_efficient: bool = False) -> nn.Module:
+    """A copy of a DenseNet whose dense blocks, the children of ``features`` named denseblock*, are FusedDenseBlocks.
+
+    The blocks' layers are named and hold their parameters as torchvision's do; the weights are taken over.
+    """
+    network = copy.deepcopy(network)
+    features = network.get_submodule("features")
+    for name, block in list(features.named_children()):
+        if name.startswith("denseblock"):
+            setattr(features, name, fused_block(block, memory_efficient=memory_efficient))
+    return network
+
+
+def fused_block(block: nn.Module, *, memory_efficient: bool = False) -> FusedDenseBlock:
+    """The FusedDenseBlock with the sizes, parameters, device and dtype of ``block``."""
+    layers = list(block.children())
+    first = layers[0]
+    conv1, bottleneck = first.get_submodule("conv1"), hasattr(first, "conv2")
+    growth_rate = (first.get_submodule("conv2") if bottleneck else conv1).out_channels
+    fused = FusedDenseBlock(
+        len(layers),
+        conv1.in_channels,
+        conv1.out_channels // growth_rate if bottleneck else None,
+        growth_rate,
+        first.drop_rate,
+        memory_efficient,
+        spatial_dims=conv1.weight.dim() - 2,
+    )
+    fused.load_state_dict(block.state_dict())
+    return fused.to(conv1.weight.device, conv1.weight.dtype).train(block.training)
+
+
+def in_layout(network: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """``network`` with its weights in a memory format."""
+    return cast(Any, network).to(memory_format=layout)
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar; what it yields is called after each of ``total`` steps with a word about it."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every figure and where it was taken")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="write the plot")
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The machine, the versions and the commit that a figure belongs to."""
+    machine = {
+        "processor": _processor(),
+        "architecture": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()}",
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions["fused_densenet"] = fused_densenet.__version__
+    versions["numpy"] = importlib.metadata.version("numpy")
+    return {
+        "machine": machine,
+        "versions": versions,
+        "commit": _commit(),
+        "backend": choose(device, dtype),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def describe(where: dict[str, Any]) -> str:
+    """One line of :func:`environment` to print under a table."""
+    machine, versions = where["machine"], where["versions"]
+    chip = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    return (
+        f"{chip}; torch {versions['torch']}, fused_densenet {versions['fused_densenet']} "
+        f"(backend {where['backend']}, commit {where['commit'] or 'unknown'})"
+    )
+
+
+def write_json(file: pathlib.Path, where: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**where, **more, "rows": rows}, indent=1) + "\n")
+
+
+def plot_axes(rows: int, columns: int, **figure: Any) -> tuple[Any, Any]:
+    """A figure of ours and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    return plt.subplots(rows, columns, layout="constrained", **figure)
+
+
+def save_plot(figure: Any, file: pathlib.Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150, bbox_inches="tight", facecolor="white")
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, ``-dirty`` if the tree differs from it, None where there is no checkout."""
+    git = [
+        "git",
+        "-C",
+        str(pathlib.Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

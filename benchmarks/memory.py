@@ -1,0 +1,288 @@
+"""Memory of DenseNet's training step: concatenating, checkpointing, and one buffer per dense block.
+
+    python benchmarks/memory.py
+
+Variants: ``reference`` (DenseNet as the paper writes it, concatenating for every layer), ``reference, checkpointed``
+(with torchvision's ``memory_efficient`` recipe: each layer's concatenation, first norm, ReLU and 1x1 convolution run
+again in backward), ``ours`` and ``ours, memory_efficient`` (:class:`fused_densenet.FusedDenseBlock`).
+Every figure is measured from the allocator in one real training step (see allocator.py). The floor is the dense blocks'
+concatenations alone, computed: what no implementation that keeps its feature maps can go below.
+
+Three kinds of rows:
+
+- one dense block of 4 to 64 layers (k = 32, 64 input channels, bottleneck 4k), at an eighth of ``--size``;
+- a network's dense blocks alone. A block's input is allocated inside the measurement, as in a network, so it counts if
+  it is kept; the blocks are joined by strided copies in place of the transitions, which keep nothing;
+- the whole network: stem, dense blocks, transitions, classifier, cross-entropy.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from allocator import step_memory
+from common import (
+    COLOURS,
+    DTYPES,
+    MIB,
+    add_output_options,
+    console,
+    describe,
+    environment,
+    fuse,
+    plot_axes,
+    progress,
+    save_plot,
+    write_json,
+)
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_densenet.reference import DenseBlock, DenseLayer, DenseNet
+
+
+class Architecture(NamedTuple):
+    growth_rate: int
+    block_config: tuple[int, ...]
+    num_init_features: int
+
+
+NETWORKS = {
+    "densenet121": Architecture(32, (6, 12, 24, 16), 64),
+    "densenet169": Architecture(32, (6, 12, 32, 32), 64),
+    "densenet201": Architecture(32, (6, 12, 48, 32), 64),
+    "densenet161": Architecture(48, (6, 12, 36, 24), 96),
+}
+DEPTHS = (4, 8, 16, 32, 48, 64)
+
+
+class CheckpointedBlock(DenseBlock):
+    """The reference's block with torchvision's ``memory_efficient`` recipe."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in cast(Iterable[DenseLayer], self.children()):
+            bottleneck = checkpoint(functools.partial(_concatenated_bottleneck, layer), *features, use_reentrant=False)
+            features.append(layer.conv2(F.relu(layer.norm2(bottleneck))))
+        return torch.cat(features, dim=1)
+
+
+def _concatenated_bottleneck(layer: DenseLayer, *features: Tensor) -> Tensor:
+    return layer.conv1(F.relu(layer.norm1(torch.cat(features, dim=1))))
+
+
+def checkpointed(network: DenseNet) -> DenseNet:
+    for module in network.modules():
+        if type(module) is DenseBlock:
+            module.__class__ = CheckpointedBlock
+    return network
+
+
+VARIANTS: dict[str, Callable[[DenseNet], nn.Module]] = {
+    "reference": lambda network: network,
+    "reference, checkpointed": checkpointed,
+    "ours": fuse,
+    "ours, memory_efficient": functools.partial(fuse, memory_efficient=True),
+}
+
+
+class DenseBlocks(nn.Module):
+    """A network's dense blocks alone, joined by copies of half the channels of every second pixel."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        features = network.get_submodule("features")
+        self.blocks = nn.ModuleList(m for name, m in features.named_children() if name.startswith("denseblock"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x.clone())
+        for block in self.blocks[1:]:
+            x = block(x[:, : x.shape[1] // 2, ::2, ::2].clone())
+        return x
+
+
+class Case(NamedTuple):
+    """One network to measure in every variant; ``size`` is that of the image, or of one block's feature maps."""
+
+    network: str
+    architecture: Architecture
+    size: int
+    blocks_only: bool
+
+    @property
+    def layers(self) -> int:
+        return sum(self.architecture.block_config)
+
+    def floor_bytes(self, batch: int, dtype: torch.dtype) -> int:
+        """The dense blocks' outputs."""
+        width, size = self.architecture.num_init_features, self._first_map()
+        values = 0
+        for layers in self.architecture.block_config:
+            width += layers * self.architecture.growth_rate
+            values += width * size * size
+            width, size = width // 2, size // 2
+        return batch * values * dtype.itemsize
+
+    def input(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if self.blocks_only:
+            shape = (batch, self.architecture.num_init_features, self._first_map(), self._first_map())
+            return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(batch, 3, self.size, self.size, device=device, dtype=dtype)
+
+    def _first_map(self) -> int:
+        if len(self.architecture.block_config) == 1:
+            return self.size
+        after_stem = (self.size + 1) // 2
+        return (after_stem + 1) // 2
+
+
+def cases(networks: Sequence[str], depths: Sequence[int], size: int) -> list[Case]:
+    sweep = [Case(f"block of {n} layers", Architecture(32, (n,), 64), max(size // 8, 2), True) for n in depths]
+    blocks = [Case(f"{name}, dense blocks", NETWORKS[name], size, True) for name in networks]
+    return [*sweep, *blocks, *(Case(name, NETWORKS[name], size, False) for name in networks)]
+
+
+def measure(case: Case, variant: str, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(0)
+    growth_rate, block_config, num_init_features = case.architecture
+    network = VARIANTS[variant](DenseNet(growth_rate, block_config, num_init_features)).to(device, dtype)
+    module = DenseBlocks(network) if case.blocks_only else network
+    x = case.input(batch, device, dtype)
+    labels = torch.arange(batch, device=device)
+
+    def loss_of() -> Tensor:
+        out = module(x)
+        return (-out).mean() if case.blocks_only else F.cross_entropy(out, labels)
+
+    def release() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+
+    memory = step_memory(loss_of, release, device)
+    return {
+        "network": case.network,
+        "variant": variant,
+        "layers": case.layers,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "size": case.size,
+        "saved_bytes": memory.saved_bytes,
+        "peak_bytes": memory.peak_bytes,
+        "floor_bytes": case.floor_bytes(batch, dtype),
+    }
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Kept for backward / peak, MiB per image, a line per network."""
+    result = Table(title=title, caption="kept for backward / peak of a training step, MiB per image")
+    result.add_column("", no_wrap=True)
+    result.add_column("floor", justify="right", style="dim")
+    for variant in VARIANTS:
+        result.add_column(variant, justify="right")
+    for network in dict.fromkeys(row["network"] for row in rows):
+        by_variant = {row["variant"]: row for row in rows if row["network"] == network}
+        cells = [f"{_mib(row, 'saved_bytes'):.1f} / {_mib(row, 'peak_bytes'):.1f}" for row in by_variant.values()]
+        result.add_row(network, f"{_mib(by_variant['reference'], 'floor_bytes'):.1f}", *cells)
+    return result
+
+
+def _mib(row: dict[str, Any], key: str) -> float:
+    return row[key] / row["batch"] / MIB
+
+
+def draw(sweep: list[dict[str, Any]], networks: list[dict[str, Any]]) -> Any:
+    """Left: one block against its depth. Right: whole networks. Dark or solid is kept for backward, light is peak."""
+    figure, (left, right) = plot_axes(1, 2, figsize=(12.5, 4.6), width_ratios=(1, 1.35))
+    for variant in VARIANTS:
+        rows = [row for row in sweep if row["variant"] == variant]
+        layers = [row["layers"] for row in rows]
+        colour = COLOURS[variant]
+        left.plot(layers, [_mib(row, "saved_bytes") for row in rows], "o-", color=colour, ms=4, label=variant)
+        left.plot(layers, [_mib(row, "peak_bytes") for row in rows], ":", color=colour, lw=1.2)
+    floors = [row for row in sweep if row["variant"] == "reference"]
+    left.plot(
+        [r["layers"] for r in floors],
+        [_mib(r, "floor_bytes") for r in floors],
+        "--",
+        color="black",
+        lw=1,
+        label="floor",
+    )
+    left.set(xlabel="layers in one dense block (k = 32)", ylabel="MiB per image", ylim=0)
+    if sweep:
+        left.set_title(f"One block, {sweep[0]['size']}×{sweep[0]['size']} feature maps", loc="left")
+    left.legend(frameon=False)
+    left.grid(axis="y", color="#dddddd", lw=0.6)
+
+    names = list(dict.fromkeys(row["network"] for row in networks))
+    width = 0.8 / len(VARIANTS)
+    for i, variant in enumerate(VARIANTS):
+        rows = [row for row in networks if row["variant"] == variant]
+        places = [n + (i - (len(VARIANTS) - 1) / 2) * width for n in range(len(rows))]
+        saved, peak = ([_mib(row, key) for row in rows] for key in ("saved_bytes", "peak_bytes"))
+        light = right.bar(places, peak, width * 0.92, color=COLOURS[variant], alpha=0.35)
+        dark = right.bar(places, saved, width * 0.92, color=COLOURS[variant])
+        right.bar_label(light, fmt="%.0f", fontsize=8, padding=1, color="#666666")
+        right.bar_label(dark, fmt="%.0f", fontsize=8, label_type="center", color="white", weight="bold")
+    for n, name in enumerate(names):
+        floor = next(_mib(row, "floor_bytes") for row in networks if row["network"] == name)
+        right.hlines(floor, n - 0.42, n + 0.42, color="black", ls="--", lw=1)
+    right.set_xticks(range(len(names)), [name.replace("densenet", "DenseNet-") for name in names])
+    right.set_ylabel("MiB per image")
+    if networks:
+        size, dtype = networks[0]["size"], networks[0]["dtype"]
+        right.set_title(f"Whole networks, {size}×{size} images, {dtype}", loc="left")
+    right.grid(axis="y", color="#dddddd", lw=0.6)
+    right.set_axisbelow(True)
+    figure.supxlabel(
+        "Solid: kept for backward. Light or dotted: peak of a training step. Dashed: the concatenations alone.",
+        fontsize=9,
+        color="#444444",
+    )
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--size", type=int, default=224, help="of the image")
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS), metavar="LAYERS", help="of one block")
+    add_output_options(parser)
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+
+    todo = [(case, variant) for case in cases(args.networks, args.depths, args.size) for variant in VARIANTS]
+    rows = []
+    with progress(len(todo)) as advance:
+        for case, variant in todo:
+            rows.append(measure(case, variant, args.batch, device, dtype))
+            advance(f"{case.network}: {variant}")
+
+    sweep = [row for row in rows if row["network"].startswith("block of")]
+    blocks = [row for row in rows if row["network"].endswith("dense blocks")]
+    networks = [row for row in rows if row["network"] in NETWORKS]
+    setting = f"{args.dtype}, batch {args.batch}"
+    if sweep:
+        console.print(table(f"One dense block, {sweep[0]['size']}×{sweep[0]['size']}, {setting}", sweep))
+    if blocks:
+        console.print(table(f"Dense blocks alone, {args.size}×{args.size} images, {setting}", blocks))
+    if networks:
+        console.print(table(f"Whole networks, {args.size}×{args.size} images, {setting}", networks))
+    where = environment(device, dtype)
+    console.print(describe(where), highlight=False)
+    if args.json:
+        write_json(args.json, where, rows)
+    if args.plot:
+        save_plot(draw(sweep, networks), args.plot)
+
+
+if __name__ == "__main__":
+    main()

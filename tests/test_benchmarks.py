@@ -1,0 +1,108 @@
+"""The benchmarks run, write the JSON that they promise, and memory.py's bytes are those that the algorithm must keep."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+BATCH, PIXELS, FLOAT = 2, 8 * 8, 4
+DEPTHS = (4, 8, 12, 16)
+WIDTH, GROWTH_RATE, BOTTLENECK = 64, 32, 128
+
+
+def run(script: str, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("memory")
+    file, plot = folder / "memory.json", folder / "memory.png"
+    depths = [str(depth) for depth in DEPTHS]
+    sizes = ["--device", "cpu", "--batch", str(BATCH), "--size", "64"]
+    done = run("memory.py", *sizes, "--networks", "densenet121", "--depths", *depths, "--json", file, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    return json.loads(file.read_text())
+
+
+def saved_by_depth(memory: dict[str, Any], variant: str) -> list[int]:
+    rows = {row["network"]: row for row in memory["rows"] if row["variant"] == variant}
+    return [rows[f"block of {depth} layers"]["saved_bytes"] for depth in DEPTHS]
+
+
+def second_differences(values: list[int]) -> list[int]:
+    return [a - 2 * b + c for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+
+
+def test_memory_json(memory: dict[str, Any]) -> None:
+    assert {"machine", "versions", "commit", "backend", "command", "rows"} <= memory.keys()
+    expected = {"network": str, "variant": str, "device": str, "dtype": str, "batch": int, "size": int}
+    for row in memory["rows"]:
+        for key, kind in {**expected, "saved_bytes": int, "peak_bytes": int, "floor_bytes": int}.items():
+            assert type(row[key]) is kind, (row, key)
+        assert (row["device"], row["dtype"], row["batch"]) == ("cpu", "float32", BATCH)
+        assert row["peak_bytes"] > row["saved_bytes"] > 0
+    networks = [f"block of {depth} layers" for depth in DEPTHS] + ["densenet121, dense blocks", "densenet121"]
+    variants = ["reference", "reference, checkpointed", "ours", "ours, memory_efficient"]
+    assert [(r["network"], r["variant"]) for r in memory["rows"]] == [(n, v) for n in networks for v in variants]
+
+
+@pytest.mark.parametrize("variant", ["ours", "ours, memory_efficient"])
+def test_a_block_keeps_its_buffer_and_its_statistics_alone(memory: dict[str, Any], variant: str) -> None:
+    """Exactly: the concatenation, the bottlenecks where they are kept, and a mean and a variance of every channel."""
+    for depth, saved in zip(DEPTHS, saved_by_depth(memory, variant), strict=True):
+        channels, bottlenecks = WIDTH + depth * GROWTH_RATE, depth * BOTTLENECK
+        values = channels + (bottlenecks if variant == "ours" else 0)
+        assert saved == (BATCH * PIXELS * values + 2 * (channels + bottlenecks)) * FLOAT
+
+
+def test_growth_with_depth(memory: dict[str, Any]) -> None:
+    """Concatenating keeps every layer's input twice (before and after norm and ReLU): quadratic. One buffer: linear."""
+    step = DEPTHS[1] - DEPTHS[0]
+    quadratic = 2 * GROWTH_RATE * step**2 * BATCH * PIXELS * FLOAT
+    for difference in second_differences(saved_by_depth(memory, "reference")):
+        assert difference == pytest.approx(quadratic, rel=0.02)  # batch normalisation keeps two vectors besides
+    for variant in ("ours", "ours, memory_efficient"):
+        assert set(second_differences(saved_by_depth(memory, variant))) == {0}
+
+
+def test_floor_of_a_network(memory: dict[str, Any]) -> None:
+    """DenseNet-121's dense blocks end with 256, 512, 1024 and 1024 channels, at a quarter of the image and less."""
+    rows = {row["variant"]: row for row in memory["rows"] if row["network"] == "densenet121, dense blocks"}
+    floor = BATCH * FLOAT * (256 * 16**2 + 512 * 8**2 + 1024 * 4**2 + 1024 * 2**2)
+    assert {row["floor_bytes"] for row in rows.values()} == {floor}
+    statistics = 2 * FLOAT * (256 + 512 + 1024 + 1024 + 58 * BOTTLENECK)
+    assert rows["ours, memory_efficient"]["saved_bytes"] == floor + statistics
+
+
+def test_train(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "train.json"
+    done = run("train.py", "--epochs", "1", "--batch", "256", "--json", file, "--plot", tmp_path / "train.png")
+    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    assert {"reference", "ours"} <= rows.keys()
+    first = [row["step_losses"][0][0] for row in rows.values()]
+    assert first == pytest.approx([first[0]] * len(first), rel=1e-5)
+    assert rows["ours"]["saved_bytes"] < rows["reference"]["saved_bytes"]
+    passes = all(row["test_accuracy"] > 0.97 for row in rows.values())
+    assert not passes, "5 steps should not be enough: is the test set in the training set?"
+    assert done.returncode == 1 and "test accuracy: expected above 97%" in done.stderr
+
+
+def test_speed(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "speed.json"
+    arguments = ["--batch", "2", "--size", "64", "--rounds", "1", "--threads", "1"]
+    done = run("speed.py", *arguments, "--json", file, "--plot", tmp_path / "speed.png")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    assert {(row["mode"], len(row["seconds"])) for row in written["rows"]} == {("training", 1), ("inference", 1)}
+    fused = next(r for r in written["rows"] if (r["mode"], r["variant"]) == ("training", "fused"))
+    assert fused["times_as_fast_as"].keys() == {"torchvision, NCHW", "torchvision, channels-last"}
+    assert 0 < written["parity"]["densenet121"]["fused"]["inference output"] < 1e-4

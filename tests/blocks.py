@@ -52,17 +52,16 @@ def keep_clear_of_zero(block: nn.Module, x: Tensor) -> None:
             buffer.copy_(trained.get_buffer(name))
 
 
-def step(block: nn.Module, x: Tensor, *, steps: int = 1) -> dict[str, Tensor]:
+def step(block: nn.Module, x: Tensor, *, steps: int = 1, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
     """Output, every gradient that is wanted and every buffer after ``steps`` forward and backward passes."""
-    dtype = x.dtype
     for _ in range(steps):
         block.zero_grad()
         x = x.detach().requires_grad_()
-        out = block(x)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            out = block(x)
         generator = torch.Generator().manual_seed(1)
         dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
         out.backward(dout.to(out.dtype))
-    assert out.dtype == dtype
     assert x.grad is not None
     result = {"output": out.detach(), "input's gradient": x.grad}
     for name, parameter in block.named_parameters():

@@ -59,6 +59,17 @@ struct PackedWeight {
   int64_t panel_size() const { return taps * row_elements() * width; }
   int64_t bytes() const { return panels() * panel_size() * static_cast<int64_t>(sizeof(E)); }
 
+  // The number at w, with the one `beside` it in the next row where elements are pairs; no such row if that is 0.
+  template <class T, class W>
+  static E element(const W* w, int64_t beside) {
+    if constexpr (P::pair == 1) {
+      (void)beside;
+      return rounded<T>(w);
+    } else {
+      return bf16_bits(w) | (beside == 0 ? 0 : bf16_bits(w + beside) << 16);
+    }
+  }
+
   template <class T, class W>
   void pack(const Shape& s, const Weight& weight, E* out, const Parallel& parallel) const {
     const int64_t row_stride = transposed ? weight.stride_out : weight.stride_in;
@@ -70,28 +81,40 @@ struct PackedWeight {
       const int64_t begin = task % tasks * task_rows;
       const int64_t end = least(row_elements(), begin + task_rows);
       const int64_t filled = least(width, columns - p * width);
-      for (int64_t r = begin; r < end; ++r) {
-        E* out_row = out + p * panel_size() + r * width;
-        E spatial[9 * width], positions[kPositions * width];
-        for (int64_t tap = 0; tap < s.taps(); ++tap) {
-          const W* w = static_cast<const W*>(weight.data) + weight.tap(s, transposed ? s.taps() - 1 - tap : tap) +
-                       p * width * column_stride + r * P::pair * row_stride;
-          E* e = winograd ? spatial + tap * width : out_row + tap * row_elements() * width;
-          for (int64_t j = 0; j < filled; ++j) {
-            if constexpr (P::pair == 1) {
-              e[j] = rounded<T>(w + j * column_stride);
-            } else {
-              e[j] = bf16_bits(w + j * column_stride);
-              if (2 * r + 1 < rows) e[j] |= bf16_bits(w + j * column_stride + row_stride) << 16;
-            }
-          }
-          for (int64_t j = filled; j < width; ++j) e[j] = E{};
+      const W* first = static_cast<const W*>(weight.data) + p * width * column_stride;
+      E* panel = out + p * panel_size();
+      E spatial[task_rows * 9 * width];
+      // All taps of a number lie together, and rows or columns beside them: they are read in the order of memory.
+      const auto take = [&](int64_t r, int64_t j) {
+        const W* w = first + r * P::pair * row_stride + j * column_stride;
+        const int64_t beside = P::pair * r + 1 < rows ? row_stride : 0;
+        E* e = winograd ? spatial + (r - begin) * 9 * width + j : panel + r * width + j;
+        const int64_t step = winograd ? width : row_elements() * width;
+        if (s.taps() == 1) {
+          *e = j < filled ? element<T>(w, beside) : E{};
+          return;
         }
-        if constexpr (P::pair == 1) {
-          if (!winograd) continue;
-          transform_weight(spatial, width, positions);
+        for (int64_t tap = 0; tap < s.taps(); ++tap) {
+          const int64_t offset = weight.tap(s, transposed ? s.taps() - 1 - tap : tap);
+          e[tap * step] = j < filled ? element<T>(w + offset, beside) : E{};
+        }
+      };
+      if (row_stride < column_stride) {
+        for (int64_t j = 0; j < width; ++j) {
+          for (int64_t r = begin; r < end; ++r) take(r, j);
+        }
+      } else {
+        for (int64_t r = begin; r < end; ++r) {
+          for (int64_t j = 0; j < width; ++j) take(r, j);
+        }
+      }
+      if constexpr (P::pair == 1) {
+        if (!winograd) return;
+        for (int64_t r = begin; r < end; ++r) {
+          E positions[kPositions * width];
+          transform_weight(spatial + (r - begin) * 9 * width, width, positions);
           for (int64_t i = 0; i < kPositions; ++i) {
-            std::memcpy(out_row + i * row_elements() * width, positions + i * width, width * sizeof(E));
+            std::memcpy(panel + (i * row_elements() + r) * width, positions + i * width, width * sizeof(E));
           }
         }
       }
@@ -106,30 +129,45 @@ void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A
                    const Parallel& parallel) {
   using V = Vec<A>;
   const int64_t terms = winograd ? kPositions : s.taps();
-  constexpr int64_t task_rows = 8;
+  constexpr int64_t task_rows = 16;
   parallel_for(parallel, ceil_div(s.in, task_rows), [&](int64_t task) {
+    const int64_t begin = task * task_rows, end = least(s.in, begin + task_rows);
+    const auto write = [&](int64_t tap, int64_t n, int64_t c, int64_t lanes, const A* numbers) {
+      W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out + c * dweight.stride_in + dweight.tap(s, tap);
+      for (int64_t j = 0; j < lanes; ++j) store_number(w + j * dweight.stride_out, numbers[j]);
+    };
     for (int64_t n = 0; n < s.out; n += V::size) {
       const int64_t lanes = least(V::size, s.out - n);
-      for (int64_t c = task * task_rows; c < least(s.in, (task + 1) * task_rows); ++c) {
-        const auto sum_of_parts = [&](int64_t term) {
-          const A* p = partial + (term * s.in + c) * ld + n;
-          V sum = load(p);
-          for (int64_t i = 1; i < parts; ++i) sum += load(p + i * terms * s.in * ld);
-          return sum;
-        };
-        const auto write = [&](int64_t tap, V sum) {
-          A numbers[V::size];
-          store(numbers, sum);
-          W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out + c * dweight.stride_in + dweight.tap(s, tap);
-          for (int64_t j = 0; j < lanes; ++j) store_number(w + j * dweight.stride_out, numbers[j]);
-        };
+      const auto sum_of_parts = [&](int64_t term, int64_t c) {
+        const A* p = partial + (term * s.in + c) * ld + n;
+        V sum = load(p);
+        for (int64_t i = 1; i < parts; ++i) sum += load(p + i * terms * s.in * ld);
+        return sum;
+      };
+      if (terms == 1) {
+        A block[task_rows][V::size];  // turned here, so that both sides are contiguous
+        for (int64_t c = begin; c < end; ++c) store(block[c - begin], sum_of_parts(0, c));
+        W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out;
+        for (int64_t j = 0; j < lanes; ++j, w += dweight.stride_out) {
+          for (int64_t c = begin; c < end; ++c) store_number(w + c * dweight.stride_in, block[c - begin][j]);
+        }
+        continue;
+      }
+      for (int64_t c = begin; c < end; ++c) {
+        A numbers[V::size];
         if (winograd) {
           V u[kPositions], taps[9];
-          for (int64_t i = 0; i < kPositions; ++i) u[i] = sum_of_parts(i);
+          for (int64_t i = 0; i < kPositions; ++i) u[i] = sum_of_parts(i, c);
           transform_dweight(u, taps);
-          for (int64_t tap = 0; tap < 9; ++tap) write(tap, taps[tap]);
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            store(numbers, taps[tap]);
+            write(tap, n, c, lanes, numbers);
+          }
         } else {
-          for (int64_t tap = 0; tap < s.taps(); ++tap) write(tap, sum_of_parts(tap));
+          for (int64_t tap = 0; tap < s.taps(); ++tap) {
+            store(numbers, sum_of_parts(tap, c));
+            write(tap, n, c, lanes, numbers);
+          }
         }
       }
     }

@@ -121,25 +121,29 @@ void transform_outputs(const TilePlane& plane, const A* m, int64_t first, int64_
   }
 }
 
-// One column of a weight, w[9][width] to u[16][width]: G w G'.
+// A row of a weight, w[9][width] to u[16][width]: G w G'.
 template <class A>
 void transform_weight(const A* w, int64_t width, A* u) {
-  const A half = A(0.5);
-  for (int64_t j = 0; j < width; ++j) {
-    A rows[4][3];
+  using V = Vec<A>;
+  const V half = V::all(A(0.5));
+  for (int64_t j = 0; j < width; j += V::size) {
+    V rows[4][3];
+#pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
-      const A w0 = w[i * width + j], w1 = w[(3 + i) * width + j], w2 = w[(6 + i) * width + j];
+      const V w0 = load(w + i * width + j), w1 = load(w + (3 + i) * width + j), w2 = load(w + (6 + i) * width + j);
       rows[0][i] = w0;
       rows[1][i] = (w0 + w1 + w2) * half;
       rows[2][i] = (w0 - w1 + w2) * half;
       rows[3][i] = w2;
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const A* r = rows[i];
-      u[4 * i * width + j] = r[0];
-      u[(4 * i + 1) * width + j] = (r[0] + r[1] + r[2]) * half;
-      u[(4 * i + 2) * width + j] = (r[0] - r[1] + r[2]) * half;
-      u[(4 * i + 3) * width + j] = r[2];
+      const V* r = rows[i];
+      A* to = u + 4 * i * width + j;
+      store(to, r[0]);
+      store(to + width, (r[0] + r[1] + r[2]) * half);
+      store(to + 2 * width, (r[0] - r[1] + r[2]) * half);
+      store(to + 3 * width, r[2]);
     }
   }
 }

@@ -8,85 +8,43 @@ with shallower networks and fewer steps: a check that everything runs, its figur
 """
 
 import argparse
-import functools
 import itertools
 import json
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import claims_plots as plots
 import numpy as np
 import torch
-import torch.nn.functional as F
-from allocator import step_memory
+from claims_csp import duplication
 from claims_measure import (
     decades,
-    duplicate_gradients,
     feature_rank,
     feature_reuse,
     layer_gradients,
     multiply_adds,
     parameters,
     seen_features,
+    spread,
 )
-from claims_networks import PUBLISHED, Digits, Pair, accuracy, digits_network, load_digits, plain_twin, train
-from common import MIB, console, describe, environment, save_plot
+from claims_networks import PUBLISHED, Pair, digits_network, plain_twin
+from claims_training import COMPARED, FULL, QUICK, Advance, Digits, Settings, Trained, load_digits, train, train_all
+from common import console, describe, environment, save_plot
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
-import fused_densenet
 from fused_densenet import reference
-from fused_densenet.models import CONFIGURATIONS
 
-
-class Settings(NamedTuple):
-    """How large a run is.
-
-    Attributes:
-        flow_depths, flow_steps: networks and training steps of the gradient flow claim.
-        depth, growth_rate, steps: the networks that are trained for the other claims.
-        imagenet: DenseNets beside which a CSPDenseNet is counted.
-        kept_size: height and width of the image for which kept bytes are measured.
-    """
-
-    flow_depths: tuple[int, ...]
-    flow_growth_rate: int
-    flow_steps: int
-    depth: int
-    growth_rate: int
-    steps: int
-    imagenet: tuple[str, ...]
-    kept_size: int
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-
-FULL = Settings((40, 100), 8, 30, 40, 12, 300, ("121", "169", "201", "264"), 224)
-QUICK = Settings((10, 16), 4, 4, 16, 4, 20, ("121",), 64)
-COMPARED = ("ResNet", "DenseNet", "CSPDenseNet")
 FLOW = ("plain", "ResNet", "DenseNet")
-Advance = Callable[[], None]
-
-
-class Trained(NamedTuple):
-    """Networks by name and seed, with what their training showed."""
-
-    networks: dict[tuple[str, int], nn.Module]
-    accuracy: dict[str, list[float]]
-    digits: Digits
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation over the seeds."""
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
 def efficiency(settings: Settings, advance: Advance) -> dict[str, Any]:
     """Parameters and multiply-adds as published, and what one more layer costs."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, known in PUBLISHED.items():
         with torch.device("meta"):
             network = known.build()
@@ -171,7 +129,7 @@ def layer_cost(size: int = 8, depth: int = 12) -> dict[str, Any]:
 
 def gradient_flow(settings: Settings, digits: Digits, advance: Advance) -> dict[str, Any]:
     """Gradient norms of every layer at initialisation and after some training steps."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for depth in settings.flow_depths:
         for name in FLOW:
             for seed in settings.seeds:
@@ -180,7 +138,7 @@ def gradient_flow(settings: Settings, digits: Digits, advance: Advance) -> dict[
                 for when, steps in (("initialisation", 0), ("training", settings.flow_steps)):
                     losses = train(network, digits, steps, seed=seed, on_step=advance)
                     twin = plain_twin(name, network, depth, settings.flow_growth_rate)
-                    found = layer_gradients(twin, digits.images[:256], digits.labels[:256])
+                    found = layer_gradients(twin, digits.images[:128], digits.labels[:128])
                     rows.append(
                         {
                             "network": name,
@@ -219,21 +177,10 @@ def _thirds(norms: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(norms[:third])) - np.mean(np.log(norms[-third:]))))
 
 
-def train_all(settings: Settings, digits: Digits, advance: Advance) -> Trained:
-    trained = Trained({}, {name: [] for name in COMPARED}, digits)
-    for name in COMPARED:
-        for seed in settings.seeds:
-            torch.manual_seed(seed)
-            network = digits_network(name, settings.depth, settings.growth_rate)
-            train(network, digits, settings.steps, seed=seed, on_step=advance)
-            trained.accuracy[name].append(accuracy(network, digits))
-            trained.networks[name, seed] = network
-    return trained
-
-
 def reuse(settings: Settings, trained: Trained) -> dict[str, Any]:
     """Figure 5 of the DenseNet paper, and its four observations in numbers, trained beside untrained."""
-    tables, rows = [], []
+    tables: list[list[torch.Tensor]] = []
+    rows: list[dict[str, Any]] = []
     for seed in settings.seeds:
         torch.manual_seed(seed)
         fresh = digits_network("DenseNet", settings.depth, settings.growth_rate)
@@ -285,7 +232,7 @@ def _halves(column: torch.Tensor) -> float:
 
 def diversity(settings: Settings, trained: Trained) -> dict[str, Any]:
     """Effective rank of what the blocks pass on and of what the classifier sees, on the test images."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (name, seed), network in trained.networks.items():
         for place, features in seen_features(network, trained.digits.test_images).items():
             channels = features.shape[1]
@@ -305,122 +252,6 @@ def diversity(settings: Settings, trained: Trained) -> dict[str, Any]:
         table.add_row(name, *cells)
     console.print(table)
     return {"rows": rows}
-
-
-def duplication(settings: Settings, trained: Trained, advance: Advance) -> dict[str, Any]:
-    """Duplicate gradient terms of DenseNet and CSPDenseNet, with what each costs and how well it does."""
-    pair = ("DenseNet", "CSPDenseNet")
-    digits, count = trained.digits, 128
-    rows: list[dict[str, Any]] = []
-    per_layer: dict[str, list[list[float]]] = {}
-    for name in pair:
-        for seed in settings.seeds:
-            network = trained.networks[name, seed]
-            twin = plain_twin(name, network, settings.depth, settings.growth_rate)
-            found = duplicate_gradients(twin, digits.images[:count], digits.labels[:count])
-            rows.append({"network": name, "seed": seed, **found._asdict()})
-            del rows[-1]["per_layer"]
-            per_layer[name] = [stage.tolist() for stage in found.per_layer]
-            advance()
-    costs = _training_costs(settings, trained, pair)
-    imagenet = [row for name in settings.imagenet for row in _imagenet_costs(name, settings.kept_size, advance)]
-    table = Table(title=f"Duplicate gradient information, digits, depth {settings.depth}, k = {settings.growth_rate}")
-    for column in ("", *pair):
-        table.add_column(column, justify="left" if not column else "right")
-    for key, text in DUPLICATION.items():
-        table.add_row(text, *(spread([r[key] for r in rows if r["network"] == name]) for name in pair))
-    table.add_row("test accuracy, %", *(spread([100 * a for a in trained.accuracy[name]]) for name in pair))
-    for key, text in COSTS.items():
-        table.add_row(text, *(f"{costs[name][key]:,.1f}" for name in pair))
-    console.print(table)
-    table = Table(
-        title="CSPDenseNet beside DenseNet, multiply-adds of one 224×224 image",
-        caption=f"MiB kept for backward, one {settings.kept_size}×{settings.kept_size} image, float32",
-    )
-    kept = ("reference", "ours", "ours, memory_efficient")
-    for column in ("network", "parameters", "10⁶ multiply-adds", *kept):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    for row in imagenet:
-        base = next(r for r in imagenet if r["layers"] == row["layers"])
-        cells = [f"{row['parameters']:,} ({row['parameters'] / base['parameters'] - 1:+.1%})"]
-        cells.append(f"{row['macs'] / 1e6:,.0f} ({row['macs'] / base['macs'] - 1:+.1%})")
-        for key in kept:
-            value = row["kept"].get(key)
-            cells.append("–" if value is None else f"{value / MIB:.2f} ({value / base['kept'][key] - 1:+.1%})")
-        table.add_row(row["network"], *cells)
-    console.print(table)
-    return {"rows": rows, "per_layer": per_layer, "costs": costs, "accuracy": trained.accuracy, "imagenet": imagenet}
-
-
-DUPLICATION = {
-    "terms": "n_c, layers whose weight gradients draw on a channel",
-    "cosine": "likeness, |cosine| of their terms",
-    "duplicates": "duplicates, n_c less the effective rank of the terms",
-}
-COSTS = {
-    "parameters": "parameters",
-    "macs": "10⁶ multiply-adds of one image",
-    "saved_bytes": "kept for backward, MiB, batch 64",
-    "peak_bytes": "peak of a training step, MiB, batch 64",
-    "seconds": "training step, ms, batch 64, median",
-}
-
-
-def _training_costs(settings: Settings, trained: Trained, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of one training step on 64 digits; the networks take turns, the medians of their times count."""
-    digits = trained.digits
-    times: dict[str, list[float]] = {name: [] for name in names}
-    steps: dict[str, tuple[nn.Module, Callable[[], torch.Tensor]]] = {}
-    for name in names:
-        network = trained.networks[name, settings.seeds[0]].train()
-        steps[name] = network, lambda n=network: F.cross_entropy(n(digits.images[:64]), digits.labels[:64])  # type: ignore
-    for _ in range(12):
-        for name, (_, loss) in steps.items():
-            begin = time.perf_counter()
-            loss().backward()
-            times[name].append(time.perf_counter() - begin)
-    result = {}
-    for name, (network, loss) in steps.items():
-        memory = step_memory(loss, functools.partial(network.zero_grad, set_to_none=True), torch.device("cpu"))
-        twin = plain_twin(name, network, settings.depth, settings.growth_rate)
-        result[name] = {
-            "parameters": parameters(network),
-            "macs": multiply_adds(twin, 1, *digits.images.shape[1:]) / 1e6,
-            "saved_bytes": memory.saved_bytes / MIB,
-            "peak_bytes": memory.peak_bytes / MIB,
-            "seconds": 1e3 * statistics.median(times[name][2:]),
-        }
-    return result
-
-
-def _imagenet_costs(layers: str, kept_size: int, advance: Advance) -> list[dict[str, Any]]:
-    """Counts, for 224x224, of a DenseNet and its CSPDenseNets; for 121 layers what a real step keeps as well."""
-    configuration = CONFIGURATIONS[layers]
-    rows = []
-    for fusion in (None, "first", "last", "both"):
-        arguments = configuration if fusion is None else {**configuration, "fusion": fusion}
-        plain = reference.DenseNet if fusion is None else reference.CSPDenseNet
-        fused = fused_densenet.DenseNet if fusion is None else fused_densenet.CSPDenseNet
-        with torch.device("meta"):
-            network = plain(**arguments)
-        row: dict[str, Any] = {"layers": layers, "fusion": fusion, "kept": {}}
-        row["network"] = f"DenseNet-{layers}" if fusion is None else f"CSPDenseNet-{layers}, fusion {fusion}"
-        row |= {"parameters": parameters(network), "macs": multiply_adds(network, 1, 3, 224, 224)}
-        if layers == "121":
-            row["kept"] = {
-                "reference": _kept(plain(**arguments), kept_size),
-                "ours": _kept(fused(**arguments), kept_size),
-                "ours, memory_efficient": _kept(fused(**arguments, memory_efficient=True), kept_size),
-            }
-        rows.append(row)
-        advance()
-    return rows
-
-
-def _kept(network: nn.Module, size: int) -> int:
-    image = torch.randn(1, 3, size, size)
-    release = functools.partial(network.zero_grad, set_to_none=True)
-    return step_memory(lambda: network(image).logsumexp(1).sum(), release, torch.device("cpu")).saved_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What claims.py measures: counts, gradients by layer, effective rank, feature reuse, duplicate gradient terms."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,12 +78,12 @@ def seen_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The output of each dense block, CSP stage or stage, and the pooled features that the classifier sees."""
     result: dict[str, Tensor] = {}
     hooks = []
-    blocks = [m for n, m in network.features.named_children() if n.startswith(("denseblock", "stage"))]  # type: ignore
+    children = network.get_submodule("features").named_children()
+    blocks = [module for name, module in children if name.startswith(("denseblock", "stage"))]
     for i, block in enumerate(blocks, 1):
         hooks.append(block.register_forward_hook(lambda _m, _i, out, i=i: result.__setitem__(f"block {i}", out)))
-    hooks.append(
-        network.classifier.register_forward_pre_hook(lambda _, args: result.__setitem__("classifier", args[0]))
-    )  # type: ignore
+    classifier = network.get_submodule("classifier")
+    hooks.append(classifier.register_forward_pre_hook(lambda _, args: result.__setitem__("classifier", args[0])))
     network.eval()(images)
     for hook in hooks:
         hook.remove()
@@ -95,13 +96,13 @@ def feature_reuse(network: nn.Module) -> list[Tensor]:
     A block of L layers gives ``(L + 1, L + 1)``: row s is the block's input (s = 0) or layer s, column t is layer t + 1
     or, the last, what reads the whole block: the transition's convolution or the classifier. NaN where t < s.
     """
-    children = dict(network.features.named_children())  # type: ignore
+    children = dict(network.get_submodule("features").named_children())
     result = []
     for i in range(1, sum(name.startswith("denseblock") for name in children) + 1):
-        readers = [layer.conv1.weight for layer in children[f"denseblock{i}"].children()]
+        readers: list[Tensor] = [layer.get_parameter("conv1.weight") for layer in children[f"denseblock{i}"].children()]
         growth_rate, inputs = len(readers[0]), readers[0].shape[1]
-        last = children.get(f"transition{i}")
-        readers.append(network.classifier.weight if last is None else last.conv.weight)  # type: ignore
+        last = f"features.transition{i}.conv" if f"transition{i}" in children else "classifier"
+        readers.append(network.get_parameter(f"{last}.weight"))
         sizes = [inputs] + [growth_rate] * (len(readers) - 1)
         table = torch.full((len(readers), len(readers)), math.nan)
         for t, weight in enumerate(readers):
@@ -187,7 +188,7 @@ def _readers(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """(stage's concatenation, module that reads a prefix of it), in the order of execution."""
     result: list[tuple[str, nn.Module]] = []
     open_stage = "stem"
-    for name, module in network.features.named_children():  # type: ignore
+    for name, module in network.get_submodule("features").named_children():
         if isinstance(module, reference.DenseBlock):
             open_stage = name
             result += [(name, layer) for layer in module.children()]
@@ -202,3 +203,8 @@ def _readers(network: nn.Module) -> list[tuple[str, nn.Module]]:
         elif isinstance(module, reference.Transition) or name == "norm5":
             result.append((open_stage, module))
     return result
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean ± standard deviation over the seeds."""
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"

@@ -1,10 +1,9 @@
-"""The networks that claims.py compares, what was published about them, and their training on handwritten digits."""
+"""The networks that claims.py compares, and what was published about them."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -118,7 +117,9 @@ class Chain(Network):
     def __init__(self, depth: int, width: int, residual: bool) -> None:
         super().__init__(1, width, True, 2)
         for i in range(3):
-            stage = OrderedDict((f"layer{j + 1}", Pair(width, residual)) for j in range((depth - 4) // 6))
+            stage = OrderedDict[str, nn.Module](
+                (f"layer{j + 1}", Pair(width, residual)) for j in range((depth - 4) // 6)
+            )
             self.features.add_module(f"stage{i + 1}", nn.Sequential(stage))
             if i < 2:
                 self.features.add_module(f"transition{i + 1}", Transition(width, 2 * width))
@@ -161,63 +162,3 @@ def plain_twin(name: str, network: nn.Module, depth: int, growth_rate: int) -> n
         twin = reference.DenseNet(**arguments) if name == "DenseNet" else reference.CSPDenseNet(**arguments)
     twin.load_state_dict(network.state_dict())
     return twin.train(network.training)
-
-
-class Digits(NamedTuple):
-    """scikit-learn's handwritten digits, 8x8, scaled to [-1, 1]; three quarters to train on, fixed."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def load_digits() -> Digits:
-    from sklearn.datasets import load_digits as load
-
-    data = load()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(data.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, test = order[: 3 * len(order) // 4], order[3 * len(order) // 4 :]
-    return Digits(images[train], labels[train], images[test], labels[test])
-
-
-def train(
-    network: nn.Module,
-    digits: Digits,
-    steps: int,
-    *,
-    seed: int,
-    batch: int = 64,
-    learning_rate: float = 0.1,
-    on_step: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """SGD with Nesterov momentum 0.9, weight decay 1e-4 and one cosine cycle; returns the loss of every step."""
-    optimizer = torch.optim.SGD(network.parameters(), learning_rate, 0.9, weight_decay=1e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2))
-    generator = torch.Generator().manual_seed(seed)
-    losses = []
-    network.train()
-    batches: list[Tensor] = []
-    for _ in range(steps):
-        if not batches:
-            batches = [
-                b for b in torch.randperm(len(digits.labels), generator=generator).split(batch) if len(b) == batch
-            ]
-        chosen = batches.pop()
-        loss = F.cross_entropy(network(digits.images[chosen]), digits.labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        on_step()
-    return losses
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, digits: Digits) -> float:
-    """Share of the test images that are classified correctly, in eval mode."""
-    network.eval()
-    return (network(digits.test_images).argmax(1) == digits.test_labels).double().mean().item()

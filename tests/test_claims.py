@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +19,8 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import claims_measure as measure  # noqa: E402
-from claims_networks import Chain, digits_network, load_digits, plain_twin, train  # noqa: E402
+from claims_networks import Chain, digits_network, plain_twin  # noqa: E402
+from claims_training import load_digits, train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The folder that ``claims.py --quick`` leaves."""
     folder = tmp_path_factory.mktemp("claims")
     command = [sys.executable, str(BENCHMARKS / "claims.py"), "--quick", "--output", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout)
     return folder

@@ -1,5 +1,6 @@
 """Errors for bad arguments and inputs: each names the argument, what was expected and what came."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,10 +48,10 @@ def check_input(x: Tensor, num_input_features: int, spatial_dims: int, layers: "
     if not x.dtype.is_floating_point:
         raise TypeError(f"init_features: expected a floating dtype, got {x.dtype}")
     for name, layer in enumerate(layers, 1):
-        for parameter in layer.parameters():
-            if parameter.device != x.device:
+        for key, tensor in itertools.chain(layer.named_parameters(), layer.named_buffers()):
+            if tensor.device != x.device:
                 raise ValueError(
-                    f"init_features: expected device {parameter.device}, where denselayer{name}'s parameters are, got {x.device}"
+                    f"init_features: expected device {tensor.device}, where denselayer{name}.{key} is, got {x.device}"
                 )
     weight_dtype = next(layers[0].conv1.parameters()).dtype
     if x.dtype != weight_dtype and not torch.is_autocast_enabled(x.device.type):

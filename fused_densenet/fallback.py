@@ -5,11 +5,12 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
 
 if TYPE_CHECKING:
     from .modules import FusedDenseLayer
@@ -77,6 +78,8 @@ def fallback_reason(x: Tensor, layers: "Sequence[FusedDenseLayer]") -> str | Non
         torch.get_autocast_dtype(x.device.type),
     ):
         return f"autocast to {torch.get_autocast_dtype(x.device.type)} of an input in {x.dtype}"
+    if _global_hooks():
+        return "hooks on all modules are registered"
     first = layers[0]
     for number, layer in enumerate(layers, 1):
         name = f"denselayer{number}"
@@ -111,13 +114,17 @@ def _layer_reason(layer: "FusedDenseLayer", first: "FusedDenseLayer") -> str | N
     return None
 
 
-def _conv_reason(conv: nn.Module) -> str | None:
+def _conv_reason(conv: Any) -> str | None:
     same = tuple(size // 2 for size in conv.kernel_size)
     if conv.bias is not None:
         return "has a bias"
     if conv.groups != 1 or set(conv.stride) != {1} or set(conv.dilation) != {1}:
         return "is grouped, strided or dilated"
-    if conv.padding_mode != "zeros" or (conv.padding not in ("same", same)) or any(k % 2 == 0 for k in conv.kernel_size):
+    if (
+        conv.padding_mode != "zeros"
+        or (conv.padding not in ("same", same))
+        or any(k % 2 == 0 for k in conv.kernel_size)
+    ):
         return "does not pad with zeros to the size of its input"
     return None
 
@@ -126,3 +133,14 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _global_hooks() -> bool:
+    # Torch's own (its FLOP counter's module tracker) only follow the names of modules.
+    registered = (
+        module_hooks._global_forward_hooks,
+        module_hooks._global_forward_pre_hooks,
+        module_hooks._global_backward_hooks,
+        module_hooks._global_backward_pre_hooks,
+    )
+    return any(not hook.__module__.startswith("torch.") for hooks in registered for hook in hooks.values())

@@ -1,6 +1,7 @@
 """``FusedDenseBlock``: torchvision's dense block by signature, state_dict and result; one fused operator inside."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,19 +147,15 @@ class FusedDenseBlock(nn.ModuleDict):
         return torch.cat(features, dim=1)
 
 
-def _norm_relu_conv(norm: nn.Module, conv: nn.Module) -> NormReluConv:
+def _norm_relu_conv(norm: Any, conv: Any) -> NormReluConv:
     weight, gamma, beta = conv.weight, norm.weight, norm.bias
     if gamma is None:
         gamma, beta = weight.new_ones(weight.shape[1]), weight.new_zeros(weight.shape[1])
-    return NormReluConv(
-        weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm)
-    )
+    return NormReluConv(weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
 
 
 @torch.no_grad()
-def _update_running(
-    norms: Sequence[nn.Module], means: Sequence[Tensor], variances: Sequence[Tensor], pixels: int
-) -> None:
+def _update_running(norms: Sequence[Any], means: Sequence[Tensor], variances: Sequence[Tensor], pixels: int) -> None:
     """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased."""
     unbiased = pixels / max(pixels - 1, 1)
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}

@@ -38,7 +38,8 @@ def dense_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of :class:`fused_densenet.schedule.Saved`; the first is the block's output."""
     layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
-    saved = schedule.forward(x, layers, keep_bottleneck, BACKENDS[backend])
+    with torch.autocast(x.device.type, enabled=False):
+        saved = schedule.forward(x, layers, keep_bottleneck, BACKENDS[backend])
     return saved.buffer, saved.stats, saved.bottleneck, saved.bottleneck_stats
 
 
@@ -85,7 +86,8 @@ def dense_block_backward(
     layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
     needed = [weight_needed[i : i + per_layer] for i in range(0, len(weight_needed), per_layer)]
     saved = Saved(buffer, stats, bottleneck, bottleneck_stats)
-    gradients = schedule.backward(dout, saved, layers, needed, BACKENDS[backend])
+    with torch.autocast(dout.device.type, enabled=False):
+        gradients = schedule.backward(dout, saved, layers, needed, BACKENDS[backend])
     flat = [dout.new_empty(0) if g is None else g for layer in gradients.parameters for gs in layer for g in gs]
     return [gradients.dx, *flat]
 
@@ -165,11 +167,11 @@ def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
     dout, buffer, *rest = ctx.saved_tensors
     weights, gammas, betas, running, keep = _split(rest, ctx.lengths)
     channels = gammas[0].shape[0]
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(dout.device.type, enabled=False):
         inputs = [t.detach().requires_grad_() for t in (dout, buffer[:, :channels], *weights, *gammas, *betas)]
         dout_in, x, *parameters = inputs
-        lists = _split(parameters, ctx.lengths[:3])
-        out = _operator_by_operator(x, _layers(*lists, running, keep, *ctx.constants))
+        lists = [*_split(parameters, ctx.lengths[:3]), running, keep, *ctx.constants]
+        out = _operator_by_operator(x, _layers(*lists))
         first = torch.autograd.grad(out, [x, *parameters], dout_in, create_graph=True)
     dx, by_kind = first[0], _split(first[1:], ctx.lengths[:3])
     flat = [dx, *(g for gradients in zip(*by_kind, strict=True) for g in gradients)]
@@ -254,7 +256,14 @@ def _dense_block_flops(x_shape: Any, weight_shapes: Any, *_: Any, **__: Any) -> 
 
 @register_flop_formula(torch.ops.fused_densenet.dense_block_backward)
 def _dense_block_backward_flops(
-    dout_shape: Any, buffer_shape: Any, stats: Any, bottleneck_shape: Any, bottleneck_stats: Any, weight_shapes: Any, *rest: Any, **_: Any
+    dout_shape: Any,
+    buffer_shape: Any,
+    stats: Any,
+    bottleneck_shape: Any,
+    bottleneck_stats: Any,
+    weight_shapes: Any,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     """Data gradient, the weight gradients that are needed, and the recomputed bottleneck where it was not kept."""
     flops = _flops(buffer_shape, weight_shapes)

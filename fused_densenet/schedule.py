@@ -154,8 +154,15 @@ def backward(
         owed[:, :width] += source_owed
         end = width
     dx = empty_channels_last((dout.shape[0], end, *dout.shape[2:]), end, saved.buffer)
-    source = slice(0, end)
-    grad = Gradient(stored[..., source], data[..., source], ones[source], -owed[1, source], mean[source], -owed[0, source])
+    first_channels = slice(0, end)
+    grad = Gradient(
+        stored[..., first_channels],
+        data[..., first_channels],
+        ones[first_channels],
+        -owed[1, first_channels],
+        mean[first_channels],
+        -owed[0, first_channels],
+    )
     backend.place_backward(grad, pixels_last(dx))
     return Gradients(dx, parameters)
 
@@ -228,13 +235,13 @@ def allocate(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool) -> Saved
     channels = x.shape[1] + sum(_growth(layer) for layer in layers)
     padded = -(-channels // 8) * 8  # 16-byte aligned pixels in every dtype
     buffer = empty_channels_last((x.shape[0], channels, *x.shape[2:]), padded, x)
-    vectors = {"dtype": accumulate_dtype(x.dtype), "device": x.device}
+    dtype, device = accumulate_dtype(x.dtype), x.device
     width = _bottleneck_width(layers)
     kept = len(layers) if keep_bottleneck and width else 0
     bottleneck = torch.empty(kept, *pixels_last(buffer).shape[:-1], width, dtype=x.dtype, device=x.device)
-    return Saved(
-        buffer, torch.empty(2, channels, **vectors), bottleneck, torch.empty(2, len(layers), width, **vectors)
-    )
+    stats = torch.empty(2, channels, dtype=dtype, device=device)
+    bottleneck_stats = torch.empty(2, len(layers), width, dtype=dtype, device=device)
+    return Saved(buffer, stats, bottleneck, bottleneck_stats)
 
 
 def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:

@@ -30,14 +30,17 @@ void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t col
     };
     n == V::size ? column(V::size) : column(n);
     if (mean == nullptr) continue;
-    const V average = sum * V::all(A(1) / static_cast<A>(rows));
-    V squares = V::zero();
+    // The rounding of the first average is seen in the second pass: the sum of the deviations from it is not zero.
+    const V share = V::all(A(1) / static_cast<A>(rows));
+    const V average = sum * share;
+    V squares = V::zero(), rest = V::zero();
     for (int64_t r = 0; r < rows; ++r) {
       const V d = load(c + r * ldc + j) - average;
       squares = fma(d, d, squares);
+      rest += d;
     }
-    store(mean + j, average, n);
-    store(m2 + j, squares, n);
+    store(mean + j, fma(rest, share, average), n);
+    store(m2 + j, squares - rest * rest * share, n);
   }
 }
 

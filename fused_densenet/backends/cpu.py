@@ -28,9 +28,7 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
     torch.ops.fused_densenet.place_backward(*grad, out)
 
 
-def norm_relu_conv(
-    x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
-) -> None:
+def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
     torch.ops.fused_densenet.norm_relu_conv(x, *norm, weight, out, mean, var)
 
 

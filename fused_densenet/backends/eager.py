@@ -12,6 +12,11 @@ from .contract import Gradient, Norm, accumulate_dtype
 _PIXELS = (0, 1, 2, 3)
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    # ATen's 16-bit convolutions for the CPU read unwritten memory at some sizes (one channel, 3D, weight gradient).
+    return accumulate_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+
+
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating dtype"
 
@@ -25,11 +30,10 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
     out.copy_(_load(grad))
 
 
-def norm_relu_conv(
-    x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
-) -> None:
+def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+    dtype = _product_dtype(x)
     a = _activation(x, norm).to(x.dtype)
-    out.copy_(_channels_last(_convolve(a, weight.to(x.dtype))))
+    out.copy_(_channels_last(_convolve(a.to(dtype), weight.to(x.dtype).to(dtype))))
     _moments(out, mean, var)
 
 
@@ -44,12 +48,13 @@ def norm_relu_conv_backward(
     sum_dz: Tensor,
     sum_dz_centered: Tensor,
 ) -> None:
+    dtype = _product_dtype(x)
     a = _activation(x, norm)
     g = _load(grad).to(x.dtype)
     da, dw, _ = torch.ops.aten.convolution_backward(
-        _channels_first(g),
-        _channels_first(a.to(x.dtype)),
-        weight.to(x.dtype),
+        _channels_first(g.to(dtype)),
+        _channels_first(a.to(x.dtype).to(dtype)),
+        weight.to(x.dtype).to(dtype),
         None,
         (1, 1, 1),
         [size // 2 for size in weight.shape[2:]],

@@ -7,7 +7,6 @@ under the few properties that decide it, and called directly.
 from typing import Any
 
 import triton
-from torch import Tensor
 from triton.runtime import driver
 
 Grid = tuple[int, int, int]
@@ -30,7 +29,8 @@ def launch(kernel: Kernel, grid: Grid, arguments: tuple[Any, ...]) -> None:
     if not isinstance(kernel.function, triton.JITFunction):  # the interpreter
         kernel.function[grid](*arguments, **kernel.constants)
         return
-    key = (driver.active.get_current_device(), *[a.data_ptr() & 15 if isinstance(a, Tensor) else a for a in arguments])
+    properties = [a if a.__class__ is int or a is None else a.data_ptr() & 15 for a in arguments]
+    key = (driver.active.get_current_device(), *properties)
     compiled = kernel.compiled.get(key)
     if compiled is None:
         kernel.compiled[key] = kernel.function[grid](*arguments, **kernel.constants, **kernel.options)

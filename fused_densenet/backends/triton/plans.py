@@ -32,17 +32,17 @@ class Plan(NamedTuple):
 
 @_kept
 def place(images: int, pixels: int, channels: int, moments: bool) -> Plan:
-    block_p, block_c = 128, min(_power(channels), 64)
+    block_p, block_c = 128, min(_power(channels), 32)
     tiles = triton.cdiv(pixels, block_p)
-    kernel = Kernel(placement.place, 4, 1, MOMENTS=moments, BLOCK_P=block_p, BLOCK_C=block_c)
+    kernel = Kernel(placement.place, 8, 1, MOMENTS=moments, BLOCK_P=block_p, BLOCK_C=block_c)
     return Plan(kernel, (images * tiles, triton.cdiv(channels, block_c), 1), (pixels, channels, tiles), images * tiles)
 
 
 @_kept
 def place_backward(images: int, pixels: int, channels: int) -> Plan:
-    block_p, block_c = 128, min(_power(channels), 64)
+    block_p, block_c = 128, min(_power(channels), 32)
     tiles = triton.cdiv(pixels, block_p)
-    kernel = Kernel(placement.place_backward, 4, 1, BLOCK_P=block_p, BLOCK_C=block_c)
+    kernel = Kernel(placement.place_backward, 8, 1, BLOCK_P=block_p, BLOCK_C=block_c)
     return Plan(kernel, (images * tiles, triton.cdiv(channels, block_c), 1), (pixels, channels, tiles), images * tiles)
 
 
@@ -121,8 +121,9 @@ def backward_weight(x: Size, weight: Size, arithmetic: str, device: torch.device
 
 
 def shape_class(kernel: str, weight: Size, arithmetic: str) -> ShapeClass:
-    rows = weight[0] * (taps(weight) if kernel == "backward_weight" else 1)
-    return ShapeClass(kernel, arithmetic, _power(rows), taps(weight))
+    if kernel == "backward_weight":
+        return ShapeClass(kernel, arithmetic, max(64, _power(weight[0] * taps(weight))), taps(weight))
+    return ShapeClass(kernel, arithmetic, _power(weight[0]), taps(weight))
 
 
 def taps(weight: Size) -> int:

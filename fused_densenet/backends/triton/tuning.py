@@ -46,6 +46,7 @@ Choices = dict[int, list[Tile]]
 
 _TILES: dict[tuple[str, str], Choices] = {
     ("norm_relu_conv", "half"): {
+        16: [Tile(64, 64, 16, 4, 3)],
         32: [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3)],
         64: [Tile(64, 64, 64, 4, 3)],
         128: [Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 8, 3)],
@@ -58,14 +59,22 @@ _TILES: dict[tuple[str, str], Choices] = {
     },
     ("norm_relu_conv", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
     ("backward_pointwise", "half"): {
+        64: [Tile(64, 64, 64, 8, 2)],
         128: [Tile(64, 64, 128, 8, 2), Tile(64, 32, 128, 8, 2)],
         256: [Tile(64, 32, 256, 8, 2)],
     },
     ("backward_pointwise", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
-    ("backward_data", "half"): {32: [Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)], 256: [Tile(64, 64, 64, 8, 2)]},
+    ("backward_data", "half"): {
+        16: [Tile(64, 128, 16, 8, 2)],
+        32: [Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)],
+        256: [Tile(64, 64, 64, 8, 2)],
+    },
     ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 4, 2)]},
     ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
-    ("backward_weight", "half"): {256: [Tile(64, 64, 128, 8, 2), Tile(64, 128, 128, 8, 2)]},
+    ("backward_weight", "half"): {
+        64: [Tile(64, 64, 64, 8, 2)],
+        256: [Tile(64, 64, 128, 8, 2), Tile(64, 128, 128, 8, 2)],
+    },
     ("backward_weight", "tf32"): {256: [Tile(32, 64, 128, 8, 2)]},
     ("backward_weight", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
 }

@@ -33,6 +33,7 @@ const Kernels& kernels_for(DType dtype, const char* capability) {
   if (std::strcmp(name, "avx512") == 0) return avx512::find(dtype);
   if (std::strcmp(name, "avx2") == 0) return avx2::find(dtype);
 #endif
+  (void)capability;
   return portable::find(dtype);
 }
 

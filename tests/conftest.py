@@ -9,8 +9,10 @@ import torch
 
 from fused_densenet import fallback, use_backend
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None, print_blob=True)
-hypothesis.settings.register_profile("thorough", parent=hypothesis.settings.get_profile("default"), max_examples=1000)
+for _profile, _examples in {"quick": 8, "default": 25, "thorough": 1000}.items():
+    hypothesis.settings.register_profile(
+        _profile, max_examples=_examples, deadline=None, derandomize=True, database=None, print_blob=True
+    )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -25,6 +25,6 @@ def test_primitives_with(capability: str, instruction_set: str) -> None:
         cwd=TESTS.parent.parent,
     ).stdout.strip()
     assert reported == (instruction_set if has_avx2 else "portable")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not eager and not same_bits", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "not eager and not same_bits", str(TESTS)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent.parent)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-1000:]

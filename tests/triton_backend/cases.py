@@ -1,5 +1,7 @@
 """Cases of the four primitives, and what autograd in float64 says of them."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,20 +49,25 @@ CASES = [
 ]
 
 
-def run_case(case: Case, dtype: torch.dtype, device: str = "cpu", weight_dtype: torch.dtype = torch.float32) -> None:
-    """Runs both primitives of a case in buffers full of NaN and foreign channels, and compares everything."""
+def run_case(case: Case, dtype: torch.dtype, device: str = "cpu", rounding: torch.dtype | None = None) -> None:
+    """Runs both primitives of a case in buffers full of NaN and foreign channels, and compares everything.
+
+    ``rounding`` is the dtype that operands of products are rounded to, if not ``dtype``: float16 stands for TF32, which
+    has as many bits.
+    """
+    rounding = rounding or dtype
     draw = _Draw(device, torch.Generator().manual_seed(case.C + case.K))
     norm = Norm(draw(case.C), draw.positive(case.C), 0.3 * draw(case.C))
     buffer = draw(*case.pixels, case.C + case.K + 3).to(dtype)
     x, out = buffer[..., : case.C], buffer[..., case.C : case.C + case.K]
     _keep_clear_of_zero(x, norm)
     fan_in = case.C * case.kernel[0] * case.kernel[1] * case.kernel[2]
-    weight = (draw(case.K, case.C, *case.kernel) / fan_in**0.5).to(weight_dtype)
+    weight = draw(case.K, case.C, *case.kernel) / fan_in**0.5
     before = buffer.clone()
     out.fill_(torch.nan)
     mean, var = draw.nothing(case.K), draw.nothing(case.K)
     backend.norm_relu_conv(x, norm, weight, out, mean, var)
-    _compare_forward(case, x, norm, weight, out, mean, var, dtype)
+    _compare_forward(case, x, norm, weight, out, mean, var, rounding)
     _assert_bits(buffer[..., case.C + case.K :], before[..., case.C + case.K :], "channels behind the output")
     _assert_bits(x, before[..., : case.C], "the input")
 
@@ -74,8 +81,21 @@ def run_case(case: Case, dtype: torch.dtype, device: str = "cpu", weight_dtype: 
     dweight = torch.full_like(weight, torch.nan) if case.weight else None
     sum_dz, sum_dz_centered = draw.nothing(case.C), draw.nothing(case.C)
     backend.norm_relu_conv_backward(grad, x, norm, weight, dx, case.accumulate, dweight, sum_dz, sum_dz_centered)
-    _compare_backward(case, grad, x, norm, weight, before[..., : case.C], dx, dweight, sum_dz, sum_dz_centered, dtype)
+    _compare_backward(
+        case, grad, x, norm, weight, before[..., : case.C], dx, dweight, sum_dz, sum_dz_centered, rounding
+    )
     _assert_bits(gradients[..., case.C :], before[..., case.C :], "gradients of other channels")
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """torch's switch for convolutions of float32: "tf32" or "ieee"."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 class _Draw:

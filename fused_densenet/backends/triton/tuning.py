@@ -48,7 +48,7 @@ _TILES: dict[tuple[str, str], Choices] = {
     ("norm_relu_conv", "half"): {
         16: [Tile(64, 64, 16, 4, 3)],
         32: [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3)],
-        64: [Tile(64, 64, 64, 4, 3)],
+        64: [Tile(64, 64, 64, 8, 3)],
         128: [Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 8, 3)],
         256: [Tile(64, 32, 256, 8, 3)],
     },
@@ -71,26 +71,36 @@ _TILES: dict[tuple[str, str], Choices] = {
     },
     ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 4, 2)]},
     ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
-    ("backward_weight", "half"): {
-        64: [Tile(64, 64, 64, 8, 2)],
-        256: [Tile(64, 64, 128, 8, 2), Tile(64, 128, 128, 8, 2)],
-    },
+    ("backward_weight", "half"): {256: [Tile(32, 64, 128, 8, 2), Tile(64, 64, 64, 8, 2)]},
     ("backward_weight", "tf32"): {256: [Tile(32, 64, 128, 8, 2)]},
     ("backward_weight", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
 }
 
 _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
     "sm_80": {
-        ("backward_pointwise", "half"): {128: [Tile(64, 32, 128, 8, 2)], 256: [Tile(32, 32, 256, 8, 2)]},
-        ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
+        ("backward_pointwise", "half"): {
+            64: [Tile(64, 32, 64, 8, 2)],
+            128: [Tile(64, 32, 128, 8, 2)],
+            256: [Tile(32, 32, 256, 8, 2)],
+        },
+        ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
+    },
+    "sm_100": {
+        ("norm_relu_conv", "half"): {64: [Tile(64, 32, 64, 4, 3)]},
+        ("backward_pointwise", "half"): {64: [Tile(64, 32, 64, 8, 2)]},
     },
     "gfx942": {
         ("norm_relu_conv", "half"): {
+            32: [Tile(64, 64, 32, 4, 3)],
             64: [Tile(64, 64, 64, 4, 3)],
             128: [Tile(64, 32, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
             256: [Tile(64, 32, 256, 8, 2)],
         },
-        ("backward_pointwise", "half"): {128: [Tile(32, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
+        ("backward_pointwise", "half"): {
+            64: [Tile(32, 32, 64, 8, 1)],
+            128: [Tile(32, 32, 128, 8, 1)],
+            256: [Tile(16, 32, 256, 8, 1)],
+        },
     },
 }
 """Where a family of GPUs differs: fewer registers or less shared memory than what the others use."""
@@ -99,9 +109,9 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
 def candidates(shape: ShapeClass, family: str) -> list[Tile]:
     """The tiles worth trying on a family of GPUs, the fixed choice first."""
     key = (shape.kernel, shape.arithmetic)
-    choices = _TILES_OF.get(family, {}).get(key) or _TILES[key]
+    choices = _TILES[key] | _TILES_OF.get(family, {}).get(key, {})
     k = min(shape.k, max(choices))
-    tiles = next(tiles for most, tiles in choices.items() if k <= most)
+    tiles = next(choices[most] for most in sorted(choices) if k <= most)
     return [tile._replace(k=min(k, tile.k)) for tile in tiles]
 
 

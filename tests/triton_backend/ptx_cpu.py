@@ -1,0 +1,186 @@
+"""Executes PTX on the CPU: one numpy lane per CUDA thread, the blocks of a launch some at a time.
+
+Lanes run lowest program counter first, which brings diverged lanes together again. An instruction that is not known is
+an error. What the compilers emit is executed as it stands, so this also covers what Triton does after its interpreter:
+layouts, swizzled shared memory, asynchronous copies, tensor-core fragments. See :mod:`ptx_memory` for what is checked.
+Not modelled: timing, weaker memory orders, tensor-core rounding, and Blackwell's and TMA's instructions.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ptx_memory import AccessError, GlobalMemory, SharedMemory
+from ptx_parser import Address, Immediate, Instruction, Kernel, Operand, PtxError, Register, Sink, Symbol
+
+UNSIGNED: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+FLOAT: dict[int, Any] = {16: np.float16, 32: np.float32, 64: np.float64}
+WARP = 32
+_LANES_AT_ONCE = 8192
+
+Handler = Callable[["Machine", Instruction, "np.ndarray"], None]
+HANDLERS: dict[str, Handler] = {}
+
+
+def instruction(*names: str) -> Callable[[Handler], Handler]:
+    """Registers what executes the instructions of these names for the active lanes (a mask)."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+class Machine:
+    """A launch of ``kernel``; runs on construction. ``counts`` are executed instructions by name."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arguments: list[int],
+        tensors: list[np.ndarray],
+    ) -> None:
+        self.kernel, self.grid, self.threads = kernel, grid, threads
+        self.arguments = dict(zip(kernel.parameters, arguments, strict=False))
+        self.shared_size = kernel.static_shared + shared
+        self.memory = GlobalMemory(tensors)
+        self.counts: Counter[str] = Counter()
+        blocks, at_once = math.prod(grid), max(1, _LANES_AT_ONCE // threads)
+        for first in range(0, blocks, at_once):
+            self._start(np.arange(first, min(first + at_once, blocks)))
+            with np.errstate(all="ignore"):
+                self._run()
+
+    def _start(self, blocks: np.ndarray) -> None:
+        self.lanes = blocks.size * self.threads
+        thread = np.tile(np.arange(self.threads), blocks.size)
+        self.block = np.repeat(blocks, self.threads)
+        zero = np.zeros(self.lanes, np.int64)
+        x, y, _ = self.grid
+        block = (self.block % x, self.block // x % y, self.block // (x * y))
+        self.special = {f"%tid.{axis}": value for axis, value in zip("xyz", (thread, zero, zero), strict=True)}
+        self.special |= {f"%ctaid.{axis}": value for axis, value in zip("xyz", block, strict=True)}
+        self.special |= {f"%nctaid.{axis}": zero + size for axis, size in zip("xyz", self.grid, strict=True)}
+        self.special |= {f"%ntid.{a}": zero + size for a, size in zip("xyz", (self.threads, 1, 1), strict=True)}
+        self.special |= {"%laneid": thread % WARP, "%warpid": thread // WARP}
+        self.alive = np.ones(self.lanes, bool)
+        self.registers = {
+            name: np.zeros(self.lanes, bool if bits == 1 else UNSIGNED[bits])
+            for name, bits in self.kernel.registers.items()
+        }
+        self.shared = SharedMemory(blocks.size, self.shared_size, self.threads)
+        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # not waited for: addresses, data, lanes
+        self.copy_groups: list[int] = []  # copies issued before each commit
+
+    def _run(self) -> None:
+        waiting = {0: self.alive.copy()}
+        end = len(self.kernel.instructions)
+        while waiting:
+            at = min(waiting)
+            active = waiting.pop(at)
+            if at >= end:
+                self.alive &= ~active
+                continue
+            while at < end and active.any():
+                at, active = self._step(at, active, waiting)
+                if at in waiting:
+                    active = active | waiting.pop(at)
+                if waiting and at > min(waiting):
+                    waiting[at] = waiting.get(at, False) | active
+                    break
+            else:
+                self.alive &= ~active
+
+    def _step(self, at: int, active: np.ndarray, waiting: dict[int, np.ndarray]) -> tuple[int, np.ndarray]:
+        """Executes one instruction; returns the next position and its lanes, others go to ``waiting``."""
+        it = self.kernel.instructions[at]
+        chosen = active
+        if it.predicate is not None:
+            chosen = active & (self.registers[it.predicate] ^ it.negated)
+        if it.op == "bra":
+            target = it.operands[0]
+            assert isinstance(target, Symbol)
+            stay = active & ~chosen
+            if not chosen.any():
+                return at + 1, active
+            if stay.any():
+                first, second = sorted([(self.kernel.labels[target.name], chosen), (at + 1, stay)], key=lambda p: p[0])
+                waiting[second[0]] = waiting.get(second[0], False) | second[1]
+                return first
+            return self.kernel.labels[target.name], active
+        if it.op in ("ret", "exit"):
+            self.alive &= ~chosen
+            return at + 1, active & ~chosen
+        handler = HANDLERS.get(it.op)
+        if handler is None:
+            raise self.error(it, "unknown instruction")
+        self.counts[it.op] += 1
+        if chosen.any():
+            try:
+                handler(self, it, chosen)
+            except AccessError as error:
+                raise self.error(it, str(error), int(np.flatnonzero(chosen)[0]) + error.lane) from error
+        return at + 1, active
+
+    def error(self, it: Instruction, message: str, lane: int | None = None) -> PtxError:
+        where = "" if lane is None else f", block {self.block[min(lane, self.lanes - 1)]}"
+        return PtxError(f"{message} at line {it.line}: {it.text}{where}")
+
+    def bits(self, operand: Operand, size: int) -> np.ndarray:
+        """An operand's raw bits in every lane, as unsigned numbers (bool for predicates)."""
+        if isinstance(operand, Register):
+            value = self.registers.get(operand.name)
+            if value is None:
+                value = self.special[operand.name]
+            return value if value.dtype == bool or size == 1 else value.astype(UNSIGNED[size], copy=False)
+        if isinstance(operand, Immediate):
+            if size == 1:
+                return np.full(self.lanes, bool(operand.bits))
+            return np.full(self.lanes, operand.bits & (2**size - 1), UNSIGNED[size])
+        if isinstance(operand, Symbol) and operand.name in self.kernel.shared:
+            return np.full(self.lanes, self.kernel.shared[operand.name], UNSIGNED[size])
+        raise PtxError(f"operand {operand}")
+
+    def put(self, operand: Operand, value: np.ndarray, active: np.ndarray) -> None:
+        """Sets a register of the active lanes to raw bits, or to a number of the register's width."""
+        if isinstance(operand, Sink):
+            return
+        assert isinstance(operand, Register)
+        size = self.kernel.registers[operand.name]
+        if size == 1:
+            value = value.astype(bool)
+        else:
+            if value.dtype.kind == "f":
+                value = value.view(UNSIGNED[value.dtype.itemsize * 8])
+            value = value.astype(UNSIGNED[size], copy=False)
+        self.registers[operand.name] = np.where(active, value, self.registers[operand.name])
+
+    def address(self, operand: Operand) -> np.ndarray:
+        assert isinstance(operand, Address)
+        if operand.base in self.kernel.shared:
+            base = np.full(self.lanes, self.kernel.shared[operand.base], np.int64)
+        else:
+            base = self.registers[operand.base].astype(np.int64)
+        return base + operand.offset
+
+
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    arguments: list[int],
+    tensors: list[np.ndarray],
+) -> Machine:
+    """Runs ``kernel`` on blocks of ``threads``; ``arguments`` are raw bits (addresses within ``tensors``, numbers)."""
+    import ptx_matrix  # noqa: F401, the instructions
+    import ptx_scalar  # noqa: F401
+
+    return Machine(kernel, grid, threads, shared, arguments, tensors)

@@ -1,0 +1,182 @@
+"""PTX text to instructions with operands, registers and labels, for the kernels that compilers emit (PTX ISA 8)."""
+
+import re
+from dataclasses import dataclass, field
+
+
+class PtxError(AssertionError):
+    """A fault of the executed kernel, or PTX that is not understood; names the line and the instruction."""
+
+
+@dataclass(frozen=True)
+class Register:
+    name: str
+
+
+@dataclass(frozen=True)
+class Immediate:
+    bits: int
+
+
+@dataclass(frozen=True)
+class Symbol:
+    name: str
+
+
+@dataclass(frozen=True)
+class Sink:
+    """``_``: a result that nobody wants."""
+
+
+@dataclass(frozen=True)
+class Address:
+    base: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    items: "tuple[Operand, ...]"
+
+
+Operand = Register | Immediate | Symbol | Sink | Address | Vector
+
+
+@dataclass
+class Instruction:
+    """``@predicate op.modifiers operands``; ``kind`` is the last modifier, mostly the type."""
+
+    op: str
+    modifiers: tuple[str, ...]
+    operands: list[Operand]
+    predicate: str | None
+    negated: bool
+    text: str
+    line: int
+
+    @property
+    def kind(self) -> str:
+        return self.modifiers[-1]
+
+    def has(self, modifier: str) -> bool:
+        return modifier in self.modifiers
+
+
+@dataclass
+class Kernel:
+    """One ``.entry``: parameter names, bits of each register, instructions, label positions, shared symbols."""
+
+    text: str
+    name: str
+    parameters: list[str] = field(default_factory=list)
+    registers: dict[str, int] = field(default_factory=dict)
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
+    static_shared: int = 0
+
+    def __post_init__(self) -> None:
+        text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), self.text, flags=re.S)
+        text = re.sub(r"//[^\n]*", "", text)
+        entry = re.search(rf"\.entry\s+{re.escape(self.name)}\s*\((.*?)\)", text, re.S)
+        if entry is None:
+            raise PtxError(f"no entry {self.name}")
+        self.parameters = re.findall(r"([\w$]+)\s*(?:\[\d+\])?\s*(?:,|$)", entry[1].strip())
+        opening = text.index("{", entry.end())
+        self._find_shared(text)
+        first_line = text.count("\n", 0, opening) + 1
+        for statement, line in _statements(text[opening + 1 : _closing(text, opening)], first_line):
+            self._read(statement, line)
+
+    def _find_shared(self, text: str) -> None:
+        """Places the static symbols one after another, and the dynamic one, of unknown size, behind them."""
+        dynamic = None
+        declaration = r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]"
+        for external, align, name, size in re.findall(declaration, text):
+            if external or size in ("", "0"):
+                dynamic = name
+                continue
+            self.shared[name] = _round_up(self.static_shared, int(align))
+            self.static_shared = self.shared[name] + int(size)
+        if dynamic is not None:
+            self.static_shared = _round_up(self.static_shared, 128)
+            self.shared[dynamic] = self.static_shared
+
+    def _read(self, statement: str, line: int) -> None:
+        if statement.endswith(":"):
+            self.labels[statement[:-1]] = len(self.instructions)
+        elif statement.startswith(".reg"):
+            _, kind, names = statement.split(None, 2)
+            bits = 1 if kind == ".pred" else int(re.sub(r"\D", "", kind))
+            for name in names.split(","):
+                many = re.fullmatch(r"(.+)<(\d+)>", name.strip())
+                expanded = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]
+                self.registers.update(dict.fromkeys(expanded, bits))
+        elif not statement.startswith("."):
+            self.instructions.append(_instruction(statement, line))
+
+
+def _round_up(size: int, align: int) -> int:
+    return -(-size // align) * align
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for position in range(opening, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return position
+    raise PtxError("a brace is not closed")
+
+
+def _statements(body: str, line: int) -> list[tuple[str, int]]:
+    """Statements and labels with their lines; braces of nested scopes and debug directives are dropped."""
+    statements: list[tuple[str, int]] = []
+    rest = ""
+    for number, text in enumerate(body.split("\n"), line):
+        text = text.strip()
+        if not rest and (text in ("{", "}") or text.startswith((".loc", ".file", ".pragma"))):
+            continue
+        for piece in re.split(r"(;|^[$\w]+:)", text):
+            if piece == ";":
+                statements.append((rest.strip().lstrip("{} \t"), number))
+                rest = ""
+            elif re.fullmatch(r"[$\w]+:", piece):
+                statements.append((piece, number))
+            elif piece.strip() not in ("", "{", "}"):
+                rest += " " + piece.strip()
+    return [(statement, number) for statement, number in statements if statement]
+
+
+def _instruction(statement: str, line: int) -> Instruction:
+    rest, predicate, negated = statement, None, False
+    if rest[0] == "@":
+        guard, rest = rest[1:].split(None, 1)
+        negated, predicate = guard[0] == "!", guard.lstrip("!")
+    name, _, arguments = rest.partition(" ")
+    op, *modifiers = name.split(".")
+    modifiers = [m.strip(":") for m in modifiers]
+    operands = [_operand(t) for t in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", arguments)]
+    return Instruction(op, tuple(modifiers), operands, predicate, negated, statement, line)
+
+
+def _operand(text: str) -> Operand:
+    text = text.strip()
+    if text[0] == "{":
+        return Vector(tuple(_operand(t) for t in text[1:-1].split(",")))
+    if text[0] == "[":
+        parts = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
+        if parts is None:
+            raise PtxError(f"address {text}")
+        return Address(parts[1], int(parts[2] or 0))
+    if "|" in text:
+        return Vector(tuple(_operand(t) for t in text.split("|")))
+    if text == "_":
+        return Sink()
+    if text[0] == "%":
+        return Register(text)
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
+        return Immediate(int(text[2:], 16))
+    if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
+        return Immediate(int(text.rstrip("U"), 0))
+    return Symbol(text)

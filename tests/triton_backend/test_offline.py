@@ -1,0 +1,91 @@
+"""Every kernel with every tile that tuning may choose, compiled for GPUs that are not there, and what it needs there."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import launches
+import pytest
+import report
+import torch
+import triton
+import triton.language as tl
+from triton_offline import SHARED_LIMIT, TARGETS, Resources, compile_kernel, resources
+
+ALSO_SERVED = {"sm_80": 101376}  # compute capability 8.6, 8.9 and 12.0 have less shared memory than 8.0
+PROCESSES = 2
+Row = tuple[str, str, Resources]
+
+
+def compile_share(share: int) -> list[Row]:
+    rows = []
+    numbered = [(target, launch) for target in TARGETS for launch in launches.every_launch(target)]
+    for target, launch in numbered[share::PROCESSES]:
+        kernel = launch.kernel
+        compiled = compile_kernel(
+            kernel.function, *launch.arguments, target=target, **kernel.constants, **kernel.options
+        )
+        blocks = " ".join(str(v) for n, v in kernel.constants.items() if n.startswith("BLOCK"))
+        tile = f"{blocks} | {kernel.options['num_warps']} {kernel.options['num_stages']}"
+        rows.append((target, f"{launch.name} [{tile}]", resources(compiled)))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Row]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        rows = [row for rows in pool.map(compile_share, range(PROCESSES)) for row in rows]
+    rows.sort(key=lambda row: (list(TARGETS).index(row[0]), row[1]))
+    lines = [
+        f"{target:6} {name:56} {used.registers:3} registers {used.shared:6} B shared {used.stack} B stack"
+        f" {used.tensor_instructions:3} matrix instructions"
+        for target, name, used in rows
+    ]
+    report.sections[f"Compiled ahead of time by triton {triton.__version__}"] = lines
+    return rows
+
+
+def test_nothing_spills(table: list[Row]) -> None:
+    spilled = [(target, name) for target, name, used in table if used.stack]
+    assert not spilled
+
+
+def test_shared_memory_fits(table: list[Row]) -> None:
+    too_much = [
+        (target, name, used.shared)
+        for target, name, used in table
+        if used.shared > ALSO_SERVED.get(target, SHARED_LIMIT[target])
+    ]
+    assert not too_much
+
+
+def test_matrix_products_use_matrix_instructions(table: list[Row]) -> None:
+    """All but IEEE float32 on NVIDIA, which has no such instruction."""
+    without = []
+    for target, name, used in table:
+        expected = name.startswith(launches.MATRIX_KERNELS) and not (" ieee " in name and target != "gfx942")
+        if (used.tensor_instructions > 0) != expected:
+            without.append((target, name, used.tensor_instructions))
+    assert not without
+
+
+def test_every_kernel_is_there(table: list[Row]) -> None:
+    names = {*launches.MATRIX_KERNELS, "place", "place_backward", "merge_moments", "add_partials"}
+    for target in TARGETS:
+        assert {name.split()[0] for row_target, name, _ in table if row_target == target} == names
+
+
+@triton.jit
+def _spills(a, b, c, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(a + i[:, None] * BLOCK + i[None, :])
+    y = tl.load(b + i[:, None] * BLOCK + i[None, :])
+    tl.store(c + i[:, None] * BLOCK + i[None, :], tl.dot(x, y, input_precision="ieee"))
+
+
+def test_a_kernel_that_spills_is_found() -> None:
+    tensors: list[Any] = [torch.empty(128, 128) for _ in range(3)]
+    used = resources(compile_kernel(_spills, *tensors, target="sm_80", BLOCK=128, num_warps=4, num_stages=1))
+    assert used.stack > 0
+    assert used.tensor_instructions == 0

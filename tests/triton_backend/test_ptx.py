@@ -1,0 +1,74 @@
+"""The PTX that Triton emits for sm_80 and sm_90, executed on the CPU for every kernel, against autograd in float64."""
+
+import blocks
+import cases
+import pytest
+import tolerances
+import torch
+from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
+from triton_ptx import executing_ptx
+
+from fused_densenet import FusedDenseBlock, reference
+from fused_densenet.backends import BACKENDS, triton
+
+CASES = [
+    Case(LINE, 36, 48, ONE),
+    Case(LINE, 96, 128, ONE),
+    Case(LINE, 144, 192, ONE),
+    Case(IMAGE, 48, 12, SQUARE, accumulate=False),
+    Case(IMAGE, 128, 32, SQUARE, accumulate=False),
+    Case(IMAGE, 192, 48, SQUARE, accumulate=False),
+    Case(LINE, 36, 12, ROW),
+    Case(VOLUME, 24, 12, CUBE),
+]
+ARITHMETIC = {  # dtype of the data, torch's switch, dtype of the rounding
+    "bfloat16": (torch.bfloat16, "ieee", torch.bfloat16),
+    "tf32": (torch.float32, "tf32", torch.float16),
+    "ieee": (torch.float32, "ieee", torch.float32),
+}
+MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma"}
+PRODUCTS = {"norm_relu_conv", "backward_pointwise", "backward_data", "backward_weight"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_relu_conv(case: Case, arithmetic: str, target: str) -> None:
+    run(case, arithmetic, target)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_norm_relu_conv_in_ieee_float32(case: Case) -> None:
+    run(case, "ieee", "sm_80")
+
+
+def run(case: Case, arithmetic: str, target: str) -> None:
+    dtype, switch, rounding = ARITHMETIC[arithmetic]
+    with cases.float32_products(switch), executing_ptx(target) as machines:
+        cases.run_case(case, dtype, rounding=rounding)
+    for name, machine in machines:
+        products = machine.counts["mma"] + machine.counts["wgmma"]
+        assert (products > 0) == (name in PRODUCTS and arithmetic != "ieee"), name
+        assert target == "sm_90" or machine.counts["wgmma"] == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_whole_block(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the place and place_backward kernels, in bfloat16."""
+    monkeypatch.setattr(triton, "unavailable", lambda device, dtype: None)
+    monkeypatch.setitem(BACKENDS, "cpu", triton)
+    theirs = reference.DenseBlock(2, 16, 4, 8)
+    x = blocks.bimodal(2, 16, 7, 5)
+    blocks.keep_clear_of_zero(theirs, x)
+    ours = FusedDenseBlock(2, 16, 4, 8)
+    ours.load_state_dict(theirs.state_dict())
+    exact_block = reference.DenseBlock(2, 16, 4, 8).bfloat16()
+    exact_block.load_state_dict(theirs.state_dict())
+    exact = blocks.step(exact_block.double(), x.bfloat16().double())
+    operators = blocks.step(theirs.bfloat16(), x.bfloat16())
+    with executing_ptx(target) as machines:
+        results = blocks.step(ours.bfloat16(), x.bfloat16())
+    assert {"place", "place_backward", *PRODUCTS} <= {name for name, _ in machines}
+    for name, value in results.items():
+        if value.is_floating_point():
+            tolerances.assert_error_ratio(value, operators[name], exact[name], torch.bfloat16, name)

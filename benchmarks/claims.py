@@ -178,24 +178,30 @@ def _thirds(norms: Sequence[float]) -> float:
 
 
 def reuse(settings: Settings, trained: Trained) -> dict[str, Any]:
-    """Figure 5 of the DenseNet paper, and its four observations in numbers, trained beside untrained."""
-    tables: list[list[torch.Tensor]] = []
+    """Figure 5 of the DenseNet paper, and its four observations in numbers, beside the network before training."""
+    tables: dict[str, list[list[torch.Tensor]]] = {state: [] for state in ("trained", "untrained", "learned")}
     rows: list[dict[str, Any]] = []
     for seed in settings.seeds:
         torch.manual_seed(seed)
-        fresh = digits_network("DenseNet", settings.depth, settings.growth_rate)
-        after, before = feature_reuse(trained.networks["DenseNet", seed]), feature_reuse(fresh)
-        tables.append(after)
-        rows.append({"seed": seed, "trained": _observations(after), "untrained": _observations(before)})
-    table = Table(title="Feature reuse: mean absolute weights of a trained DenseNet, figure 5's observations")
-    for column in ("observation", "trained", "untrained"):
+        network, start = (
+            trained.networks["DenseNet", seed],
+            digits_network("DenseNet", settings.depth, settings.growth_rate),
+        )
+        found = (feature_reuse(network), feature_reuse(start), feature_reuse(network, start))
+        for blocks, state in zip(found, tables, strict=True):
+            tables[state].append(blocks)
+        rows.append({"seed": seed, **{state: _observations(tables[state][-1]) for state in tables}})
+    table = Table(
+        title="Feature reuse: figure 5's observations",
+        caption="mean absolute weights of a DenseNet before and after training, and of what training added",
+    )
+    for column in ("observation", *tables):
         table.add_column(column, justify="left" if column == "observation" else "right")
     for key, text in OBSERVATIONS.items():
-        cells = [spread([row[state][key] for row in rows]) for state in ("trained", "untrained")]
-        table.add_row(text, *cells)
+        table.add_row(text, *(spread([row[state][key] for row in rows]) for state in tables))
     console.print(table)
-    mean = [torch.stack(blocks).mean(0) for blocks in zip(*tables, strict=True)]
-    return {"rows": rows, "mean_absolute_weight": [block.tolist() for block in mean]}
+    means = {s: [torch.stack(b).mean(0).tolist() for b in zip(*tables[s], strict=True)] for s in ("trained", "learned")}
+    return {"rows": rows, "mean_absolute_weight": means["trained"], "mean_absolute_change": means["learned"]}
 
 
 OBSERVATIONS = {

@@ -90,23 +90,29 @@ def seen_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return result
 
 
-def feature_reuse(network: nn.Module) -> list[Tensor]:
+@torch.no_grad()
+def feature_reuse(network: nn.Module, start: nn.Module | None = None) -> list[Tensor]:
     """Per block the mean absolute weight from each source to each target, as figure 5 of arXiv 1608.06993.
 
     A block of L layers gives ``(L + 1, L + 1)``: row s is the block's input (s = 0) or layer s, column t is layer t + 1
-    or, the last, what reads the whole block: the transition's convolution or the classifier. NaN where t < s.
+    or, the last, what reads the whole block: the transition's convolution or the classifier. NaN where t < s. With
+    ``start``, the network before training, it is the mean absolute change of the weights instead.
     """
+    weights = {
+        name: p.detach() - (0 if start is None else start.get_parameter(name)) for name, p in network.named_parameters()
+    }
     children = dict(network.get_submodule("features").named_children())
     result = []
     for i in range(1, sum(name.startswith("denseblock") for name in children) + 1):
-        readers: list[Tensor] = [layer.get_parameter("conv1.weight") for layer in children[f"denseblock{i}"].children()]
+        block = f"features.denseblock{i}"
+        readers = [weights[f"{block}.{name}.conv1.weight"] for name, _ in children[f"denseblock{i}"].named_children()]
         growth_rate, inputs = len(readers[0]), readers[0].shape[1]
         last = f"features.transition{i}.conv" if f"transition{i}" in children else "classifier"
-        readers.append(network.get_parameter(f"{last}.weight"))
+        readers.append(weights[f"{last}.weight"])
         sizes = [inputs] + [growth_rate] * (len(readers) - 1)
         table = torch.full((len(readers), len(readers)), math.nan)
         for t, weight in enumerate(readers):
-            by_channel = weight.detach().abs().transpose(0, 1).flatten(1).mean(1)
+            by_channel = weight.abs().transpose(0, 1).flatten(1).mean(1)
             for s, part in enumerate(by_channel.split(sizes[: t + 1])):
                 table[s, t] = part.mean()
         result.append(table)

@@ -71,20 +71,22 @@ def _band(axis: Any, curves: Sequence[Sequence[float]], name: str) -> None:
 
 
 def feature_reuse(result: dict[str, Any]) -> Figure:
-    """The heat map of figure 5: sources down, targets across, each block scaled to its largest weight."""
-    blocks = [np.array(block) for block in result["mean_absolute_weight"]]
-    figure, axes = plt.subplots(1, len(blocks), figsize=(4.4 * len(blocks), 4), layout="constrained")
-    for number, (axis, block) in enumerate(zip(axes, blocks, strict=True), 1):
-        inner = block[:, :-1]
-        scaled = np.concatenate([inner / np.nanmax(inner), block[:, -1:] / np.nanmax(block[:, -1])], axis=1)
-        image = axis.imshow(scaled, cmap="viridis", vmin=0, vmax=1)
-        last = "classifier" if number == len(blocks) else "transition"
-        axis.set(
-            title=f"block {number}", xlabel=f"target layer, the last is the {last}", ylabel="source (0: the input)"
-        )
-        ticks = range(0, len(block), 2)
-        axis.set_xticks(ticks, [str(t + 1) for t in ticks])
-    figure.colorbar(image, ax=axes, label="mean absolute weight / the largest (layers and last column apart)")
+    """The heat map of figure 5, sources down, targets across, and below it the same of what training changed.
+
+    Each block is scaled to its largest value, its last column by itself.
+    """
+    figure, grid = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
+    for axes, key in zip(grid, ("mean_absolute_weight", "mean_absolute_change"), strict=True):
+        blocks = [np.array(block) for block in result[key]]
+        for number, (axis, block) in enumerate(zip(axes, blocks, strict=True), 1):
+            inner = block[:, :-1]
+            scaled = np.concatenate([inner / np.nanmax(inner), block[:, -1:] / np.nanmax(block[:, -1])], axis=1)
+            image = axis.imshow(scaled, cmap="viridis", vmin=0, vmax=1)
+            last = "classifier" if number == len(blocks) else "transition"
+            axis.set(title=f"block {number}", xlabel=f"target (the last: {last})", ylabel="source (0: the input)")
+            ticks = range(0, len(block), 2)
+            axis.set_xticks(ticks, [str(t + 1) for t in ticks])
+        figure.colorbar(image, ax=axes, label=key.replace("_", " ") + " / largest")
     return figure
 
 

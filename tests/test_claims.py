@@ -1,5 +1,6 @@
 """benchmarks/claims.py: what it measures, on cases with known answers, and that a quick run shows every claim."""
 
+import copy
 import json
 import math
 import os
@@ -145,6 +146,11 @@ def test_feature_reuse_finds_planted_weights() -> None:
     torch.testing.assert_close(first, expected, equal_nan=True)
     expected = torch.tensor([[10, 10, 0.5], [nan, 21, 0.5], [nan, nan, 0.5]])
     torch.testing.assert_close(second, expected, equal_nan=True)
+    start = copy.deepcopy(network)
+    list(network.features.denseblock1.children())[1].conv1.weight[:, 4:] += 2
+    first, second = measure.feature_reuse(network, start)
+    torch.testing.assert_close(first, torch.tensor([[0, 0, 0], [nan, 2, 0], [nan, nan, 0]]), equal_nan=True)
+    assert not second.nan_to_num().any()
 
 
 def duplicating_network() -> reference.DenseNet:

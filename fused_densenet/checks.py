@@ -29,6 +29,8 @@ def check_block_arguments(
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not isinstance(drop_rate, (int, float)):
+        raise TypeError(f"drop_rate: expected a float, got {type(drop_rate).__name__}")
     if not 0 <= drop_rate <= 1:
         raise ValueError(f"drop_rate: expected a probability between 0 and 1, got {drop_rate}")
     if spatial_dims not in (1, 2, 3):
@@ -53,7 +55,7 @@ def check_input(x: Tensor, num_input_features: int, spatial_dims: int, layers: "
                 raise ValueError(
                     f"init_features: expected device {tensor.device}, where denselayer{name}.{key} is, got {x.device}"
                 )
-    weight_dtype = next(layers[0].conv1.parameters()).dtype
+    weight_dtype = getattr(getattr(layers[0].conv1, "weight", None), "dtype", x.dtype)
     if x.dtype != weight_dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"init_features: expected {weight_dtype}, the dtype of the parameters, got {x.dtype}")
     if x.numel() == num_input_features and any(uses_batch_stats(n) for layer in layers for n, _, _ in layer.pairs()):

@@ -54,14 +54,12 @@ def _warn_once(message: str) -> None:
 
 
 def uses_batch_stats(norm: nn.Module) -> bool:
-    """Whether a batch normalisation takes its statistics from the batch (training, or nothing tracked)."""
-    return norm.training or norm.running_mean is None
+    """Whether a module is a batch normalisation that takes its statistics from the batch (training, nothing tracked)."""
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and (norm.training or norm.running_mean is None)
 
 
 def fallback_reason(x: Tensor, layers: "Sequence[FusedDenseLayer]") -> str | None:
     """Why the block cannot run fused on ``x``, or None."""
-    if x.numel() == 0:
-        return f"the input of shape {tuple(x.shape)} is empty"
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "a torch.func transform (grad, vmap, ...) is active"
@@ -69,9 +67,6 @@ def fallback_reason(x: Tensor, layers: "Sequence[FusedDenseLayer]") -> str | Non
             return "forward-mode differentiation is active"
         if torch.jit.is_tracing():
             return "torch.jit.trace is recording"
-    weight = layers[0].conv1.weight
-    if x.dtype != weight.dtype and weight.dtype != torch.float32:
-        return f"the input is {x.dtype} and the weights are {weight.dtype}"
     if torch.is_autocast_enabled(x.device.type) and x.dtype not in (
         torch.float32,
         torch.float64,
@@ -86,6 +81,9 @@ def fallback_reason(x: Tensor, layers: "Sequence[FusedDenseLayer]") -> str | Non
         reason = _layer_reason(layer, first)
         if reason is not None:
             return f"{name}{reason}"
+    weight = first.conv1.weight
+    if x.dtype != weight.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
+        return f"the input is {x.dtype} and the weights are {weight.dtype}"
     return None
 
 
@@ -111,6 +109,8 @@ def _layer_reason(layer: "FusedDenseLayer", first: "FusedDenseLayer") -> str | N
         reason = _conv_reason(conv)
         if reason is not None:
             return f".conv{number} {reason}"
+    if layer.bottleneck and layer.conv1.weight.shape[0] != first.conv1.weight.shape[0]:
+        return ".conv1 is of another width than denselayer1's"
     return None
 
 

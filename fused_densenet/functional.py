@@ -52,10 +52,12 @@ def dense_block(
     batch_stats = [c.batch_stats for c in convolutions]
     gammas = [c.gamma for c in convolutions]
     betas = [c.beta for c in convolutions]
-    running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
     keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate) if drop_rate > 0 else []
     keep_scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
+    running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
+    if differentiable:
+        running = [t.clone() for t in running]  # a later training step may update them before this one's backward
     out, stats, _, bottleneck_stats = ops.dense_block(
         x,
         weights,

@@ -124,6 +124,8 @@ class FusedDenseBlock(nn.ModuleDict):
     def forward(self, init_features: Tensor) -> Tensor:
         layers: list[FusedDenseLayer] = list(self.values())  # type: ignore[arg-type]
         check_input(init_features, self.num_input_features, self.spatial_dims, layers)
+        if init_features.numel() == 0:
+            return self._operator_by_operator(init_features)
         reason = fallback_reason(init_features, layers)
         if reason is not None:
             announce(reason)
@@ -149,8 +151,8 @@ class FusedDenseBlock(nn.ModuleDict):
 
 def _norm_relu_conv(norm: Any, conv: Any) -> NormReluConv:
     weight, gamma, beta = conv.weight, norm.weight, norm.bias
-    if gamma is None:
-        gamma, beta = weight.new_ones(weight.shape[1]), weight.new_zeros(weight.shape[1])
+    gamma = weight.new_ones(weight.shape[1]) if gamma is None else gamma
+    beta = weight.new_zeros(weight.shape[1]) if beta is None else beta
     return NormReluConv(weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
 
 
@@ -164,9 +166,11 @@ def _update_running(norms: Sequence[Any], means: Sequence[Tensor], variances: Se
             running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
             running += [norm.running_mean, norm.running_var]
             batch += [mean.to(norm.running_mean.dtype), (var * unbiased).to(norm.running_var.dtype)]
-            counts.append(norm.num_batches_tracked)
+            if norm.num_batches_tracked is not None:
+                counts.append(norm.num_batches_tracked)
     for momentum, (running, batch, counts) in by_momentum.items():
-        torch._foreach_add_(counts, 1)
+        if counts:
+            torch._foreach_add_(counts, 1)
         if momentum is not None:
             torch._foreach_lerp_(running, batch, momentum)
         else:  # cumulative average

@@ -132,7 +132,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
     constants = [None] * (len(ctx.needs_input_grad) - 6)
     if dout is None:
         return (None, *nothing, *constants)
-    saved, lists = ctx.saved_tensors[:4], _split(ctx.saved_tensors[4:], ctx.lengths)
+    tensors = ctx.saved_tensors  # read once: hooks unpack at every reading
+    saved, lists = tensors[:4], _split(tensors[4:], ctx.lengths)
     x_needed, weight_needed, gamma_needed, beta_needed = ctx.needs_input_grad[:4]
     gradients = dense_block_backward(
         dout, *saved, *lists, *ctx.constants, ctx.backend, [bool(needed) for needed in weight_needed]
@@ -168,7 +169,9 @@ def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
     weights, gammas, betas, running, keep = _split(rest, ctx.lengths)
     channels = gammas[0].shape[0]
     with torch.enable_grad(), torch.autocast(dout.device.type, enabled=False):
-        inputs = [t.detach().requires_grad_() for t in (dout, buffer[:, :channels], *weights, *gammas, *betas)]
+        # Aliases, still connected for higher orders, and none of them another's ancestor.
+        sources = (dout, buffer[:, :channels], *weights, *gammas, *betas)
+        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in sources]
         dout_in, x, *parameters = inputs
         lists = [*_split(parameters, ctx.lengths[:3]), running, keep, *ctx.constants]
         out = _operator_by_operator(x, _layers(*lists))

@@ -112,8 +112,13 @@ def backward(
     backend: ModuleType,
 ) -> Gradients:
     """The gradients of the block, given ``dout`` ``(N, C, *spatial)``; ``weight_needed`` per layer and convolution."""
-    data = pixels_last(saved.buffer)
+    buffer = saved.buffer
+    if buffer.stride(1) != 1:  # a saved-tensor hook brought it back in another layout
+        buffer = empty_channels_last(buffer.shape, buffer.shape[1], buffer).copy_(buffer)
+    data = pixels_last(buffer)
     mean, var = saved.stats
+    if not any(c.batch_stats for layer in layers for c in layer.convolutions):
+        mean = torch.zeros_like(mean)  # nothing is owed, and one image's NaN must not reach the others
     stored = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device)
     backend.place(pixels_last(dout), stored, None, None)
     ones = torch.ones_like(mean)
@@ -221,13 +226,13 @@ def _norm(convolution: NormReluConv, mean: Tensor, var: Tensor) -> Norm:
     if not convolution.batch_stats:
         mean, var = _running(convolution)
     scale = convolution.gamma.to(var.dtype) * torch.rsqrt(var + convolution.eps)
-    return Norm(mean, scale, convolution.beta.to(var.dtype))
+    return Norm(mean, scale, convolution.beta.to(var.dtype).contiguous())
 
 
 def _running(convolution: NormReluConv) -> tuple[Tensor, Tensor]:
     assert convolution.running_mean is not None and convolution.running_var is not None
     dtype = accumulate_dtype(convolution.running_mean.dtype)
-    return convolution.running_mean.to(dtype), convolution.running_var.to(dtype)
+    return convolution.running_mean.to(dtype).contiguous(), convolution.running_var.to(dtype).contiguous()
 
 
 def allocate(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool) -> Saved:

@@ -69,7 +69,7 @@ void merge_moments(const A* partial, int64_t tiles, int64_t channels, F size, co
     }
     for (int64_t j = 0; j < count; ++j) {
       static_cast<A*>(moments.mean)[begin + j] = static_cast<A>(mean[j]);
-      static_cast<A*>(moments.var)[begin + j] = static_cast<A>(m2[j] / total);
+      static_cast<A*>(moments.var)[begin + j] = static_cast<A>(m2[j] < 0 ? 0 : m2[j] / total);
     }
   });
 }

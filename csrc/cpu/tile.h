@@ -14,6 +14,9 @@ constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 vectors of B, 1 of A: 15 
 #endif
 constexpr int kTileVectors = 2;
 
+// Elements that are summed in one chain; the chains' sums are added. One long chain would round as often as it is long.
+constexpr int64_t kChain = 64;
+
 template <class A>
 struct Plain {
   using Element = A;
@@ -63,7 +66,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, typename
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * V::size) : V::zero();
+    for (int v = 0; v < vectors; ++v) acc[r][v] = V::zero();
   }
   for (int64_t s = 0; s < count; ++s) {
     const typename P::Element* a = a0 + steps[s].a;
@@ -83,7 +86,10 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, typename
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store(c + r * ldc + v * V::size, acc[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      typename P::Acc* to = c + r * ldc + v * V::size;
+      store(to, accumulate ? load(to) + acc[r][v] : acc[r][v]);
+    }
   }
 }
 
@@ -165,7 +171,13 @@ void multiply(const typename P::Element* a, int64_t a_stride, const typename P::
     for (int64_t j = 0; j * panel < columns; ++j) {
       const int vectors = columns - j * panel > vector ? 2 : 1;
       const TileFunction<P> function = Tiles<P, R>::find(static_cast<int>(r.size()), vectors);
-      function(a + r.begin * a_stride, b + j * b_panel, c + r.begin * ldc + j * panel, ldc, steps, count, accumulate);
+      for (int64_t s = 0, next = 0; s < count; s = next) {
+        for (int64_t k = 0; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
+          k += steps[next].k;
+        }
+        function(a + r.begin * a_stride, b + j * b_panel, c + r.begin * ldc + j * panel, ldc, steps + s, next - s,
+                 accumulate || s > 0);
+      }
       prefetch.some();
     }
   }

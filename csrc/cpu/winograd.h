@@ -9,10 +9,11 @@ namespace fused_densenet::FD_ISA {
 
 constexpr int64_t kPositions = 16;
 
-// Whether a convolution runs this way: float32 arithmetic, 3x3 in the plane, an image of some size.
+// Whether a convolution runs this way: float32 arithmetic, 3x3 in the plane, and enough channels and pixels to gain.
 template <class P>
 bool use_winograd(const Shape& s) {
-  return sizeof(typename P::Acc) == 4 && P::pair == 1 && s.kd == 1 && s.kh == 3 && s.kw == 3 && s.h >= 4 && s.w >= 4;
+  return sizeof(typename P::Acc) == 4 && P::pair == 1 && s.kd == 1 && s.kh == 3 && s.kw == 3 && s.h >= 4 && s.w >= 4 &&
+         s.in * s.out >= 256 && s.pixels() >= 128;
 }
 
 // Four points of one dimension, transformed in place.

@@ -4,10 +4,9 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from .fallback import uses_batch_stats
+from .fallback import autocasts, uses_batch_stats
 
 if TYPE_CHECKING:
     from .modules import FusedDenseLayer
@@ -56,7 +55,7 @@ def check_input(x: Tensor, num_input_features: int, spatial_dims: int, layers: "
                     f"init_features: expected device {tensor.device}, where denselayer{name}.{key} is, got {x.device}"
                 )
     weight_dtype = getattr(getattr(layers[0].conv1, "weight", None), "dtype", x.dtype)
-    if x.dtype != weight_dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight_dtype and not autocasts(x):
         raise TypeError(f"init_features: expected {weight_dtype}, the dtype of the parameters, got {x.dtype}")
     if x.numel() == num_input_features and any(uses_batch_stats(n) for layer in layers for n, _, _ in layer.pairs()):
         raise ValueError(

@@ -58,6 +58,11 @@ def uses_batch_stats(norm: nn.Module) -> bool:
     return isinstance(norm, nn.modules.batchnorm._BatchNorm) and (norm.training or norm.running_mean is None)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; some devices (meta) have none."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def fallback_reason(x: Tensor, layers: "Sequence[FusedDenseLayer]") -> str | None:
     """Why the block cannot run fused on ``x``, or None."""
     if not torch.compiler.is_compiling():
@@ -67,7 +72,7 @@ def fallback_reason(x: Tensor, layers: "Sequence[FusedDenseLayer]") -> str | Non
             return "forward-mode differentiation is active"
         if torch.jit.is_tracing():
             return "torch.jit.trace is recording"
-    if torch.is_autocast_enabled(x.device.type) and x.dtype not in (
+    if autocasts(x) and x.dtype not in (
         torch.float32,
         torch.float64,
         torch.get_autocast_dtype(x.device.type),

@@ -156,3 +156,11 @@ def test_training_step_between_frozen_forward_and_backward() -> None:
     block.train()(x)
     actual = torch.autograd.grad(value, [x, *block.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_meta_device() -> None:
+    block = FusedDenseBlock(*SIZE).to("meta")
+    out = block(torch.empty(2, SIZE[1], 5, 4, device="meta", requires_grad=True))
+    assert out.shape == (2, SIZE[1] + SIZE[0] * SIZE[3], 5, 4)
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in block.parameters())

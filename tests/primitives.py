@@ -152,15 +152,18 @@ def backward_magnitude(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) ->
 
 
 def operators(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) -> tuple[Tensor, Derivatives, Tensor]:
-    """Operator by operator in the dtype of ``x``: output, derivatives, and batch normalisation's gradient by ``x``."""
+    """Operator by operator in the dtype of ``x``: output, derivatives, and batch normalisation's gradient by ``x``.
+
+    Channels first: torch's weight gradient of a channels-last bfloat16 image of depth 2 reads unwritten memory.
+    """
     channels = x.shape[-1]
-    first = x.contiguous().permute(0, 4, 1, 2, 3).detach().requires_grad_()
+    first = x.permute(0, 4, 1, 2, 3).contiguous().detach().requires_grad_()
     gamma, beta = norm.scale.clone().requires_grad_(), norm.shift.clone().requires_grad_()
     ones = torch.ones(channels, dtype=norm.mean.dtype)
     z = F.batch_norm(first, norm.mean, ones, gamma, beta, False, 0.0, 0.0)
-    w = weight.detach().clone().requires_grad_()
+    w = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     out = _convolve(F.relu(z), w.to(x.dtype))
-    g = load(grad).to(x.dtype).permute(0, 4, 1, 2, 3)
+    g = load(grad).to(x.dtype).permute(0, 4, 1, 2, 3).contiguous()
     dz, dx, dgamma, dbeta, dweight = torch.autograd.grad(out, [z, first, gamma, beta, w], g)
     last = (0, 2, 3, 4, 1)
     derivatives = Derivatives(dz.permute(last), dweight, dbeta, dgamma)

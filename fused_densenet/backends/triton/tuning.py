@@ -71,8 +71,8 @@ _TILES: dict[tuple[str, str], Choices] = {
     },
     ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 4, 2)]},
     ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
-    ("backward_weight", "half"): {256: [Tile(32, 64, 128, 8, 2), Tile(64, 64, 64, 8, 2)]},
-    ("backward_weight", "tf32"): {256: [Tile(32, 64, 128, 8, 2)]},
+    ("backward_weight", "half"): {256: [Tile(32, 64, 64, 8, 2)]},
+    ("backward_weight", "tf32"): {256: [Tile(32, 64, 64, 8, 1)]},
     ("backward_weight", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
 }
 
@@ -86,8 +86,9 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
     },
     "sm_100": {
-        ("norm_relu_conv", "half"): {64: [Tile(64, 32, 64, 4, 3)]},
+        ("norm_relu_conv", "half"): {16: [Tile(64, 32, 16, 4, 3)], 64: [Tile(128, 32, 64, 8, 2)]},
         ("backward_pointwise", "half"): {64: [Tile(64, 32, 64, 8, 2)]},
+        ("backward_pointwise", "tf32"): {16: [Tile(64, 32, 16, 4, 1)]},
     },
     "gfx942": {
         ("norm_relu_conv", "half"): {

@@ -1,12 +1,9 @@
-// What the kernels are given: sizes, strides in elements, raw pointers. Nothing of torch.
+// What the CPU's kernels are called with, beside the problem itself.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "../problem.h"
 
 namespace fused_densenet {
-
-enum class DType { f32, f64, bf16, f16 };
 
 // Runs body(context, i) for every i in [0, count), on up to `threads` threads.
 struct Parallel {
@@ -18,88 +15,6 @@ template <class F>
 void parallel_for(const Parallel& parallel, int64_t count, const F& body) {
   parallel.run(count, [](void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, const_cast<F*>(&body));
 }
-
-// Image sizes, kernel sizes (odd, "same" zero padding), channels read and written.
-struct Shape {
-  int64_t n, d, h, w;
-  int64_t kd, kh, kw;
-  int64_t in, out;
-  int64_t pixels() const { return n * d * h * w; }
-  int64_t taps() const { return kd * kh * kw; }
-  int64_t work() const { return pixels() * in * out * taps(); }
-};
-
-// Channels-last pixels: channel stride 1, `ld` elements from one pixel to the next over the whole batch.
-struct Pixels {
-  void* data;
-  int64_t ld;
-};
-
-// (x - mean) * scale + shift, one entry per channel, in the accumulation type.
-struct Norm {
-  const void *mean, *scale, *shift;
-};
-
-// g = scale * stored + (slope * (value - mean) + offset), one entry per channel.
-struct Gradient {
-  Pixels stored, value;
-  const void *scale, *slope, *mean, *offset;
-};
-
-// W[out][in][kd][kh][kw], any strides; float32, or the data's type.
-struct Weight {
-  void* data;
-  bool is_float;
-  int64_t stride_out, stride_in, stride_tap[3];
-  int64_t tap(const Shape& s, int64_t i) const {
-    return i / (s.kh * s.kw) * stride_tap[0] + i / s.kw % s.kh * stride_tap[1] + i % s.kw * stride_tap[2];
-  }
-};
-
-// Where mean and biased variance per channel go; null pointers where nobody asked.
-struct Moments {
-  void *mean, *var;
-};
-
-struct Forward {
-  Shape shape;
-  Pixels x;
-  Norm norm;
-  Weight weight;
-  Pixels out;
-  Moments moments;
-};
-
-struct Backward {
-  Shape shape;
-  Gradient grad;
-  Pixels x;
-  Norm norm;
-  Weight weight;
-  Pixels dx;
-  bool accumulate;
-  Weight dweight;  // data is null where it is not needed
-  void *sum_dz, *sum_dz_centered;
-};
-
-// An image in any strides (n, d, h, w, c) beside pixels of our own.
-struct Strided {
-  void* data;
-  int64_t stride[5];
-};
-
-struct Place {
-  Shape shape;  // `out` channels
-  Strided x;
-  Pixels out;
-  Moments moments;
-};
-
-struct PlaceBackward {
-  Shape shape;
-  Gradient grad;
-  Strided out;
-};
 
 // One instruction set's kernels for one data type. Every call takes a workspace of the size that it states, in bytes,
 // aligned to 64; results do not depend on which thread ran what.

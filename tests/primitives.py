@@ -16,12 +16,18 @@ from fused_densenet.backends.contract import Gradient, Norm, accumulate_dtype
 
 @dataclass(frozen=True)
 class Shape:
-    """``pixels`` is (N, D, H, W), ``kernel`` (kd, kh, kw)."""
+    """``pixels`` is (N, D, H, W), ``kernel`` (kd, kh, kw); ``pool`` halves the image's sizes before the product."""
 
     pixels: tuple[int, int, int, int]
     channels: int
     out_channels: int
     kernel: tuple[int, int, int]
+    pool: bool = False
+
+    @property
+    def out_pixels(self) -> tuple[int, ...]:
+        n, *sizes = self.pixels
+        return (n, *(size if size == 1 or not self.pool else size // 2 for size in sizes))
 
 
 @dataclass
@@ -124,34 +130,36 @@ class Derivatives:
     sum_dz_centered: Tensor
 
 
-def exact_forward(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
+def exact_forward(x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Tensor:
     mean, scale, shift = (v.double() for v in norm)
-    return _conv(((x.double() - mean) * scale + shift).relu(), weight.double())
+    return _conv(((x.double() - mean) * scale + shift).relu(), weight.double(), pool)
 
 
-def forward_magnitude(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
-    return _conv(_activation_magnitude(x, norm), weight.double().abs())
+def forward_magnitude(x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Tensor:
+    return _conv(_activation_magnitude(x, norm), weight.double().abs(), pool)
 
 
-def exact_backward(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) -> Derivatives:
+def exact_backward(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Derivatives:
     """By autograd."""
     mean, scale, shift = (v.double() for v in norm)
     z = ((x.double() - mean) * scale + shift).requires_grad_()
     w = weight.double().requires_grad_()
-    dz, dweight = torch.autograd.grad(_conv(z.relu(), w), [z, w], load(grad))
+    dz, dweight = torch.autograd.grad(_conv(z.relu(), w, pool), [z, w], load(grad))
     return Derivatives(dz, dweight, dz.sum((0, 1, 2, 3)), (dz * (x.double() - mean)).sum((0, 1, 2, 3)))
 
 
-def backward_magnitude(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) -> Derivatives:
+def backward_magnitude(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Derivatives:
     """The sums of the absolute values of what each entry adds up."""
     a = _activation_magnitude(x, norm).requires_grad_()
     w = weight.double().abs().requires_grad_()
-    dz, dweight = torch.autograd.grad(_conv(a, w), [a, w], load_magnitude(grad))
+    dz, dweight = torch.autograd.grad(_conv(a, w, pool), [a, w], load_magnitude(grad))
     distance = x.double().abs() + norm.mean.double().abs()
     return Derivatives(dz, dweight, dz.sum((0, 1, 2, 3)), (dz * distance).sum((0, 1, 2, 3)))
 
 
-def operators(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) -> tuple[Tensor, Derivatives, Tensor]:
+def operators(
+    grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool = False
+) -> tuple[Tensor, Derivatives, Tensor]:
     """Operator by operator in the dtype of ``x``: output, derivatives, and batch normalisation's gradient by ``x``.
 
     Channels first: torch's weight gradient of a channels-last bfloat16 image of depth 2 reads unwritten memory.
@@ -163,6 +171,7 @@ def operators(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) -> tuple[Te
     z = F.batch_norm(first, norm.mean, ones, gamma, beta, False, 0.0, 0.0)
     w = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     out = _convolve(F.relu(z), w.to(x.dtype))
+    out = _pool(out) if pool else out
     g = load(grad).to(x.dtype).permute(0, 4, 1, 2, 3).contiguous()
     dz, dx, dgamma, dbeta, dweight = torch.autograd.grad(out, [z, first, gamma, beta, w], g)
     last = (0, 2, 3, 4, 1)
@@ -175,8 +184,15 @@ def _activation_magnitude(x: Tensor, norm: Norm) -> Tensor:
     return (x.double().abs() + mean) * scale + shift
 
 
-def _conv(a: Tensor, weight: Tensor) -> Tensor:
-    return _convolve(a.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+def _conv(a: Tensor, weight: Tensor, pool: bool) -> Tensor:
+    out = _convolve(a.permute(0, 4, 1, 2, 3), weight)
+    return (_pool(out) if pool else out).permute(0, 2, 3, 4, 1)
+
+
+def _pool(out: Tensor) -> Tensor:
+    # torch has no 16-bit average pooling in 3D for the CPU; where it has one, in 2D, it adds in float32 too.
+    wide = out.to(accumulate_dtype(out.dtype))
+    return F.avg_pool3d(wide, [min(size, 2) for size in out.shape[2:]]).to(out.dtype)
 
 
 def _convolve(a: Tensor, weight: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ Vectors have one entry per channel, in float32 (float64 for float64 data).
 
 ``place(x, out, mean, var)``
     ``out = x`` for any strides of ``x``; the mean and biased variance per channel of ``out`` go to ``mean`` and ``var``
-    unless they are None.
+    unless they are None. Where ``out`` is None nothing is copied and the moments are those of ``x``.
 ``place_backward(grad, out)``
-    ``out = g``, the loaded gradient, in any strides of ``out``.
+    ``out = g``, the loaded gradient, in any strides of ``out``; ``out`` may be ``grad.stored`` itself.
 ``norm_relu_conv(x, norm, weight, out, mean, var)``
     ``out = conv(a, weight)`` with ``a = relu((x - norm.mean) * norm.scale + norm.shift)``, zero padding after the ReLU;
     ``mean`` and ``var`` as above, of the values as stored.
@@ -18,9 +18,16 @@ Vectors have one entry per channel, in float32 (float64 for float64 data).
     ``dweight`` (skipped if None) the weight's gradient; ``sum_dz`` and ``sum_dz_centered`` the sums over pixels of
     ``dz`` and ``dz * (x - norm.mean)``.
 
+A convolution of kernel size 1 also pools, where ``out`` (in backward: ``grad``) has the sizes of :func:`pooled` of
+``x``'s and not ``x``'s own: then ``a`` is averaged over windows of two in every dimension before it is multiplied,
+``a[p] = mean of relu(...) over x[2p], x[2p + 1]``, so that a convolution and the average pooling that follows it, which
+commute, cost a pooled convolution. ``dx`` and both sums are over all pixels of ``x``; a last pixel that an odd size
+leaves without a window has ``dz = 0``.
+
 ``unavailable(device, dtype)`` says why the backend cannot run there, or None.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +58,11 @@ class Gradient(NamedTuple):
     slope: Tensor
     mean: Tensor
     offset: Tensor
+
+
+def pooled(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Image sizes after average pooling of window and stride 2; a size of 1 (a missing dimension) stays."""
+    return tuple(max(size // 2, 1) for size in sizes)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in _DTYPES else f"it has no kernels for {dtype}"
 
 
-def place(x: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:
     torch.ops.fused_densenet.place(x, out, mean, var)
 
 

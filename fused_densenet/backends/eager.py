@@ -4,7 +4,10 @@ Every function follows the contract of :mod:`fused_densenet.backends`. Arithmeti
 (float64 for float64 data) and rounded once when stored, as the kernels do.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .contract import Gradient, Norm, accumulate_dtype
@@ -21,9 +24,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating dtype"
 
 
-def place(x: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
-    out.copy_(x)
-    _moments(out, mean, var)
+def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:
+    if out is not None:
+        out.copy_(x)
+    _moments(x, mean, var)
 
 
 def place_backward(grad: Gradient, out: Tensor) -> None:
@@ -32,7 +36,7 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
 
 def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
     dtype = _product_dtype(x)
-    a = _activation(x, norm).to(x.dtype)
+    a = _average(_activation(x, norm), out.shape).to(x.dtype)
     out.copy_(_channels_last(_convolve(a.to(dtype), weight.to(x.dtype).to(dtype))))
     _moments(out, mean, var)
 
@@ -53,7 +57,7 @@ def norm_relu_conv_backward(
     g = _load(grad).to(x.dtype)
     da, dw, _ = torch.ops.aten.convolution_backward(
         _channels_first(g.to(dtype)),
-        _channels_first(a.to(x.dtype).to(dtype)),
+        _channels_first(_average(a, g.shape).to(x.dtype).to(dtype)),
         weight.to(x.dtype).to(dtype),
         None,
         (1, 1, 1),
@@ -66,7 +70,7 @@ def norm_relu_conv_backward(
     )
     if dweight is not None:
         dweight.copy_(dw)
-    dz = _channels_last(da).to(a.dtype).masked_fill_(a <= 0, 0)
+    dz = _spread(_channels_last(da).to(a.dtype), a.shape).masked_fill_(a <= 0, 0)
     sum_dz.copy_(dz.sum(_PIXELS))
     sum_dz_centered.copy_((dz * (x - norm.mean)).sum(_PIXELS))
     dx.copy_(dx + dz * norm.scale if accumulate else dz)
@@ -74,6 +78,23 @@ def norm_relu_conv_backward(
 
 def _activation(x: Tensor, norm: Norm) -> Tensor:
     return ((x - norm.mean) * norm.scale + norm.shift).relu_()
+
+
+def _average(a: Tensor, shape: Sequence[int]) -> Tensor:
+    """Means over windows of two in every dimension in which ``shape`` is pooled."""
+    for dim in (1, 2, 3):
+        if a.shape[dim] != shape[dim]:
+            a = a.narrow(dim, 0, 2 * shape[dim]).unflatten(dim, (shape[dim], 2)).mean(dim + 1)
+    return a
+
+
+def _spread(da: Tensor, shape: Sequence[int]) -> Tensor:
+    """The transpose of :func:`_average`: a gradient of ``shape``."""
+    for dim in (1, 2, 3):
+        if da.shape[dim] != shape[dim]:
+            da = (da / 2).repeat_interleave(2, dim)
+            da = F.pad(da, [0, 0] * (4 - dim) + [0, shape[dim] - da.shape[dim]])
+    return da
 
 
 def _load(grad: Gradient) -> Tensor:

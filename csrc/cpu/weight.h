@@ -70,6 +70,19 @@ struct PackedWeight {
     }
   }
 
+  // Calls f(offset, tap) for every tap, in the order in which the tiles read them.
+  template <class F>
+  void for_each_tap(const Shape& s, const Weight& weight, F f) const {
+    int64_t tap = transposed ? s.taps() - 1 : 0;
+    for (int64_t d = 0; d < s.kd; ++d) {
+      for (int64_t h = 0; h < s.kh; ++h) {
+        for (int64_t w = 0; w < s.kw; ++w, tap += transposed ? -1 : 1) {
+          f(d * weight.stride_tap[0] + h * weight.stride_tap[1] + w * weight.stride_tap[2], tap);
+        }
+      }
+    }
+  }
+
   template <class T, class W>
   void pack(const Shape& s, const Weight& weight, E* out, const Parallel& parallel) const {
     const int64_t row_stride = transposed ? weight.stride_out : weight.stride_in;
@@ -84,28 +97,36 @@ struct PackedWeight {
       const W* first = static_cast<const W*>(weight.data) + p * width * column_stride;
       E* panel = out + p * panel_size();
       E spatial[task_rows * 9 * width];
-      // All taps of a number lie together, and rows or columns beside them: they are read in the order of memory.
-      const auto take = [&](int64_t r, int64_t j) {
-        const W* w = first + r * P::pair * row_stride + j * column_stride;
-        const int64_t beside = P::pair * r + 1 < rows ? row_stride : 0;
-        E* e = winograd ? spatial + (r - begin) * 9 * width + j : panel + r * width + j;
-        const int64_t step = winograd ? width : row_elements() * width;
-        if (s.taps() == 1) {
-          *e = j < filled ? element<T>(w, beside) : E{};
-          return;
-        }
-        for (int64_t tap = 0; tap < s.taps(); ++tap) {
-          const int64_t offset = weight.tap(s, transposed ? s.taps() - 1 - tap : tap);
-          e[tap * step] = j < filled ? element<T>(w + offset, beside) : E{};
-        }
+      E* target = winograd ? spatial : panel + begin * width;
+      const int64_t tap_step = winograd ? width : row_elements() * width, row_step = winograd ? 9 * width : width;
+      const auto take = [&](int64_t r, int64_t j, int64_t offset, int64_t tap) {
+        const W* w = first + r * P::pair * row_stride + j * column_stride + offset;
+        target[tap * tap_step + (r - begin) * row_step + j] = element<T>(w, P::pair * r + 1 < rows ? row_stride : 0);
       };
-      if (row_stride < column_stride) {
-        for (int64_t j = 0; j < width; ++j) {
-          for (int64_t r = begin; r < end; ++r) take(r, j);
-        }
+      // Whatever lies together in memory, taps or else rows or columns, is read together.
+      const int64_t inner = least(row_stride, column_stride);
+      if (s.taps() == 1 || inner < weight.stride_tap[2]) {
+        for_each_tap(s, weight, [&](int64_t offset, int64_t tap) {
+          if (row_stride < column_stride) {
+            for (int64_t j = 0; j < filled; ++j) {
+              for (int64_t r = begin; r < end; ++r) take(r, j, offset, tap);
+            }
+          } else {
+            for (int64_t r = begin; r < end; ++r) {
+              for (int64_t j = 0; j < filled; ++j) take(r, j, offset, tap);
+            }
+          }
+        });
       } else {
         for (int64_t r = begin; r < end; ++r) {
-          for (int64_t j = 0; j < width; ++j) take(r, j);
+          for (int64_t j = 0; j < filled; ++j) {
+            for_each_tap(s, weight, [&](int64_t offset, int64_t tap) { take(r, j, offset, tap); });
+          }
+        }
+      }
+      for (int64_t tap = 0; tap < s.taps() && filled < width; ++tap) {
+        for (int64_t r = begin; r < end; ++r) {
+          for (int64_t j = filled; j < width; ++j) target[tap * tap_step + (r - begin) * row_step + j] = E{};
         }
       }
       if constexpr (P::pair == 1) {

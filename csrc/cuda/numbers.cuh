@@ -1,0 +1,35 @@
+// What data is stored as, what is computed in: float for each storage type, and back, rounded to nearest.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace fused_densenet {
+
+__device__ __forceinline__ float as_float(float x) { return x; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T rounded(float x);
+template <>
+__device__ __forceinline__ float rounded<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half rounded<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// 16 bytes of neighbouring elements, copied by one instruction where they are aligned.
+template <class T>
+struct alignas(16) Chunk {
+  static constexpr int size = 16 / sizeof(T);
+  T element[size];
+};
+
+}  // namespace fused_densenet

@@ -1,0 +1,222 @@
+// The only inline PTX, and the launch. With CUDA_HOST defined the same names run on the CPU (tests only).
+//
+// Matrix fragments are those of the PTX ISA's mma.m16n8k16 and mma.m16n8k8: with g = lane / 4 and t = lane % 4, d[2 i +
+// j] is row g + 8 i, column 2 t + j.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef CUDA_HOST
+#include "cuda_host.h"
+#define DYN_SMEM(name) unsigned char* name = ::cuda_host::dynamic_shared()
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define DYN_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define FD_BEFORE_SM80
+#endif
+
+namespace fused_densenet {
+
+// LAUNCH(kernel, grid, block, shared, stream, arguments...) with `shared` bytes of dynamic shared memory; a
+// cudaError_t.
+#define LAUNCH(...) ::fused_densenet::launch_kernel(__VA_ARGS__)
+
+template <class... Parameters, class... Arguments>
+int launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
+                  Arguments... arguments) {
+#ifdef CUDA_HOST
+  static_cast<void>(stream);
+  return ::cuda_host::launch(kernel, grid, block, shared, arguments...);
+#else
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  return cudaGetLastError();
+#endif
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+#ifdef CUDA_HOST
+  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(p));
+#else
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+#endif
+}
+
+#ifdef FD_BEFORE_SM80
+// One product term by term, for what the tensor cores before sm_80 do not have. `number` gives the float at k of the
+// register a lane holds; Depth is 16 with two numbers in a register, 8 with one.
+template <int Depth, class Number>
+__device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                Number number) {
+  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  constexpr int each = Depth / 8;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t row[2], column[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        row[i] = __shfl_sync(~0u, a[2 * half + i], 4 * g + q);
+        column[i] = __shfl_sync(~0u, b[half], 4 * (2 * t + i) + q);
+      }
+#pragma unroll
+      for (int k = 0; k < each; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[i] = fmaf(number(row[i >> 1], k), number(column[i & 1], k), d[i]);
+      }
+    }
+  }
+}
+#endif
+
+// d += a b for 16 x 8 x 16 numbers of bfloat16; a by rows, b by columns.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(CUDA_HOST)
+  ::cuda_host::mma_bf16(d, a, b);
+#elif defined(FD_BEFORE_SM80)
+  mma_by_shuffles<16>(d, a, b, [](uint32_t v, int k) { return __uint_as_float(k ? v & 0xFFFF0000u : v << 16); });
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// d += a b for 16 x 8 x 16 numbers of float16; a by rows, b by columns.
+__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(CUDA_HOST)
+  ::cuda_host::mma_f16(d, a, b);
+#elif defined(FD_BEFORE_SM80)
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+  }
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// The bits of `x` rounded to TF32 (10 bits of mantissa), ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+#if defined(CUDA_HOST)
+  return ::cuda_host::to_tf32(x);
+#elif defined(FD_BEFORE_SM80)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#endif
+}
+
+// d += a b for 16 x 8 x 8 numbers of TF32, of which the hardware ignores the lowest 13 bits: round with to_tf32 first.
+// a[i] is row g + 8 (i % 2), column t + 4 (i / 2); b[i] is row t + 4 i, column g.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(CUDA_HOST)
+  ::cuda_host::mma_tf32(d, a, b);
+#elif defined(FD_BEFORE_SM80)
+  mma_by_shuffles<8>(d, a, b, [](uint32_t v, int) { return __uint_as_float(v); });
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned) and
+// receives numbers 2 t and 2 t + 1 of row g of matrix i in r[i].
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
+#ifdef CUDA_HOST
+  ::cuda_host::ldmatrix<4, false>(r, p);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+#endif
+}
+
+// The same with each matrix transposed: rows 2 t and 2 t + 1 of column g.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
+#ifdef CUDA_HOST
+  ::cuda_host::ldmatrix<4, true>(r, p);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+#endif
+}
+
+// Copies the first `valid` of Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes, and fills the
+// rest with zeros. Nothing is read where `valid` is 0. It may be read after cp_async_wait and a barrier.
+template <int Bytes>
+__device__ __forceinline__ void cp_async_partial(void* to, const void* from, int valid) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+#if defined(CUDA_HOST)
+  ::cuda_host::cp_async<Bytes>(to, from, valid);
+#elif defined(FD_BEFORE_SM80)
+  if (valid == Bytes) {
+    if constexpr (Bytes == 16) *static_cast<uint4*>(to) = __ldg(static_cast<const uint4*>(from));
+    if constexpr (Bytes == 8) *static_cast<uint2*>(to) = __ldg(static_cast<const uint2*>(from));
+    if constexpr (Bytes == 4) *static_cast<unsigned*>(to) = __ldg(static_cast<const unsigned*>(from));
+  } else {
+    for (int i = 0; i < Bytes; ++i) {
+      static_cast<unsigned char*>(to)[i] = i < valid ? static_cast<const unsigned char*>(from)[i] : 0;
+    }
+  }
+#else
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(Bytes),
+                 "r"(valid)
+                 : "memory");
+  }
+#endif
+}
+
+// All of it, or zeros where not `wanted`.
+template <int Bytes>
+__device__ __forceinline__ void cp_async(void* to, const void* from, bool wanted = true) {
+  cp_async_partial<Bytes>(to, from, wanted ? Bytes : 0);
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void cp_async_commit() {
+#if defined(CUDA_HOST)
+  ::cuda_host::cp_async_commit();
+#elif !defined(FD_BEFORE_SM80)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the newest `Keep` groups of this thread have arrived.
+template <int Keep>
+__device__ __forceinline__ void cp_async_wait() {
+#if defined(CUDA_HOST)
+  ::cuda_host::cp_async_wait(Keep);
+#elif !defined(FD_BEFORE_SM80)
+  asm volatile("cp.async.wait_group %0;" ::"n"(Keep) : "memory");
+#endif
+}
+
+}  // namespace fused_densenet

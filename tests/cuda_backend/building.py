@@ -1,0 +1,86 @@
+"""Compiles csrc/cuda with g++ for the runner, once per content of the sources."""
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RUNNER = HERE / "runner"
+CSRC = HERE.parent.parent / "csrc"
+JOBS = 2
+COMPILER = os.environ.get("CXX", "g++")
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# Multiplication and addition are contracted on a GPU only where the source says fmaf, or by nvcc's choice: here never.
+NUMBERS = ["-ffp-contract=off", "-march=native"]
+FLAGS = ["-std=c++20", "-DCUDA_HOST", "-g1", "-fPIC", *NUMBERS, *WARNINGS, f"-I{CSRC / 'cuda'}", f"-I{RUNNER}"]
+
+
+@functools.cache
+def toolkit() -> Path:
+    """The CUDA toolkit's folder: CUDA_HOME, or where nvcc is."""
+    on_path = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"]
+    for home in homes:
+        if home and (Path(home) / "include" / "cuda_bf16.h").exists():
+            return Path(home)
+    raise RuntimeError("these tests need the CUDA toolkit: set CUDA_HOME or put nvcc on PATH")
+
+
+def kernels() -> list[Path]:
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def cached(suffix: str, parts: Sequence[object], make: Callable[[Path], object]) -> Path:
+    """A file made from ``parts`` (paths stand for their contents), from the cache where it has been made before."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    folder = Path(tempfile.gettempdir()) / f"fused_densenet_cuda_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    result = folder / f"{digest.hexdigest()[:24]}{suffix}"
+    if not result.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            made = Path(temporary) / result.name
+            make(made)
+            made.replace(result)
+    return result
+
+
+def run(command: Sequence[object]) -> str:
+    """The command's output; what it said, where it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def headers() -> list[Path]:
+    return sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h"), *RUNNER.glob("*.h")])
+
+
+def compile_object(source: Path, flags: Sequence[str]) -> Path:
+    command = [COMPILER, *FLAGS, f"-isystem{toolkit() / 'include'}", *flags, "-x", "c++", "-c"]
+    parts = [*command, source, *headers()]
+    return cached(".o", parts, lambda made: run([*command, source, "-o", made]))
+
+
+def build(
+    sources: Sequence[Path],
+    kernel_flags: Sequence[str] = ("-O2",),
+    runner_flags: Sequence[str] = ("-O2",),
+    link_flags: Sequence[str] = ("-shared",),
+    shim: str = "shim.cpp",
+) -> Path:
+    """A library (or program) of kernels, the runner and ``shim``; objects are compiled ``JOBS`` at a time."""
+    parts = [RUNNER / name for name in ("scheduler.cpp", "collectives.cpp", "tensor_core.cpp", shim)]
+    work = [(source, kernel_flags) for source in sources] + [(part, runner_flags) for part in parts]
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(lambda item: compile_object(*item), work))
+    command = [COMPILER, *link_flags, *objects]
+    return cached(".so", command, lambda made: run([*command, "-o", made]))

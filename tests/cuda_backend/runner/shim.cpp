@@ -1,0 +1,40 @@
+// What Python calls: the primitives and the runner's state, with C linkage.
+
+#include "../../../csrc/cuda/launch.h"
+#include "scheduler.h"
+
+namespace fused_densenet {
+
+// Kernels that are not linked are not supported.
+#define FD_ABSENT(name, Problem)                                                                         \
+  __attribute__((weak)) size_t name##_workspace(const Problem&, Arithmetic, const Device&) { return 0; } \
+  __attribute__((weak)) int name(const Problem&, Arithmetic, const Device&, void*, void*) { return 801; }
+FD_ABSENT(place, Place)
+FD_ABSENT(place_backward, PlaceBackward)
+FD_ABSENT(conv1x1_forward, Forward)
+FD_ABSENT(conv3_forward, Forward)
+FD_ABSENT(conv1x1_backward, Backward)
+FD_ABSENT(conv3_backward, Backward)
+
+extern "C" {
+
+#define FD_PRIMITIVE(name, Problem)                                                               \
+  size_t cuda_host_sizeof_##name() { return sizeof(Problem); }                                    \
+  size_t cuda_host_##name##_workspace(const Problem* f, int arithmetic, const Device* device) {   \
+    return name##_workspace(*f, static_cast<Arithmetic>(arithmetic), *device);                    \
+  }                                                                                               \
+  int cuda_host_##name(const Problem* f, int arithmetic, const Device* device, void* workspace) { \
+    cuda_host::state.error.clear();                                                               \
+    return name(*f, static_cast<Arithmetic>(arithmetic), *device, workspace, nullptr);            \
+  }
+FD_PRIMITIVE(place, Place)
+FD_PRIMITIVE(place_backward, PlaceBackward)
+FD_PRIMITIVE(forward, Forward)
+FD_PRIMITIVE(backward, Backward)
+
+const char* cuda_host_error() { return cuda_host::state.error.c_str(); }
+void cuda_host_seed(uint64_t seed) { cuda_host::state.seed = seed; }
+void cuda_host_take_stats(cuda_host::Stats* stats) { *stats = std::exchange(cuda_host::state.stats, {}); }
+
+}  // extern "C"
+}  // namespace fused_densenet

@@ -18,7 +18,7 @@ from fused_densenet.backends.contract import Gradient, Norm
 
 ARITHMETIC = {"bf16": 0, "f16": 1, "tf32": 2, "f32": 3}
 GUARD = 512  # bytes before and after every buffer; a multiple of the alignment that GPU memory has
-STATISTICS = "launches blocks barriers shuffles mma ldmatrix ldmatrix_conflicts cp_async".split()
+STATISTICS = ["launches", "blocks", "barriers", "shuffles", "mma", "ldmatrix", "ldmatrix_conflicts", "cp_async"]
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -28,7 +28,7 @@ class _Device(ctypes.Structure):
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, _i64) for name in "n d h w kd kh kw input output".split()]
+    _fields_ = [(name, _i64) for name in ["n", "d", "h", "w", "kd", "kh", "kw", "input", "output"]]
 
 
 class _Pixels(ctypes.Structure):

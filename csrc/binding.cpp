@@ -1,4 +1,5 @@
-// The primitives as operators of torch (schemas, checks, workspaces) and the module that Python imports.
+// The primitives' operators for CPU tensors (checks, workspaces) and the module that Python imports; the schemas are
+// fused_densenet/_extension.py's.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -176,7 +177,8 @@ void place_backward(const Tensor& stored, const Tensor& value, const Tensor& sca
 }
 
 void norm_relu_conv(const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& shift, const Tensor& weight,
-                    const Tensor& out, const std::optional<Tensor>& out_mean, const std::optional<Tensor>& out_var) {
+                    const Tensor& out, const std::optional<Tensor>& out_mean, const std::optional<Tensor>& out_var,
+                    bool /*tf32*/) {
   dtype_of(x);
   check_data(x, "x", x);
   const Weight w = weight_of(weight, "weight", x);
@@ -191,7 +193,7 @@ void norm_relu_conv_backward(const Tensor& stored, const Tensor& value, const Te
                              const Tensor& grad_mean, const Tensor& offset, const Tensor& x, const Tensor& mean,
                              const Tensor& scale, const Tensor& shift, const Tensor& weight, const Tensor& dx,
                              bool accumulate, const std::optional<Tensor>& dweight, const Tensor& sum_dz,
-                             const Tensor& sum_dz_centered) {
+                             const Tensor& sum_dz_centered, bool /*tf32*/) {
   dtype_of(x);
   check_data(x, "x", x);
   const Weight w = weight_of(weight, "weight", x);
@@ -217,20 +219,6 @@ void norm_relu_conv_backward(const Tensor& stored, const Tensor& value, const Te
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fused_densenet, m) {
-  m.def("place(Tensor x, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()");
-  m.def(
-      "place_backward(Tensor stored, Tensor value, Tensor scale, Tensor slope, Tensor mean, Tensor offset, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "norm_relu_conv(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, "
-      "Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()");
-  m.def(
-      "norm_relu_conv_backward(Tensor stored, Tensor value, Tensor grad_scale, Tensor slope, Tensor grad_mean, "
-      "Tensor offset, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) dx, "
-      "bool accumulate, Tensor(b!)? dweight, Tensor(c!) sum_dz, Tensor(d!) sum_dz_centered) -> ()");
-}
-
 TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("place", place);
   m.impl("place_backward", place_backward);
@@ -239,7 +227,7 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The CPU kernels of fused_densenet; importing it registers torch.ops.fused_densenet.";
+  m.doc() = "The CPU kernels of fused_densenet; importing it registers them with torch.ops.fused_densenet.";
   m.def(
       "instruction_set", [] { return kernels_name(DType::f32, capability().c_str()); },
       "The instruction set of the float32 kernels: avx512, avx2 or portable.");

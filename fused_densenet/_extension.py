@@ -16,6 +16,20 @@ import torch
 REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in a checkout of fused_densenet"
 COMPILER = "g++ 11.3 or newer"
 
+SCHEMAS = (
+    "place(Tensor x, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()",
+    "place_backward(Tensor stored, Tensor value, Tensor scale, Tensor slope, Tensor mean, Tensor offset, "
+    "Tensor(a!) out) -> ()",
+    "norm_relu_conv(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, "
+    "Tensor(b!)? out_mean, Tensor(c!)? out_var, bool tf32=False) -> ()",
+    "norm_relu_conv_backward(Tensor stored, Tensor value, Tensor grad_scale, Tensor slope, Tensor grad_mean, "
+    "Tensor offset, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) dx, "
+    "bool accumulate, Tensor(b!)? dweight, Tensor(c!) sum_dz, Tensor(d!) sum_dz_centered, bool tf32=False) -> ()",
+)
+"""The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
+device: defined below, once, so that the libraries load alone or together in any order. ``tf32`` lets a GPU multiply
+float32 data in TF32; other devices and dtypes ignore it."""
+
 
 def extension_name(torch_version: str) -> str:
     """The module that serves a torch version: ``2.13.0+cpu`` is served by ``_C_torch_2_13``."""
@@ -52,6 +66,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 module, missing = _load()
 """The compiled extension, or None and why there is none."""
+
+_library = torch.library.Library("fused_densenet", "FRAGMENT")
+for _schema in SCHEMAS:
+    if not hasattr(torch.ops.fused_densenet, _schema.partition("(")[0]):
+        _library.define(_schema)
 
 
 @functools.cache

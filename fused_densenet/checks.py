@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .fallback import autocasts, uses_batch_stats
+from .ranks import sync_group
 
 if TYPE_CHECKING:
     from .modules import FusedDenseLayer
@@ -57,7 +58,9 @@ def check_input(x: Tensor, num_input_features: int, spatial_dims: int, layers: "
     weight_dtype = getattr(getattr(layers[0].conv1, "weight", None), "dtype", x.dtype)
     if x.dtype != weight_dtype and not autocasts(x):
         raise TypeError(f"init_features: expected {weight_dtype}, the dtype of the parameters, got {x.dtype}")
-    if x.numel() == num_input_features and any(uses_batch_stats(n) for layer in layers for n, _, _ in layer.pairs()):
+    if x.numel() == num_input_features and any(
+        uses_batch_stats(norm) and sync_group(norm) is None for layer in layers for norm, _, _ in layer.pairs()
+    ):
         raise ValueError(
             f"init_features: expected more than one value per channel in training, got shape {tuple(x.shape)}"
         )

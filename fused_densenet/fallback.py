@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from .ranks import sync_group
+
 if TYPE_CHECKING:
     from .modules import FusedDenseLayer
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _VARIABLE = "FUSED_DENSENET_STRICT"
 _strict: list[bool] = []
@@ -58,6 +60,11 @@ def uses_batch_stats(norm: nn.Module) -> bool:
     return isinstance(norm, nn.modules.batchnorm._BatchNorm) and (norm.training or norm.running_mean is None)
 
 
+def statistics_groups(layers: "Sequence[FusedDenseLayer]") -> set[str | None]:
+    """The process groups, by name, over which the norms take batch statistics; None for this process alone."""
+    return {sync_group(norm) for layer in layers for norm, _, _ in layer.pairs() if uses_batch_stats(norm)}
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; some devices (meta) have none."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
@@ -86,6 +93,8 @@ def fallback_reason(x: Tensor, layers: "Sequence[FusedDenseLayer]") -> str | Non
         reason = _layer_reason(layer, first)
         if reason is not None:
             return f"{name}{reason}"
+    if len(statistics_groups(layers)) > 1:
+        return "its norms take their statistics over different processes"
     weight = first.conv1.weight
     if x.dtype != weight.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
         return f"the input is {x.dtype} and the weights are {weight.dtype}"

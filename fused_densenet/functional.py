@@ -18,6 +18,8 @@ class BatchMoments:
 
     mean: list[Tensor]
     var: list[Tensor]
+    pixels: Tensor
+    """``(1,)``, how many values of a channel they are of."""
 
 
 def dense_block(
@@ -27,6 +29,7 @@ def dense_block(
     bottleneck: bool,
     drop_rate: float = 0.0,
     memory_efficient: bool = False,
+    group: str | None = None,
 ) -> tuple[Tensor, BatchMoments]:
     """A dense block: every layer reads the concatenation of ``x`` and all earlier layers' outputs.
 
@@ -39,6 +42,7 @@ def dense_block(
             weights are in the dtype of ``x`` or float32.
         drop_rate: dropout of each layer's new feature maps; draws what ``F.dropout`` draws for their shape.
         memory_efficient: compute the bottleneck again in backward instead of keeping it.
+        group: name of the process group over whose ranks batch statistics are taken; None for this process alone.
 
     Returns:
         ``(N, C_0 + layers * growth_rate, *spatial)``, channels-last, in the dtype of ``x``; and the batch moments,
@@ -58,7 +62,7 @@ def dense_block(
     running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
     if differentiable:
         running = [t.clone() for t in running]  # a later training step may update them before this one's backward
-    out, stats, _, bottleneck_stats = ops.dense_block(
+    out, stats, _, bottleneck_stats, pixels = ops.dense_block(
         x,
         weights,
         gammas,
@@ -70,9 +74,10 @@ def dense_block(
         per_layer,
         keep_scale,
         bottleneck and differentiable and not memory_efficient,
-        choose(x.device, x.dtype),
+        choose(x.device, x.dtype) if x.numel() else "eager",
+        group,
     )
-    moments = BatchMoments([], [])
+    moments = BatchMoments([], [], pixels)
     for i, c in enumerate(convolutions):
         inside = bottleneck and i % 2 == 1
         mean, var = bottleneck_stats[:, i // 2] if inside else stats[:, : c.weight.shape[1]]

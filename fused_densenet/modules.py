@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_block_arguments, check_input
-from .fallback import announce, fallback_reason, uses_batch_stats
-from .functional import dense_block
+from .fallback import announce, fallback_reason, statistics_groups, uses_batch_stats
+from .functional import BatchMoments, dense_block
 from .schedule import NormReluConv
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -124,11 +124,12 @@ class FusedDenseBlock(nn.ModuleDict):
     def forward(self, init_features: Tensor) -> Tensor:
         layers: list[FusedDenseLayer] = list(self.values())  # type: ignore[arg-type]
         check_input(init_features, self.num_input_features, self.spatial_dims, layers)
-        if init_features.numel() == 0:
-            return self._operator_by_operator(init_features)
         reason = fallback_reason(init_features, layers)
         if reason is not None:
             announce(reason)
+            return self._operator_by_operator(init_features)
+        (group,) = statistics_groups(layers) or {None}
+        if init_features.numel() == 0 and group is None:
             return self._operator_by_operator(init_features)
         pairs = [pair for layer in layers for pair in layer.pairs()]
         out, moments = dense_block(
@@ -137,9 +138,9 @@ class FusedDenseBlock(nn.ModuleDict):
             bottleneck=layers[0].bottleneck,
             drop_rate=layers[0].drop_rate if layers[0].training else 0.0,
             memory_efficient=self.memory_efficient,
+            group=group,
         )
-        pixels = init_features.numel() // self.num_input_features
-        _update_running([norm for norm, _, _ in pairs], moments.mean, moments.var, pixels)
+        _update_running([norm for norm, _, _ in pairs], moments)
         return out
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:
@@ -157,11 +158,11 @@ def _norm_relu_conv(norm: Any, conv: Any) -> NormReluConv:
 
 
 @torch.no_grad()
-def _update_running(norms: Sequence[Any], means: Sequence[Tensor], variances: Sequence[Tensor], pixels: int) -> None:
+def _update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
     """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased."""
-    unbiased = pixels / max(pixels - 1, 1)
+    unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for norm, mean, var in zip(norms, means, variances, strict=True):
+    for norm, mean, var in zip(norms, moments.mean, moments.var, strict=True):
         if norm.training and norm.track_running_stats and norm.running_mean is not None:
             running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
             running += [norm.running_mean, norm.running_var]

@@ -4,7 +4,7 @@
 given is modified, so autograd, ``torch.compile`` and ``torch.export`` see an ordinary function. Norms' parameters and
 convolution weights come as flat lists, one entry per norm-relu-conv in the order of execution: ``per_layer`` is 2 for
 bottleneck layers, 1 for plain ones. ``running`` holds (running_mean, running_var) of the norms that use them, those
-with ``batch_stats`` False, in order.
+with ``batch_stats`` False, in order. ``group`` names the process group whose ranks share their batch statistics.
 """
 
 import math
@@ -35,12 +35,13 @@ def dense_block(
     keep_scale: float,
     keep_bottleneck: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of :class:`fused_densenet.schedule.Saved`; the first is the block's output."""
     layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
     with torch.autocast(x.device.type, enabled=False):
-        saved = schedule.forward(x, layers, keep_bottleneck, BACKENDS[backend])
-    return saved.buffer, saved.stats, saved.bottleneck, saved.bottleneck_stats
+        saved = schedule.forward(x, layers, keep_bottleneck, BACKENDS[backend], group)
+    return saved.buffer, saved.stats, saved.bottleneck, saved.bottleneck_stats, saved.pixels
 
 
 @dense_block.register_fake
@@ -57,10 +58,11 @@ def _(
     keep_scale: float,
     keep_bottleneck: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
     saved = schedule.allocate(x, layers, keep_bottleneck)
-    return saved.buffer, saved.stats, saved.bottleneck, saved.bottleneck_stats
+    return saved.buffer, saved.stats, saved.bottleneck, saved.bottleneck_stats, saved.pixels
 
 
 @torch.library.custom_op("fused_densenet::dense_block_backward", mutates_args=())
@@ -70,6 +72,7 @@ def dense_block_backward(
     stats: Tensor,
     bottleneck: Tensor,
     bottleneck_stats: Tensor,
+    pixels: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
     betas: list[Tensor],
@@ -80,14 +83,15 @@ def dense_block_backward(
     per_layer: int,
     keep_scale: float,
     backend: str,
+    group: str | None,
     weight_needed: list[bool],
 ) -> list[Tensor]:
     """Returns dx, then for each norm-relu-conv the gradients of weight (empty where not needed), gamma and beta."""
     layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
     needed = [weight_needed[i : i + per_layer] for i in range(0, len(weight_needed), per_layer)]
-    saved = Saved(buffer, stats, bottleneck, bottleneck_stats)
+    saved = Saved(buffer, stats, bottleneck, bottleneck_stats, pixels)
     with torch.autocast(dout.device.type, enabled=False):
-        gradients = schedule.backward(dout, saved, layers, needed, BACKENDS[backend])
+        gradients = schedule.backward(dout, saved, layers, needed, BACKENDS[backend], group)
     flat = [dout.new_empty(0) if g is None else g for layer in gradients.parameters for gs in layer for g in gs]
     return [gradients.dx, *flat]
 
@@ -99,6 +103,7 @@ def _(
     stats: Tensor,
     bottleneck: Tensor,
     bottleneck_stats: Tensor,
+    pixels: Tensor,
     weights: list[Tensor],
     gammas: list[Tensor],
     betas: list[Tensor],
@@ -109,6 +114,7 @@ def _(
     per_layer: int,
     keep_scale: float,
     backend: str,
+    group: str | None,
     weight_needed: list[bool],
 ) -> list[Tensor]:
     channels = gammas[0].shape[0]
@@ -119,8 +125,8 @@ def _(
     return gradients
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.backend = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.backend, ctx.group = inputs
     ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running, keep)]
     ctx.save_for_backward(*output, *weights, *gammas, *betas, *running, *keep)
     ctx.mark_non_differentiable(*output[1:])
@@ -133,10 +139,10 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dout is None:
         return (None, *nothing, *constants)
     tensors = ctx.saved_tensors  # read once: hooks unpack at every reading
-    saved, lists = tensors[:4], _split(tensors[4:], ctx.lengths)
+    saved, lists = tensors[:5], _split(tensors[5:], ctx.lengths)
     x_needed, weight_needed, gamma_needed, beta_needed = ctx.needs_input_grad[:4]
     gradients = dense_block_backward(
-        dout, *saved, *lists, *ctx.constants, ctx.backend, [bool(needed) for needed in weight_needed]
+        dout, *saved, *lists, *ctx.constants, ctx.backend, ctx.group, [bool(needed) for needed in weight_needed]
     )
     dx, parameters = gradients[0], gradients[1:]
     return (
@@ -153,7 +159,7 @@ dense_block.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    dout, buffer, _, _, _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.weight_needed = inputs
+    dout, buffer, _, _, _, _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.group, _ = inputs
     ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running, keep)]
     ctx.save_for_backward(dout, buffer, *weights, *gammas, *betas, *running, *keep)
     ctx.set_materialize_grads(False)
@@ -165,6 +171,11 @@ def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
     The first-order gradients depend on the buffer through its first channels only, the block's input: the gradient by
     the buffer is zero elsewhere.
     """
+    if ctx.group is not None:
+        raise RuntimeError(
+            "a gradient of a gradient through SyncBatchNorm was asked for; neither a fused block nor torch's SyncBatchNorm "
+            "has one: train this part with BatchNorm, or without create_graph=True"
+        )
     dout, buffer, *rest = ctx.saved_tensors
     weights, gammas, betas, running, keep = _split(rest, ctx.lengths)
     channels = gammas[0].shape[0]
@@ -191,13 +202,11 @@ def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
     return (
         by_dout,
         by_buffer,
-        None,
-        None,
-        None,
+        *[None] * 4,
         *lists_out,
         [None] * ctx.lengths[3],
         [None] * ctx.lengths[4],
-        *[None] * (len(ctx.needs_input_grad) - 10),
+        *[None] * (len(ctx.needs_input_grad) - 11),
     )
 
 
@@ -264,12 +273,13 @@ def _dense_block_backward_flops(
     stats: Any,
     bottleneck_shape: Any,
     bottleneck_stats: Any,
+    pixels: Any,
     weight_shapes: Any,
     *rest: Any,
     **_: Any,
 ) -> int:
     """Data gradient, the weight gradients that are needed, and the recomputed bottleneck where it was not kept."""
     flops = _flops(buffer_shape, weight_shapes)
-    per_layer, weight_needed = rest[6], rest[9]
+    per_layer, weight_needed = rest[6], rest[10]
     recomputed = sum(flops[0::2]) if per_layer == 2 and 0 in bottleneck_shape else 0
     return sum(flops) + sum(f for f, needed in zip(flops, weight_needed, strict=True) if needed) + recomputed

@@ -9,6 +9,10 @@ normalisation sends back to x (arXiv 1502.03167, section 3)
 with dz the gradient by ReLU's input and M the pixels. The first term goes into the gradient buffer at once; the other
 two are the same functions of x for all readers, so only their coefficients are summed, and they are subtracted where
 the channel's own producer loads its gradient. Where a norm is frozen, its statistics are constants and owe nothing.
+
+Where statistics are taken over the ranks of a group, M counts the pixels of all, the moments of what a convolution
+wrote are merged as soon as it is done, and the coefficients are summed over the ranks just before the producer loads
+them: each way one small message for each convolution, whatever the number of its readers.
 """
 
 from collections.abc import Sequence
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import Gradient, Norm, accumulate_dtype
+from .ranks import merge_moments, sum_over_ranks
 
 
 @dataclass
@@ -58,21 +63,33 @@ class Saved:
         stats: ``(2, C)``, mean and biased variance of each channel of the buffer.
         bottleneck: ``(layers, N, D, H, W, width)``, every layer's 1x1 output; empty if there is none to keep.
         bottleneck_stats: ``(2, layers, width)``, mean and biased variance of it.
+        pixels: ``(1,)``, how many values of a channel the statistics are of.
     """
 
     buffer: Tensor
     stats: Tensor
     bottleneck: Tensor
     bottleneck_stats: Tensor
+    pixels: Tensor
 
 
-def forward(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool, backend: ModuleType) -> Saved:
-    """Runs the block on ``x`` ``(N, C_0, *spatial)``."""
+def forward(
+    x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool, backend: ModuleType, group: str | None = None
+) -> Saved:
+    """Runs the block on ``x`` ``(N, C_0, *spatial)``; batch statistics are over the ranks of ``group`` if it is given."""
     saved = allocate(x, layers, keep_bottleneck)
     data = pixels_last(saved.buffer)
+    local = data.numel() // data.shape[-1]
+    saved.pixels.fill_(local)
+
+    def synchronise(mean: Tensor, var: Tensor) -> None:
+        if group is not None:
+            merge_moments(mean, var, local, saved.pixels, group)
+
     mean, var = saved.stats
     width = x.shape[1]
     backend.place(pixels_last(x), data[..., :width], mean[:width], var[:width])
+    synchronise(mean[:width], var[:width])
     bottleneck = _scratch(data, layers) if not keep_bottleneck else None
     for i, layer in enumerate(layers):
         end = width + _growth(layer)
@@ -83,6 +100,7 @@ def forward(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool, backend: 
             first = layer.convolutions[0]
             norm = _norm(first, source_mean, source_var)
             backend.norm_relu_conv(source, norm, weight_5d(first.weight), y, y_mean, y_var)
+            synchronise(y_mean, y_var)
             source, source_mean, source_var = y, y_mean, y_var
         last = layer.convolutions[-1]
         norm = _norm(last, source_mean, source_var)
@@ -92,6 +110,7 @@ def forward(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool, backend: 
         else:
             backend.norm_relu_conv(source, norm, weight_5d(last.weight), new, None, None)
             backend.place(new * _noise(layer, new), new, new_mean, new_var)
+        synchronise(new_mean, new_var)
         width = end
     return saved
 
@@ -110,8 +129,12 @@ def backward(
     layers: Sequence[Layer],
     weight_needed: Sequence[Sequence[bool]],
     backend: ModuleType,
+    group: str | None = None,
 ) -> Gradients:
-    """The gradients of the block, given ``dout`` ``(N, C, *spatial)``; ``weight_needed`` per layer and convolution."""
+    """The gradients of the block, given ``dout`` ``(N, C, *spatial)``; ``weight_needed`` per layer and convolution.
+
+    Those of the parameters are this rank's own; ``group`` as it was in :func:`forward`.
+    """
     buffer = saved.buffer
     if buffer.stride(1) != 1:  # a saved-tensor hook brought it back in another layout
         buffer = empty_channels_last(buffer.shape, buffer.shape[1], buffer).copy_(buffer)
@@ -123,6 +146,14 @@ def backward(
     backend.place(pixels_last(dout), stored, None, None)
     ones = torch.ones_like(mean)
     owed = torch.zeros_like(saved.stats)  # what readers' statistics owe each channel: per 1, per (x - mean)
+
+    def load(channels: slice) -> Gradient:
+        debt = owed[:, channels]
+        if group is not None and channels.stop < data.shape[-1]:  # nobody reads the last layer's
+            debt = debt.contiguous()
+            sum_over_ranks(debt, group)
+        return Gradient(stored[..., channels], data[..., channels], ones[channels], -debt[1], mean[channels], -debt[0])
+
     recompute = saved.bottleneck.numel() == 0
     y_scratch = _scratch(data, layers) if recompute else None
     dy = _scratch(data, layers)
@@ -131,8 +162,7 @@ def backward(
     for i in reversed(range(len(layers))):
         layer = layers[i]
         width = end - _growth(layer)
-        new = slice(width, end)
-        grad = Gradient(stored[..., new], data[..., new], ones[new], -owed[1, new], mean[new], -owed[0, new])
+        grad = load(slice(width, end))
         if layer.keep is not None:
             grad = _dropout_backward(grad, layer, backend)
         source, source_mean, source_var = data[..., :width], mean[:width], var[:width]
@@ -148,27 +178,29 @@ def backward(
                 backend.norm_relu_conv(source, first_norm, weight_5d(first.weight), y, None, None)
             norm = _norm(last, y_mean, y_var)
             gradients, y_owed = _convolution_backward(
-                grad, y, norm, y_var, last, dy, False, weight_needed[i][1], backend
+                grad, y, norm, y_var, last, dy, False, weight_needed[i][1], saved.pixels, backend
             )
+            if group is not None:
+                sum_over_ranks(y_owed, group)
             parameters[i].append(gradients)
             grad = Gradient(dy, y, norm.scale, -y_owed[1], norm.mean, -y_owed[0])
         gradients, source_owed = _convolution_backward(
-            grad, source, first_norm, source_var, first, stored[..., :width], True, weight_needed[i][0], backend
+            grad,
+            source,
+            first_norm,
+            source_var,
+            first,
+            stored[..., :width],
+            True,
+            weight_needed[i][0],
+            saved.pixels,
+            backend,
         )
         parameters[i].insert(0, gradients)
         owed[:, :width] += source_owed
         end = width
     dx = empty_channels_last((dout.shape[0], end, *dout.shape[2:]), end, saved.buffer)
-    first_channels = slice(0, end)
-    grad = Gradient(
-        stored[..., first_channels],
-        data[..., first_channels],
-        ones[first_channels],
-        -owed[1, first_channels],
-        mean[first_channels],
-        -owed[0, first_channels],
-    )
-    backend.place_backward(grad, pixels_last(dx))
+    backend.place_backward(load(slice(0, end)), pixels_last(dx))
     return Gradients(dx, parameters)
 
 
@@ -181,9 +213,10 @@ def _convolution_backward(
     dx: Tensor,
     accumulate: bool,
     weight_needed: bool,
+    pixels: Tensor,
     backend: ModuleType,
 ) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor]:
-    """One convolution's parameter gradients, and what its norm's statistics owe ``x``: ``(2, C)``."""
+    """One convolution's parameter gradients, and what its norm's statistics owe ``x`` for this rank: ``(2, C)``."""
     weight = convolution.weight
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_needed else None
     sums = torch.empty(2, x.shape[-1], dtype=accumulate_dtype(x.dtype), device=x.device)
@@ -202,7 +235,7 @@ def _convolution_backward(
     dgamma = (sums[1] * rstd).to(convolution.gamma.dtype)
     dbeta = sums[0].to(convolution.beta.dtype)
     if convolution.batch_stats:
-        owed = sums * (norm.scale / _pixels(x))
+        owed = sums * (norm.scale / pixels)
         owed[1] *= rstd * rstd
     else:
         owed = torch.zeros_like(sums)
@@ -246,7 +279,8 @@ def allocate(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool) -> Saved
     bottleneck = torch.empty(kept, *pixels_last(buffer).shape[:-1], width, dtype=x.dtype, device=x.device)
     stats = torch.empty(2, channels, dtype=dtype, device=device)
     bottleneck_stats = torch.empty(2, len(layers), width, dtype=dtype, device=device)
-    return Saved(buffer, stats, bottleneck, bottleneck_stats)
+    pixels = torch.empty(1, dtype=dtype, device=device)
+    return Saved(buffer, stats, bottleneck, bottleneck_stats, pixels)
 
 
 def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:
@@ -269,10 +303,6 @@ def _bottleneck_width(layers: Sequence[Layer]) -> int:
 
 def _growth(layer: Layer) -> int:
     return layer.convolutions[-1].weight.shape[0]
-
-
-def _pixels(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
 
 
 def pixels_last(x: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ TABLE: dict[str, Tolerance] = {
     "float32 whole block": Tolerance(2e-5, "of the largest entry: 2e-7 through ten operators, times conditioning"),
     "float32 few pixels": Tolerance(2e-4, "of the largest entry: normalising 3 values leaves little of a gradient"),
     "float64 whole block": Tolerance(1e-12, "of the largest entry: 2e-16 through fifty operators, times conditioning"),
+    "torch.float32 over ranks": Tolerance(1e-6, "relative, in norm: the contract; sums of float32 in another order"),
+    "torch.float64 over ranks": Tolerance(1e-13, "relative, in norm: sums of float64 in another order, and squares"),
     "variance": Tolerance(1e-5, "relative: the contract for a channel with mean 1000 and deviation 1 in float32"),
     "mean": Tolerance(4, "ulp of the largest entry: float32 sums of at most 256 pixels, corrected and merged"),
     "squares": Tolerance(32, "ulp: 256 additions of float32 squares in a row, when all round the same way"),

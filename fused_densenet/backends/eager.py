@@ -102,7 +102,7 @@ def _load(grad: Gradient) -> Tensor:
 
 
 def _moments(out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
-    if mean is None or var is None:
+    if mean is None or var is None or not out.numel():  # an empty batch has none; other ranks may
         return
     batch_var, batch_mean = torch.var_mean(out.to(accumulate_dtype(out.dtype)), _PIXELS, correction=0)
     mean.copy_(batch_mean)

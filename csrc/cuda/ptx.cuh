@@ -39,8 +39,12 @@ int launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)> > >(arguments...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 #endif
 }
 

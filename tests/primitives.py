@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from tolerances import tolerance, ulp
 from torch import Tensor
 
 from fused_densenet.backends.contract import Gradient, Norm, accumulate_dtype
@@ -67,6 +68,20 @@ def vector(length: int, dtype: torch.dtype) -> Guarded:
     guarded = Guarded((length,), accumulate_dtype(dtype), 3, 2)
     guarded.data.fill_(float("nan"))
     return guarded
+
+
+def check_moments(out: Tensor, mean: Guarded, var: Guarded) -> None:
+    """Mean and variance of what was stored, not of what was computed."""
+    mean_ulps, var_ulps = (tolerance(name) * ulp(mean.data.dtype) for name in ("mean", "squares"))
+    exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
+    largest = out.double().abs().amax((0, 1, 2, 3))
+    deviation = exact_var.sqrt()
+    assert ((mean.data - exact_mean).abs() <= mean_ulps * largest).all()
+    assert (
+        (var.data - exact_var).abs() <= var_ulps * (exact_var + deviation * largest + mean_ulps * largest.square())
+    ).all()
+    mean.check("mean")
+    var.check("var")
 
 
 def source(values: Tensor, before: int, after: int) -> Tensor:

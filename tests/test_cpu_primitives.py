@@ -11,6 +11,7 @@ from primitives import (
     Shape,
     affine,
     backward_magnitude,
+    check_moments,
     clear_of_zero,
     exact_backward,
     exact_forward,
@@ -24,7 +25,6 @@ from primitives import (
     vector,
 )
 from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
-from torch import Tensor
 
 from fused_densenet.backends import BACKENDS
 from fused_densenet.backends.contract import accumulate_dtype
@@ -126,20 +126,6 @@ def check_forward(
         grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
         theirs, _, _ = operators(grad, values, norm, weight)
         assert_error_ratio(out.data, theirs, exact, dtype, "out", magnitude)
-
-
-def check_moments(out: Tensor, mean: Guarded, var: Guarded) -> None:
-    """Mean and variance of what was stored, not of what was computed."""
-    mean_ulps, var_ulps = (tolerance(name) * ulp(mean.data.dtype) for name in ("mean", "squares"))
-    exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
-    largest = out.double().abs().amax((0, 1, 2, 3))
-    deviation = exact_var.sqrt()
-    assert ((mean.data - exact_mean).abs() <= mean_ulps * largest).all()
-    assert (
-        (var.data - exact_var).abs() <= var_ulps * (exact_var + deviation * largest + mean_ulps * largest.square())
-    ).all()
-    mean.check("mean")
-    var.check("var")
 
 
 @all_backends

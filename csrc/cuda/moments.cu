@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads) merge(MomentRows rows, float* mean, 
 
 int merge_moments(const MomentRows& rows, const Moments& moments, int64_t pixels, void* stream) {
   const dim3 grid(static_cast<unsigned>((rows.channels + kChannels - 1) / kChannels));
-  return LAUNCH(merge, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), rows,
-                static_cast<float*>(moments.mean), static_cast<float*>(moments.var), 1.0f / static_cast<float>(pixels));
+  return LAUNCH(merge, grid, dim3(kThreads), 0, stream, rows, static_cast<float*>(moments.mean),
+                static_cast<float*>(moments.var), 1.0f / static_cast<float>(pixels));
 }
 
 }  // namespace fused_densenet

@@ -1,6 +1,7 @@
 // The block's input into its buffer, with moments, and a loaded gradient out of it: one side are channels-last pixels,
 // the other an image in any strides. Tiles pass through shared memory, so that both sides are accessed along the
-// dimension in which their neighbours lie.
+// dimension in which their neighbours lie. A thread reads a gradient before it writes the same place, so that a result
+// may replace it.
 #include "launch.h"
 #include "moments.cuh"
 #include "numbers.cuh"
@@ -91,10 +92,12 @@ __global__ void __launch_bounds__(kThreads) place_kernel(Place f, Access in, Acc
                       tile.at(pixel, chunk) = load(x + offsets[pixel] + channel * step, step, left, in.whole);
                     });
   __syncthreads();
-  for_each_chunk<T>(out.along_pixels, pixels, first_channel, f.shape.out,
-                    [&](int pixel, int chunk, int64_t channel, int64_t left) {
-                      store(to + (first + pixel) * f.out.ld + channel, 1, left, out.whole, tile.at(pixel, chunk));
-                    });
+  if (to != nullptr) {
+    for_each_chunk<T>(out.along_pixels, pixels, first_channel, f.shape.out,
+                      [&](int pixel, int chunk, int64_t channel, int64_t left) {
+                        store(to + (first + pixel) * f.out.ld + channel, 1, left, out.whole, tile.at(pixel, chunk));
+                      });
+  }
   if (rows.data == nullptr) return;
   tile_moments<kPixels, kChannels, kThreads>(
       rows, blockIdx.x, first_channel, pixels,
@@ -166,21 +169,20 @@ dim3 grid(const Shape& s) {
 }
 
 template <class T>
-int launch(const Place& f, void* workspace, void* stream) {
+int run(const Place& f, void* workspace, void* stream) {
   const MomentRows rows{f.moments.mean == nullptr ? nullptr : static_cast<float*>(workspace), tiles(f.shape),
                         f.shape.out};
-  const int error = LAUNCH(place_kernel<T>, grid(f.shape), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), f,
-                           access<T>(f.shape, f.x), access<T>(f.out), rows);
+  const int error = LAUNCH(place_kernel<T>, grid(f.shape), dim3(kThreads), 0, stream, f, access<T>(f.shape, f.x),
+                           access<T>(f.out), rows);
   if (error != cudaSuccess || rows.data == nullptr) return error;
   return merge_moments(rows, f.moments, f.shape.pixels(), stream);
 }
 
 template <class T>
-int launch(const PlaceBackward& f, void* stream) {
+int run(const PlaceBackward& f, void* stream) {
   Access in = access<T>(f.grad.stored);
   in.whole = in.whole && access<T>(f.grad.value).whole;
-  return LAUNCH(place_backward_kernel<T>, grid(f.shape), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), f, in,
-                access<T>(f.shape, f.out));
+  return LAUNCH(place_backward_kernel<T>, grid(f.shape), dim3(kThreads), 0, stream, f, in, access<T>(f.shape, f.out));
 }
 
 }  // namespace
@@ -193,11 +195,11 @@ int place(const Place& f, Arithmetic arithmetic, const Device&, void* workspace,
   if (f.shape.pixels() == 0) return cudaSuccess;
   switch (arithmetic) {
     case Arithmetic::bf16:
-      return launch<__nv_bfloat16>(f, workspace, stream);
+      return run<__nv_bfloat16>(f, workspace, stream);
     case Arithmetic::f16:
-      return launch<__half>(f, workspace, stream);
+      return run<__half>(f, workspace, stream);
     default:
-      return launch<float>(f, workspace, stream);
+      return run<float>(f, workspace, stream);
   }
 }
 
@@ -207,11 +209,11 @@ int place_backward(const PlaceBackward& f, Arithmetic arithmetic, const Device&,
   if (f.shape.pixels() == 0) return cudaSuccess;
   switch (arithmetic) {
     case Arithmetic::bf16:
-      return launch<__nv_bfloat16>(f, stream);
+      return run<__nv_bfloat16>(f, stream);
     case Arithmetic::f16:
-      return launch<__half>(f, stream);
+      return run<__half>(f, stream);
     default:
-      return launch<float>(f, stream);
+      return run<float>(f, stream);
   }
 }
 

@@ -8,6 +8,7 @@ from .backends import use_backend
 from .csp import CSPDenseBlock, CSPDenseNet, csp_densenet121, csp_densenet169, csp_densenet201, csp_densenet264
 from .fallback import FallbackError, FallbackWarning, strict
 from .functional import dense_block
+from .fusing import fuse, unfuse
 from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .modules import FusedDenseBlock, FusedDenseLayer
 
@@ -31,7 +32,9 @@ __all__ = [
     "densenet169",
     "densenet201",
     "densenet264",
+    "fuse",
     "reference",
     "strict",
+    "unfuse",
     "use_backend",
 ]

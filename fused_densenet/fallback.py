@@ -41,8 +41,21 @@ def strict(enabled: bool = True) -> Iterator[None]:
         _thread.strict = before
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the context, in this thread, a fallback is neither warned of nor an error."""
+    before = getattr(_thread, "quiet", False)
+    _thread.quiet = True
+    try:
+        yield
+    finally:
+        _thread.quiet = before
+
+
 def announce(reasons: Sequence[str]) -> None:
     """Warns of a fallback, once for each message, or raises FallbackError in strict mode."""
+    if getattr(_thread, "quiet", False):
+        return
     message = f"FusedDenseBlock runs operator by operator, not fused: {reasons[0]}"
     if len(reasons) > 1:
         message += f" (and {len(reasons) - 1} more reasons, which fused_densenet.explain lists)"
@@ -92,19 +105,24 @@ def fallback_reasons(x: Tensor, layers: Sequence[LayerParts], layer_class: type)
         reasons.append(f"autocast to {torch.get_autocast_dtype(x.device.type)} of an input in {x.dtype}")
     if _global_hooks():
         reasons.append("hooks on all modules are registered")
-    first = layers[0]
-    structure = structure_reasons(layers, layer_class)
-    for number, parts in enumerate(layers, 1):
-        structure += [f"denselayer{number}{reason}" for reason in intercepted(parts)]
-        if (parts.drop_rate, parts.drops_channels) != (first.drop_rate, first.drops_channels):
-            structure.append(f"denselayer{number} differs from denselayer1 in its dropout")
+    structure = structure_and_hook_reasons(layers, layer_class)
     if len(statistics_groups(layers)) > 1:
         reasons.append("its norms take their statistics over different processes")
     if not structure:
-        dtype = first.stages[0].conv.weight.dtype
+        dtype = layers[0].stages[0].conv.weight.dtype
         if autocasts(x) and x.dtype != dtype and (dtype != torch.float32 or x.dtype == torch.float64):
             reasons.append(f"the input is {x.dtype} and the weights are {dtype}")
     return reasons + structure
+
+
+def structure_and_hook_reasons(layers: Sequence[LayerParts], layer_class: type) -> list[str]:
+    """Those of :func:`fallback_reasons` that the layers alone give, as they are set up at the moment."""
+    first, reasons = layers[0], structure_reasons(layers, layer_class)
+    for number, parts in enumerate(layers, 1):
+        reasons += [f"denselayer{number}{reason}" for reason in intercepted(parts)]
+        if (parts.drop_rate, parts.drops_channels) != (first.drop_rate, first.drops_channels):
+            reasons.append(f"denselayer{number} differs from denselayer1 in its dropout")
+    return reasons
 
 
 def _global_hooks() -> bool:

@@ -58,6 +58,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def rejected(device: torch.device, dtype: torch.dtype, chosen: str) -> list[tuple[str, str]]:
+    """The backends that :func:`choose` would prefer to ``chosen``, each with the reason why it does not run."""
+    reasons = []
+    for name in list(BACKENDS)[: list(BACKENDS).index(chosen)]:
+        reason = BACKENDS[name].unavailable(device, dtype)
+        if reason is None and (name, device.type) == ("triton", "cpu"):
+            reason = "on the CPU its interpreter is for tests"
+        reasons.append((name, reason or f"backend {chosen!r} was asked for"))
+    return reasons
+
+
 def _known(name: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")

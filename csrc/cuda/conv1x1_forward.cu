@@ -1,0 +1,273 @@
+// The 1x1 convolution: out[p, k] = sum over c of relu(norm(x[p, c])) w[k, c].
+//
+// A block multiplies a tile of pixels with all output channels (up to 256 of them), so that x is read once. It is bound
+// by memory: per pixel and 32 bytes of channels, 128 output channels take 16 tensor-core instructions for each 16
+// pixels and, from tiles of 64 x 64 in each warp, as many bytes of fragments from shared memory as two warps need:
+//   128 pixels x 128 channels, 2 x 2 warps: a stage of 64 bytes of channels is 256 rows x 80 bytes = 20 KiB; four
+//   stages and the vectors, statistics and staging of C = 1024 come to 105 KiB, so that two blocks fit a multiprocessor
+//   of sm_90 and keep 2 x 2 x 8 KiB of x in flight, which covers its memory's latency. Up to 64 output channels: 4 x 1
+//   warps, 256 pixels. Up to 192 or 256: three or four warps beside each other.
+// Blocks are persistent: the copies for the next tile are under way while one is stored, and each leaves one row of
+// moments. Layers with fewer such tiles than multiprocessors get tiles of 32 pixels, and if these do not suffice
+// either, splits of the input channels whose sums are added in a fixed order afterwards.
+#include "forward.cuh"
+
+namespace fused_densenet {
+namespace {
+
+constexpr int kGroup = 16, kMostColumns = 256;
+// The input channels of one split, in bytes: their vectors stay in shared memory, and float32 sums stay short.
+constexpr int kMostSplit = 4096;
+
+struct Conv1x1 {
+  const unsigned char* x;
+  int64_t pixel;  // bytes
+  Norm norm;
+  Rows weights;
+  int64_t pixels;
+  int in, split_channels, access;
+  int groups, warps_beside;  // 16-channel groups of a block, and the warps that share them
+  int stages;
+  Output output;
+};
+
+// The dynamic shared memory of a block, in bytes from its beginning.
+struct Layout {
+  int vector_channels, columns, rows, parts;
+  int vectors, statistics, staging, stages, stage;  // where each begins, and the size of a stage
+
+  __host__ __device__ Layout(const Conv1x1& f, int threads, int tiles, int element, int staging_bytes) {
+    const int warps = threads / 32;
+    parts = warps / f.warps_beside;
+    rows = parts * tiles * 16;
+    columns = f.groups * kGroup;
+    const int channels = kStage / element;
+    vector_channels = (f.split_channels + channels - 1) / channels * channels;
+    vectors = 0;
+    statistics = Vectors::kCount * vector_channels * int{sizeof(float)};
+    staging = statistics + static_cast<int>(Statistics::bytes(columns, parts));
+    stages = staging + warps * staging_bytes;
+    stage = (rows + columns) * kPitch;
+  }
+  int bytes(int count) const { return stages + count * stage; }
+};
+
+// MI: tiles of 16 pixels in a warp.
+template <Arithmetic A, int MI>
+__global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
+  using M = Product<A>;
+  using T = typename M::T;
+  constexpr int NT = 8, element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;
+  using Tile = WarpTile<MI, NT>;
+  DYN_SMEM(shared);
+  const int tid = threadIdx.x, threads = blockDim.x, lane = tid & 31, warp = tid >> 5;
+  const Layout layout(f, threads, MI, element, Tile::template staging_bytes<T>());
+  const Vectors vectors{reinterpret_cast<float*>(shared), layout.vector_channels};
+  const Statistics statistics{reinterpret_cast<float*>(shared + layout.statistics), layout.columns, layout.parts};
+  unsigned char* staging = shared + layout.staging + warp * static_cast<int>(Tile::template staging_bytes<T>());
+  const auto stage_at = [&](int stage) { return shared + layout.stages + stage * layout.stage; };
+
+  const int first_column = static_cast<int>(blockIdx.y) * layout.columns;
+  const int first_channel = static_cast<int>(blockIdx.z) * f.split_channels;
+  const int split_channels = min(f.split_channels, f.in - first_channel);
+  const int beside = warp % f.warps_beside, part = warp / f.warps_beside;
+  const int group = beside * f.groups / f.warps_beside, groups = (beside + 1) * f.groups / f.warps_beside - group;
+  Tile tile;
+  tile.local = group * kGroup;
+  tile.first = first_column + tile.local;
+  tile.columns = clamp(f.output.channels - tile.first, 0, groups * kGroup);
+  tile.clear();
+
+  vectors.load(f.norm, first_channel, split_channels);
+
+  const int64_t tiles = (f.pixels + layout.rows - 1) / layout.rows;
+  const int steps = (split_channels + channels - 1) / channels;
+  const int64_t own_tiles = (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
+  const int chunk = tid % (kStage / kChunk), own_row = tid / (kStage / kChunk), row_step = threads / (kStage / kChunk);
+  int64_t loading_tile = blockIdx.x, tile_index = blockIdx.x;
+  int loading = 0, preparing = 0, consuming = 0, count = 0;
+
+  const auto load = [&](int stage) {
+    unsigned char* to = stage_at(stage) + own_row * kPitch + chunk * kChunk;
+    const int channel = loading * channels + chunk * per_chunk;
+    const int valid = clamp((split_channels - channel) * element, 0, kChunk);
+    const int64_t offset = int64_t{first_channel + channel} * element;
+    const int64_t pixel = loading_tile * layout.rows + own_row;
+    const unsigned char* x = f.x + pixel * f.pixel + offset;
+    for (int row = own_row, left = clamp(f.pixels - pixel, 0, layout.rows); row < layout.rows; row += row_step) {
+      copy_chunk(to, left > 0 ? x : f.x, left > 0 ? valid : 0, f.access);
+      to += row_step * kPitch;
+      x += row_step * f.pixel;
+      left -= row_step;
+    }
+    to = stage_at(stage) + (layout.rows + own_row) * kPitch + chunk * kChunk;
+    for (int column = own_row; column < layout.columns; column += row_step) {
+      const bool exists = first_column + column < f.output.channels;
+      const unsigned char* w = f.weights.data + (exists ? (first_column + column) * f.weights.row + offset : 0);
+      copy_chunk(to, w, exists ? valid : 0, f.weights.access);
+      to += row_step * kPitch;
+    }
+    if (++loading == steps) {
+      loading = 0;
+      loading_tile += gridDim.x;
+    }
+  };
+
+  const auto prepare = [&](int stage) {
+    const Affine<A> affine(vectors, preparing * channels + chunk * per_chunk);
+    unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
+    for (int row = own_row; row < layout.rows; row += row_step, x += row_step * kPitch) affine.activate(x);
+    preparing = preparing + 1 == steps ? 0 : preparing + 1;
+  };
+
+  int left_offset[M::kRows];
+  for (int i = 0; i < M::kRows; ++i) {
+    left_offset[i] = (part * MI * 16 + M::left_row(lane, i)) * kPitch + M::left_offset(lane);
+  }
+  const int right_offset = (layout.rows + tile.local) * kPitch + M::right_offset(lane, kPitch);
+
+  const auto pixel = [&](int i, int row) {
+    const int64_t p = tile_index * layout.rows + (part * MI + i) * 16 + row;
+    return p < f.pixels ? p : -1;
+  };
+
+  const auto finish_tile = [&] {
+    if (f.output.partial != nullptr) {
+      tile.store_partial(f.output, static_cast<int>(blockIdx.z), pixel);
+    } else {
+      tile.template store<T>(f.output, staging, pixel);
+      if (f.output.moments.data != nullptr) {
+        const int valid = clamp(f.pixels - tile_index * layout.rows, 0, layout.rows);
+        tile.add_moments(statistics, part, count == 0, valid, pixel);
+        count += valid;
+      }
+    }
+    tile.clear();
+    tile_index += gridDim.x;
+  };
+
+  const auto consume = [&](int stage) {
+    const unsigned char* rows = stage_at(stage);
+    const int bytes = min(kStage, (split_channels - consuming * channels) * element);
+#pragma unroll
+    for (int k = 0; k < kStage; k += M::kBytes) {
+      if (k >= bytes) break;
+      typename M::Left a[MI];
+#pragma unroll
+      for (int i = 0; i < MI; ++i) M::load(a[i], rows + i * 16 * kPitch + k, left_offset);
+#pragma unroll
+      for (int j = 0; j < NT / 2; ++j) {
+        if (j >= groups) break;
+        typename M::Right b;
+        M::load(b, rows + right_offset + j * kGroup * kPitch + k, kPitch);
+#pragma unroll
+        for (int i = 0; i < MI; ++i) {
+          M::multiply(tile.sum[i][2 * j], a[i], b, 0);
+          M::multiply(tile.sum[i][2 * j + 1], a[i], b, 1);
+        }
+      }
+    }
+    if (++consuming == steps) {
+      consuming = 0;
+      finish_tile();
+    }
+  };
+
+  __syncthreads();
+  pipeline(own_tiles * steps, f.stages, load, prepare, consume);
+  if (f.output.moments.data != nullptr && f.output.partial == nullptr) {
+    store_statistics(statistics, f.output.moments, blockIdx.x, first_column, count);
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  Conv1x1 kernel;
+  ForwardPlan shared;
+  bool small;
+  dim3 grid;
+  int threads, shared_bytes;
+};
+
+template <class T>
+Plan make_plan(const Forward& f, Arithmetic arithmetic, const Device& device) {
+  constexpr int channels = kStage / int{sizeof(T)};
+  const Shape& s = f.shape;
+  Plan plan;
+  Conv1x1& k = plan.kernel;
+  const int64_t column_blocks = ceil_div(s.out, kMostColumns);
+  k.groups = static_cast<int>(ceil_div(ceil_div(s.out, column_blocks), kGroup));
+  k.warps_beside = static_cast<int>(ceil_div(k.groups, 4));
+  k.in = static_cast<int>(s.in);
+  int warps_above = k.warps_beside == 1 ? 4 : 2;
+  const auto tiles = [&](int tile) { return ceil_div(s.pixels(), warps_above * tile * 16); };
+  plan.small = tiles(4) * column_blocks < device.multiprocessors;
+  if (plan.small) warps_above = 2;
+  const int64_t blocks = tiles(plan.small ? 1 : 4);
+  const int64_t most_splits = ceil_div(s.in, 64), fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
+  int64_t splits = plan.small ? device.multiprocessors / (blocks * column_blocks) : 1;
+  splits = std::max(std::min(splits, most_splits), fewest_splits);
+  k.split_channels = static_cast<int>(ceil_div(ceil_div(s.in, splits), channels) * channels);
+  splits = ceil_div(s.in, k.split_channels);
+  plan.threads = 32 * k.warps_beside * warps_above;
+  const int tile = plan.small ? 1 : 4;
+  const int staging = static_cast<int>(WarpTile<1, 8>::staging_bytes<T>());
+  const Layout layout(k, plan.threads, tile, sizeof(T), staging);
+  // As many stages as let two blocks share a multiprocessor, at least two.
+  const int half = (device.shared_per_block + 1024) / 2 - 1024;
+  k.stages = kMostStages;
+  while (k.stages > 2 && layout.bytes(k.stages) > half) --k.stages;
+  if (layout.bytes(k.stages) > half) {
+    k.stages = kMostStages;
+    while (k.stages > 2 && layout.bytes(k.stages) > device.shared_per_block) --k.stages;
+  }
+  plan.shared_bytes = layout.bytes(k.stages);
+  const int resident = std::max(1, (device.shared_per_block + 1024) / (plan.shared_bytes + 1024));
+  const int64_t at_once = int64_t{device.multiprocessors} * std::min(resident, std::max(1, 256 / plan.threads));
+  plan.grid = dim3(static_cast<unsigned>(std::min(blocks, std::max<int64_t>(1, at_once / (column_blocks * splits)))),
+                   static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
+  plan.shared = plan_forward(f, arithmetic, static_cast<int>(splits), plan.grid.x);
+  return plan;
+}
+
+template <Arithmetic A>
+int run(const Forward& f, const Device& device, void* workspace, void* stream) {
+  using T = typename Product<A>::T;
+  Plan plan = make_plan<T>(f, A, device);
+  Conv1x1& k = plan.kernel;
+  k.x = static_cast<const unsigned char*>(f.x.data);
+  k.pixel = f.x.ld * int64_t{sizeof(T)};
+  k.access = access_of(f.x.data, f.shape.pixels() > 1 ? k.pixel : 0);
+  k.norm = f.norm;
+  k.pixels = f.shape.pixels();
+  k.output = make_output(f, A, plan.shared, workspace);
+  int error = prepare_weights(f, A, plan.shared, workspace, stream, &k.weights);
+  if (error != 0) return error;
+  error = LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, 4>, plan.grid, dim3(plan.threads),
+                 plan.shared_bytes, stream, k);
+  return error != 0 ? error : finish_forward(f, A, plan.shared, k.output, stream);
+}
+
+}  // namespace
+
+size_t conv1x1_forward_workspace(const Forward& f, Arithmetic arithmetic, const Device& device) {
+  const bool wide = arithmetic == Arithmetic::tf32 || arithmetic == Arithmetic::f32;
+  return (wide ? make_plan<float> : make_plan<__half>)(f, arithmetic, device).shared.bytes();
+}
+
+int conv1x1_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* workspace, void* stream) {
+  if (f.shape.pixels() == 0) return 0;
+  switch (arithmetic) {
+    case Arithmetic::bf16:
+      return run<Arithmetic::bf16>(f, device, workspace, stream);
+    case Arithmetic::f16:
+      return run<Arithmetic::f16>(f, device, workspace, stream);
+    case Arithmetic::tf32:
+      return run<Arithmetic::tf32>(f, device, workspace, stream);
+    default:
+      return run<Arithmetic::f32>(f, device, workspace, stream);
+  }
+}
+
+}  // namespace fused_densenet

@@ -1,0 +1,235 @@
+// What both forward convolutions do besides multiplying: weights made ready, tiles stored with their moments, and
+// splits over channels added.
+#pragma once
+
+#include "moments.cuh"
+#include "operand.cuh"
+
+namespace fused_densenet {
+
+// W[out][tap][in] with neighbouring channels side by side, rows and taps some bytes apart.
+struct Rows {
+  const unsigned char* data;
+  int64_t row, tap[3];
+  int access;
+};
+
+// Where a tile goes: rounded into `out`, or as partial sums of one split over the input channels.
+struct Output {
+  unsigned char* data;
+  int64_t pixel;  // bytes
+  int channels, access;
+  float* partial;  // [split][pixel][pitch], null if there is one split
+  int64_t partial_pitch, partial_split;
+  MomentRows moments;
+};
+
+// The host's share, in forward.cu. A workspace is laid out as weights, partial sums, moments.
+struct ForwardPlan {
+  bool pack;
+  int64_t packed_channels;  // padded to whole chunks
+  int splits;
+  int64_t moment_rows;
+  size_t weights_bytes, partial_bytes, moments_bytes;
+  size_t bytes() const { return weights_bytes + partial_bytes + moments_bytes; }
+};
+ForwardPlan plan_forward(const Forward& f, Arithmetic arithmetic, int splits, int64_t blocks);
+// Packs the weights where they cannot be copied as they are.
+int prepare_weights(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, void* workspace, void* stream,
+                    Rows* rows);
+Output make_output(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, void* workspace);
+// Adds the splits and merges the moments.
+int finish_forward(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, const Output& output,
+                   void* stream);
+
+// Moments of all tiles of a block, in shared memory: sums of distances from a pivot, which is the first tile's mean.
+struct Statistics {
+  float* data;
+  int channels, parts;  // parts: warps that share the columns
+
+  __host__ __device__ static constexpr size_t bytes(int channels, int parts) {
+    return (3 + 2 * parts) * channels * sizeof(float);
+  }
+  __device__ float* pivot() const { return data; }
+  __device__ float* distance() const { return data + channels; }
+  __device__ float* squares() const { return data + 2 * channels; }
+  __device__ float* part(int i, int which) const { return data + (3 + 2 * i + which) * channels; }
+};
+
+// Of the first Entries of v, leaves in v[i] the sum over two lanes, which differ in bit Bit: of entry i in the lane
+// where it is clear, of entry (Entries + 1) / 2 + i in the other.
+template <int Entries, int Bit, int N>
+__device__ __forceinline__ void exchange(float (&v)[N]) {
+  constexpr int half = (Entries + 1) / 2;
+  const bool upper = (threadIdx.x & Bit) != 0;
+#pragma unroll
+  for (int i = 0; i < half; ++i) {
+    const float low = v[i], high = i + half < Entries ? v[(i + half) % N] : 0.0f;
+    v[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, Bit);
+  }
+}
+
+// Adds over the eight lanes with the same lane % 4; calls put(entry, sum) for each entry, in one of them.
+template <int N, class Put>
+__device__ __forceinline__ void add_rows(float (&v)[N], Put put) {
+  constexpr int first = (N + 1) / 2, second = (first + 1) / 2, third = (second + 1) / 2;
+  exchange<N, 16>(v);
+  exchange<first, 8>(v);
+  exchange<second, 4>(v);
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < third; ++i) {
+    const int in_second = i + (lane & 4 ? third : 0), in_first = in_second + (lane & 8 ? second : 0);
+    const int entry = in_first + (lane & 16 ? first : 0);
+    if (in_second < second && in_first < first && entry < N) put(entry, v[i]);
+  }
+}
+
+// A warp's sums: MI tiles of 16 pixels by NT tiles of 8 channels, of which `columns` channels from `first` on exist;
+// `local` is the first's place among the block's.
+template <int MI, int NT>
+struct WarpTile {
+  float sum[MI][NT][4];
+  int first, local, columns;
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < MI * NT * 4; ++i) sum[i / (4 * NT)][i / 4 % NT][i % 4] = 0;
+  }
+
+  template <class T>
+  __host__ __device__ static constexpr int staging_pitch() {
+    return (NT + 1) * 8 * int{sizeof(T)};
+  }
+  template <class T>
+  __host__ __device__ static constexpr size_t staging_bytes() {
+    return 16 * staging_pitch<T>();
+  }
+
+  // pixel(i, row) is where row `row` of tile i lies in the output, negative if it does not.
+  template <class PixelOf>
+  __device__ __forceinline__ void store_partial(const Output& o, int split, PixelOf pixel) const {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < MI; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t p = pixel(i, (lane >> 2) + 8 * half);
+        float* to = o.partial + split * o.partial_split + p * o.partial_pitch + first + 2 * (lane & 3);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          if (p < 0 || 8 * j >= columns) continue;
+          *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
+        }
+      }
+    }
+  }
+
+  // Rounds the sums to T and stores them, by way of `staging`, this warp's shared memory, as widely as they may be.
+  template <class T, class PixelOf>
+  __device__ __forceinline__ void store(const Output& o, unsigned char* staging, PixelOf pixel) {
+    const int lane = threadIdx.x & 31, units = columns * int{sizeof(T)} / o.access;
+    unsigned char* own = staging + (lane >> 2) * staging_pitch<T>() + 2 * (lane & 3) * sizeof(T);
+#pragma unroll
+    for (int i = 0; i < MI; ++i) {
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const T stored = rounded<T>(sum[i][j][e]);
+          sum[i][j][e] = as_float(stored);
+          reinterpret_cast<T*>(own + (e >> 1) * 8 * staging_pitch<T>() + 8 * j * sizeof(T))[e & 1] = stored;
+        }
+      }
+      __syncwarp();
+      for (int u = lane; u < 16 * units; u += 32) {
+        const int row = u / units, at = (u - row * units) * o.access;
+        const int64_t p = pixel(i, row);
+        if (p < 0) continue;
+        unsigned char* to = o.data + p * o.pixel + first * int64_t{sizeof(T)} + at;
+        const unsigned char* from = staging + row * staging_pitch<T>() + at;
+        if (o.access == 16) {
+          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        } else if (o.access == 8) {
+          *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+        } else if (o.access == 4) {
+          *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(from);
+        } else {
+          *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+  // Adds the stored sums' moments to the block's. For the whole block; `count` pixels are in the block's tile, `part`
+  // is this warp's place among those that share its columns.
+  template <class PixelOf>
+  __device__ __forceinline__ void add_moments(const Statistics& s, int part, bool first_tile, int count,
+                                              PixelOf pixel) {
+    const int lane = threadIdx.x & 31, column = local + 2 * (lane & 3);
+    uint32_t valid = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * MI; ++i) valid |= (pixel(i / 2, (lane >> 2) + 8 * (i & 1)) >= 0 ? 1u : 0u) << i;
+    float v[2 * NT];
+    if (first_tile) {
+#pragma unroll
+      for (int c = 0; c < 2 * NT; ++c) {
+        v[c] = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * MI; ++i) v[c] += valid >> i & 1 ? sum[i / 2][c / 2][2 * (i & 1) + (c & 1)] : 0.0f;
+      }
+      add_rows(v, [&](int c, float total) { put(s.part(part, 0), c, column, total); });
+      __syncthreads();
+      for (int c = threadIdx.x; c < s.channels; c += blockDim.x) {
+        float total = 0;
+        for (int i = 0; i < s.parts; ++i) total += s.part(i, 0)[c];
+        s.pivot()[c] = total / static_cast<float>(count);
+        s.distance()[c] = s.squares()[c] = 0;
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+#pragma unroll
+      for (int c = 0; c < 2 * NT; ++c) {
+        const float pivot = c / 2 * 8 < columns ? s.pivot()[column + c / 2 * 8 + (c & 1)] : 0.0f;
+        v[c] = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * MI; ++i) {
+          const float d = valid >> i & 1 ? sum[i / 2][c / 2][2 * (i & 1) + (c & 1)] - pivot : 0.0f;
+          v[c] = which == 0 ? v[c] + d : fmaf(d, d, v[c]);
+        }
+      }
+      add_rows(v, [&](int c, float total) { put(s.part(part, which), c, column, total); });
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < s.channels; c += blockDim.x) {
+      for (int i = 0; i < s.parts; ++i) {
+        s.distance()[c] += s.part(i, 0)[c];
+        s.squares()[c] += s.part(i, 1)[c];
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void put(float* to, int c, int column, float total) const {
+    if (c / 2 * 8 < columns) to[column + c / 2 * 8 + (c & 1)] = total;
+  }
+};
+
+// Row `row` of the moments, from a block's statistics of channels [first, first + s.channels) over `count` pixels.
+__device__ inline void store_statistics(const Statistics& s, const MomentRows& rows, int64_t row, int first,
+                                        int count) {
+  __syncthreads();
+  const float n = static_cast<float>(count);
+  for (int c = threadIdx.x; c < s.channels && first + c < rows.channels; c += blockDim.x) {
+    rows.mean(row)[first + c] = s.pivot()[c];
+    rows.drift(row)[first + c] = s.distance()[c] / n;
+    const float m2 = s.squares()[c] - s.distance()[c] * (s.distance()[c] / n);
+    rows.m2(row)[first + c] = m2 < 0 ? 0 : m2;
+  }
+  if (threadIdx.x == 0 && first == 0) *rows.count(row) = n;
+}
+
+}  // namespace fused_densenet

@@ -1,0 +1,146 @@
+// Operands on their way from global to shared memory: asynchronous copies by stages, then normalisation in place.
+//
+// The thread that copied a chunk of 16 bytes also normalises it, between the copy's arrival and the barrier that shows
+// the stage to the block: each element is normalised and rectified once, whatever the tiles that are multiplied from
+// it, and no arithmetic stands between ldmatrix and the tensor cores. For 128 pixels by 16 channels that is 8 KiB
+// through shared memory beside the 16 KiB of fragments; on the way to fragments it would be done once per warp that
+// shares the pixels, and sixteen times for fused multiply-adds.
+#pragma once
+
+#include "numbers.cuh"
+#include "product.cuh"
+#include "ptx.cuh"
+
+namespace fused_densenet {
+
+constexpr int kChunk = 16;          // bytes that are copied and normalised together
+constexpr int kStage = 4 * kChunk;  // bytes of a row in one stage
+constexpr int kPitch = 5 * kChunk;  // from one row of a stage to the next
+constexpr int kMostStages = 4;
+
+// The widest copy that the alignment of rows allows, in bytes; 2 is no asynchronous copy.
+inline int access_of(const void* data, int64_t row_bytes) {
+  const auto bits = reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(row_bytes);
+  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
+}
+
+__device__ __forceinline__ int clamp(int64_t x, int low, int high) {
+  return static_cast<int>(x < low ? low : x > high ? high : x);
+}
+
+// Copies the first `valid` of a chunk's 16 bytes and fills the rest with zeros.
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int valid, int access) {
+  if (access == 16) {
+    cp_async_partial<16>(to, from, valid);
+  } else if (access == 8) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 8) cp_async_partial<8>(to + i, from + i, clamp(valid - i, 0, 8));
+  } else if (access == 4) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) cp_async_partial<4>(to + i, from + i, clamp(valid - i, 0, 4));
+  } else {
+    Chunk<uint16_t> chunk;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      chunk.element[i] = 2 * i < valid ? __ldg(reinterpret_cast<const uint16_t*>(from) + i) : uint16_t{0};
+    }
+    *reinterpret_cast<Chunk<uint16_t>*>(to) = chunk;
+  }
+}
+
+// The ReLU's input, by one expression in forward and backward: the masks agree.
+__device__ __forceinline__ float normalised(float x, float mean, float scale, float shift) {
+  return fmaf(x - mean, scale, shift);
+}
+
+// NaN stays NaN.
+__device__ __forceinline__ float relu(float x) { return x < 0 ? 0.0f : x; }
+
+// The vectors of a block's channels in shared memory, `channels` of each, zero beyond the last: what lies there becomes
+// zero, because copies leave zeros.
+struct Vectors {
+  float* data;
+  int channels;
+
+  static constexpr int kCount = 3;
+  __device__ void load(const Norm& norm, int64_t first, int count) const {
+    const void* const from[kCount] = {norm.mean, norm.scale, norm.shift};
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+        data[v * channels + i] = i < count ? static_cast<const float*>(from[v])[first + i] : 0.0f;
+      }
+    }
+  }
+};
+
+// The affine map of one chunk's channels, in registers.
+template <Arithmetic A>
+struct Affine {
+  using T = typename Product<A>::T;
+  static constexpr int size = Chunk<T>::size;
+  float mean[size], scale[size], shift[size];
+
+  __device__ Affine(const Vectors& vectors, int channel) {
+    load(mean, vectors.data + channel);
+    load(scale, vectors.data + vectors.channels + channel);
+    load(shift, vectors.data + 2 * vectors.channels + channel);
+  }
+  static __device__ void load(float (&to)[size], const float* from) {
+#pragma unroll
+    for (int i = 0; i < size; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(from + i);
+      to[i] = v.x;
+      to[i + 1] = v.y;
+      to[i + 2] = v.z;
+      to[i + 3] = v.w;
+    }
+  }
+  __device__ void activate(unsigned char* place) const {
+    Chunk<T> chunk = *reinterpret_cast<Chunk<T>*>(place);
+#pragma unroll
+    for (int i = 0; i < size; ++i) {
+      const float z = normalised(as_float(chunk.element[i]), mean[i], scale[i], shift[i]);
+      chunk.element[i] = Product<A>::number(relu(z));
+    }
+    *reinterpret_cast<Chunk<T>*>(place) = chunk;
+  }
+};
+
+__device__ __forceinline__ void wait_for_all_but(int groups) {
+  if (groups >= 2) {
+    cp_async_wait<2>();
+  } else if (groups == 1) {
+    cp_async_wait<1>();
+  } else {
+    cp_async_wait<0>();
+  }
+}
+
+// Runs `steps` steps over a ring of 2 to kMostStages stages: load(stage) begins the copies of the next step that was
+// not loaded, prepare(stage) may change what its thread has copied, consume(stage) reads what the block has prepared.
+// Loads run stages - 1 steps ahead. Every load is followed by a barrier before the next one.
+template <class Load, class Prepare, class Consume>
+__device__ __forceinline__ void pipeline(int64_t steps, int stages, Load load, Prepare prepare, Consume consume) {
+  for (int i = 0; i < stages - 1; ++i) {
+    if (i < steps) load(i);
+    cp_async_commit();
+    __syncthreads();
+  }
+  wait_for_all_but(stages - 2);
+  if (steps > 0) prepare(0);
+  __syncthreads();
+  int current = 0;
+  for (int64_t i = 0; i < steps; ++i) {
+    const int free = current == 0 ? stages - 1 : current - 1, next = current == stages - 1 ? 0 : current + 1;
+    if (i + stages - 1 < steps) load(free);
+    cp_async_commit();
+    consume(current);
+    wait_for_all_but(stages - 2);
+    if (i + 1 < steps) prepare(next);
+    __syncthreads();
+    current = next;
+  }
+}
+
+}  // namespace fused_densenet

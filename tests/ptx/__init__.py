@@ -1,1 +1,0 @@
-"""Executes PTX on the CPU, whoever compiled it."""

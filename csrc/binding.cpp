@@ -43,10 +43,11 @@ void check_data(const Tensor& t, const char* name, const Tensor& like) {
   TORCH_CHECK_VALUE(t.dim() == 5, name, ": expected 5 dimensions (N, D, H, W, C), got ", t.dim());
 }
 
-void check_image(const Tensor& t, const char* name, const Tensor& like, int64_t channels) {
+void check_image(const Tensor& t, const char* name, const Tensor& like, int64_t channels, const Shape& image) {
   check_data(t, name, like);
+  const int64_t sizes[4] = {image.n, image.d / image.window_d, image.h / image.window_h, image.w / image.window_w};
   for (int64_t i = 0; i < 4; ++i) {
-    TORCH_CHECK_VALUE(t.size(i) == like.size(i), name, ": expected sizes ", like.sizes().slice(0, 4),
+    TORCH_CHECK_VALUE(t.size(i) == sizes[i], name, ": expected sizes ", at::IntArrayRef(sizes, 4),
                       " of (N, D, H, W), got ", t.sizes().slice(0, 4));
   }
   TORCH_CHECK_VALUE(t.size(4) == channels, name, ": expected ", channels, " channels, got ", t.size(4));
@@ -107,14 +108,23 @@ Weight weight_of(const Tensor& w, const char* name, const Tensor& x) {
       w.data_ptr(), w.scalar_type() == at::kFloat, w.stride(0), w.stride(1), {w.stride(2), w.stride(3), w.stride(4)}};
 }
 
-Shape shape_of(const Tensor& x, const Tensor& w) {
-  return {x.size(0), x.size(1), x.size(2), x.size(3), w.size(2), w.size(3), w.size(4), x.size(4), w.size(0)};
+Shape image_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3), 1, 1, 1, x.size(4), x.size(4)}; }
+
+// A convolution of x by w whose result has the image sizes of `result`: where they are not x's own it pools.
+Shape shape_of(const Tensor& x, const Tensor& w, const Tensor& result) {
+  Shape s = image_of(x);
+  s.kd = w.size(2), s.kh = w.size(3), s.kw = w.size(4), s.out = w.size(0);
+  const bool pools = s.taps() == 1 && result.dim() == 5 && result.sizes().slice(1, 3) != x.sizes().slice(1, 3);
+  if (pools && s.d > 1) s.window_d = 2;
+  if (pools && s.h > 1) s.window_h = 2;
+  if (pools && s.w > 1) s.window_w = 2;
+  return s;
 }
 
 Gradient gradient(const Tensor& stored, const Tensor& value, const Tensor& scale, const Tensor& slope,
-                  const Tensor& mean, const Tensor& offset, const Tensor& like, int64_t channels) {
-  check_image(stored, "stored", like, channels);
-  check_image(value, "value", like, channels);
+                  const Tensor& mean, const Tensor& offset, const Tensor& like, int64_t channels, const Shape& image) {
+  check_image(stored, "stored", like, channels, image);
+  check_image(value, "value", like, channels, image);
   return {pixels(stored, "stored"),
           pixels(value, "value"),
           vector(scale, "grad_scale", like, channels),
@@ -154,15 +164,13 @@ void run(const Problem& problem, const Tensor& data, size_t (*Kernels::*workspac
   (kernels.*kernel)(problem, reinterpret_cast<void*>(address), threads);
 }
 
-void place(const Tensor& x, const Tensor& out, const std::optional<Tensor>& out_mean,
+void place(const Tensor& x, const std::optional<Tensor>& out, const std::optional<Tensor>& out_mean,
            const std::optional<Tensor>& out_var) {
   dtype_of(x);
   check_data(x, "x", x);
-  check_image(out, "out", x, x.size(4));
-  const Place problem{{x.size(0), x.size(1), x.size(2), x.size(3), 1, 1, 1, 1, x.size(4)},
-                      strided(x),
-                      pixels(out, "out"),
-                      moments(out_mean, out_var, out)};
+  const Shape image = image_of(x);
+  if (out) check_image(*out, "out", x, x.size(4), image);
+  const Place problem{image, strided(x), out ? pixels(*out, "out") : Pixels{nullptr, 0}, moments(out_mean, out_var, x)};
   run(problem, x, &Kernels::place_workspace, &Kernels::place);
 }
 
@@ -170,8 +178,8 @@ void place_backward(const Tensor& stored, const Tensor& value, const Tensor& sca
                     const Tensor& mean, const Tensor& offset, const Tensor& out) {
   dtype_of(out);
   check_data(out, "out", out);
-  const PlaceBackward problem{{out.size(0), out.size(1), out.size(2), out.size(3), 1, 1, 1, 1, out.size(4)},
-                              gradient(stored, value, scale, slope, mean, offset, out, out.size(4)),
+  const Shape image = image_of(out);
+  const PlaceBackward problem{image, gradient(stored, value, scale, slope, mean, offset, out, out.size(4), image),
                               strided(out)};
   run(problem, out, &Kernels::place_backward_workspace, &Kernels::place_backward);
 }
@@ -182,10 +190,10 @@ void norm_relu_conv(const Tensor& x, const Tensor& mean, const Tensor& scale, co
   dtype_of(x);
   check_data(x, "x", x);
   const Weight w = weight_of(weight, "weight", x);
-  check_image(out, "out", x, weight.size(0));
-  const Forward problem{shape_of(x, weight),         pixels(x, "x"),
-                        norm(mean, scale, shift, x), w,
-                        pixels(out, "out"),          moments(out_mean, out_var, out)};
+  const Shape shape = shape_of(x, weight, out);
+  check_image(out, "out", x, weight.size(0), shape);
+  const Forward problem{shape, pixels(x, "x"),     norm(mean, scale, shift, x),
+                        w,     pixels(out, "out"), moments(out_mean, out_var, out)};
   run(problem, x, &Kernels::forward_workspace, &Kernels::forward);
 }
 
@@ -197,15 +205,16 @@ void norm_relu_conv_backward(const Tensor& stored, const Tensor& value, const Te
   dtype_of(x);
   check_data(x, "x", x);
   const Weight w = weight_of(weight, "weight", x);
-  check_image(dx, "dx", x, x.size(4));
+  check_image(dx, "dx", x, x.size(4), image_of(x));
   Weight dw{};
   if (dweight) {
     dw = weight_of(*dweight, "dweight", x);
     TORCH_CHECK_VALUE(dweight->sizes() == weight.sizes(), "dweight: expected shape ", weight.sizes(), ", got ",
                       dweight->sizes());
   }
-  const Backward problem{shape_of(x, weight),
-                         gradient(stored, value, grad_scale, slope, grad_mean, offset, x, weight.size(0)),
+  const Shape shape = shape_of(x, weight, stored);
+  const Backward problem{shape,
+                         gradient(stored, value, grad_scale, slope, grad_mean, offset, x, weight.size(0), shape),
                          pixels(x, "x"),
                          norm(mean, scale, shift, x),
                          w,

@@ -8,14 +8,18 @@ namespace fused_densenet {
 
 enum class DType { f32, f64, bf16, f16 };
 
-// Image sizes, kernel sizes (odd, "same" zero padding), channels read and written.
+// Image sizes, kernel sizes (odd, "same" zero padding), channels read and written; for a kernel of size 1, the window
+// (and stride) of the average pooling before it.
 struct Shape {
   int64_t n, d, h, w;
   int64_t kd, kh, kw;
   int64_t in, out;
+  int64_t window_d = 1, window_h = 1, window_w = 1;
   int64_t pixels() const { return n * d * h * w; }
   int64_t taps() const { return kd * kh * kw; }
-  int64_t work() const { return pixels() * in * out * taps(); }
+  int64_t window() const { return window_d * window_h * window_w; }
+  int64_t out_pixels() const { return n * (d / window_d) * (h / window_h) * (w / window_w); }
+  int64_t work() const { return out_pixels() * in * out * taps(); }
 };
 
 // Channels-last pixels: channel stride 1, `ld` elements from one pixel to the next over the whole batch.
@@ -80,7 +84,7 @@ struct Strided {
 struct Place {
   Shape shape;  // `out` channels
   Strided x;
-  Pixels out;
+  Pixels out;  // data is null where only the moments are wanted
   Moments moments;
 };
 

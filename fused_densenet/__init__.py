@@ -6,8 +6,10 @@
 from . import reference
 from .backends import use_backend
 from .csp import CSPDenseBlock, CSPDenseNet, csp_densenet121, csp_densenet169, csp_densenet201, csp_densenet264
+from .explanation import explain
 from .fallback import FallbackError, FallbackWarning, strict
 from .functional import dense_block
+from .fusing import fuse, unfuse
 from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .modules import FusedDenseBlock, FusedDenseLayer
 
@@ -31,7 +33,10 @@ __all__ = [
     "densenet169",
     "densenet201",
     "densenet264",
+    "explain",
+    "fuse",
     "reference",
     "strict",
+    "unfuse",
     "use_backend",
 ]

@@ -17,7 +17,7 @@ REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in a checkout o
 COMPILER = "g++ 11.3 or newer"
 
 SCHEMAS = (
-    "place(Tensor x, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()",
+    "place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()",
     "place_backward(Tensor stored, Tensor value, Tensor scale, Tensor slope, Tensor mean, Tensor offset, "
     "Tensor(a!) out) -> ()",
     "norm_relu_conv(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, "

@@ -1,16 +1,12 @@
 """Errors for bad arguments and inputs: each names the argument, what was expected and what came."""
 
-import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .fallback import autocasts, uses_batch_stats
+from .layers import LayerParts
 from .ranks import sync_group
-
-if TYPE_CHECKING:
-    from .modules import FusedDenseLayer
 
 
 def check_block_arguments(
@@ -37,7 +33,8 @@ def check_block_arguments(
         raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
 
 
-def check_input(x: Tensor, num_input_features: int, spatial_dims: int, layers: "Sequence[FusedDenseLayer]") -> None:
+def check_input(x: Tensor, num_input_features: int, spatial_dims: int) -> None:
+    """Type and shape of a block's input."""
     if not isinstance(x, Tensor):
         raise TypeError(f"init_features: expected a Tensor, got {type(x).__name__}")
     names = ("W", "H, W", "D, H, W")[spatial_dims - 1]
@@ -49,17 +46,23 @@ def check_input(x: Tensor, num_input_features: int, spatial_dims: int, layers: "
         raise ValueError(f"init_features: expected {num_input_features} channels, got {x.shape[1]}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"init_features: expected a floating dtype, got {x.dtype}")
-    for name, layer in enumerate(layers, 1):
-        for key, tensor in itertools.chain(layer.named_parameters(), layer.named_buffers()):
-            if tensor.device != x.device:
-                raise ValueError(
-                    f"init_features: expected device {tensor.device}, where denselayer{name}.{key} is, got {x.device}"
-                )
-    weight_dtype = getattr(getattr(layers[0].conv1, "weight", None), "dtype", x.dtype)
+
+
+def check_agreement(x: Tensor, layers: Sequence[LayerParts]) -> None:
+    """That a block's input and its parameters fit each other: device, dtype, values enough for the statistics."""
+    for number, parts in enumerate(layers, 1):
+        for name, module in parts.modules.items():
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and tensor.device != x.device:
+                    raise ValueError(
+                        f"init_features: expected device {tensor.device}, where denselayer{number}.{name}.{key} is, "
+                        f"got {x.device}"
+                    )
+    weight_dtype = layers[0].stages[0].conv.weight.dtype
     if x.dtype != weight_dtype and not autocasts(x):
         raise TypeError(f"init_features: expected {weight_dtype}, the dtype of the parameters, got {x.dtype}")
-    if x.numel() == num_input_features and any(
-        uses_batch_stats(norm) and sync_group(norm) is None for layer in layers for norm, _, _ in layer.pairs()
+    if x.numel() == x.shape[1] and any(
+        uses_batch_stats(stage.norm) and sync_group(stage.norm) is None for parts in layers for stage in parts.stages
     ):
         raise ValueError(
             f"init_features: expected more than one value per channel in training, got shape {tuple(x.shape)}"

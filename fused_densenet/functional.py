@@ -28,6 +28,7 @@ def dense_block(
     *,
     bottleneck: bool,
     drop_rate: float = 0.0,
+    drop_channels: bool = False,
     memory_efficient: bool = False,
     group: str | None = None,
 ) -> tuple[Tensor, BatchMoments]:
@@ -41,6 +42,7 @@ def dense_block(
         convolutions: one per layer, or two per layer where ``bottleneck`` (1x1, then the growth convolution). Their
             weights are in the dtype of ``x`` or float32.
         drop_rate: dropout of each layer's new feature maps; draws what ``F.dropout`` draws for their shape.
+        drop_channels: drop whole feature maps, as ``F.dropout2d`` draws them.
         memory_efficient: compute the bottleneck again in backward instead of keeping it.
         group: name of the process group over whose ranks batch statistics are taken; None for this process alone.
 
@@ -56,7 +58,7 @@ def dense_block(
     batch_stats = [c.batch_stats for c in convolutions]
     gammas = [c.gamma for c in convolutions]
     betas = [c.beta for c in convolutions]
-    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate) if drop_rate > 0 else []
+    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate, drop_channels) if drop_rate > 0 else []
     keep_scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
     running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
@@ -86,9 +88,10 @@ def dense_block(
     return out, moments
 
 
-def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float) -> list[Tensor]:
+def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> list[Tensor]:
+    draw = torch.feature_dropout if drop_channels else F.dropout
     masks = []
     for weight in growth_weights:
         ones = x.new_ones((x.shape[0], weight.shape[0], *x.shape[2:]))
-        masks.append(F.dropout(ones, drop_rate, training=True) != 0)
+        masks.append(draw(ones, drop_rate, True) != 0)
     return masks

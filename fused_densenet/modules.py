@@ -1,17 +1,20 @@
 """``FusedDenseBlock``: torchvision's dense block by signature, state_dict and result; one fused operator inside."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_block_arguments, check_input
-from .fallback import announce, fallback_reason, statistics_groups, uses_batch_stats
+from .checks import check_agreement, check_block_arguments, check_input
+from .fallback import announce, fallback_reasons, statistics_groups, uses_batch_stats
 from .functional import BatchMoments, dense_block
+from .layers import LayerParts, take_apart
 from .schedule import NormReluConv
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_LEGACY_KEY = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12]\.\w+)")
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -59,11 +62,6 @@ class FusedDenseLayer(nn.Module):
             out = nn.functional.dropout(out, p=self.drop_rate, training=self.training)
         return out
 
-    def pairs(self) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
-        """(norm, relu, conv) of each norm-relu-conv, in order."""
-        first = (self.norm1, self.relu1, self.conv1)
-        return [first, (self.norm2, self.relu2, self.conv2)] if self.bottleneck else [first]
-
 
 class FusedDenseBlock(nn.ModuleDict):
     """A dense block in one preallocated buffer; a drop-in for torchvision's ``_DenseBlock``.
@@ -94,6 +92,7 @@ class FusedDenseBlock(nn.ModuleDict):
     """
 
     _version = 2
+    layer_class: type[nn.Module] = FusedDenseLayer
 
     def __init__(
         self,
@@ -122,26 +121,42 @@ class FusedDenseBlock(nn.ModuleDict):
         self.memory_efficient = memory_efficient
 
     def forward(self, init_features: Tensor) -> Tensor:
-        layers: list[FusedDenseLayer] = list(self.values())  # type: ignore[arg-type]
-        check_input(init_features, self.num_input_features, self.spatial_dims, layers)
-        reason = fallback_reason(init_features, layers)
-        if reason is not None:
-            announce(reason)
+        check_input(init_features, self.num_input_features, self.spatial_dims)
+        layers = self.parts()
+        reasons = fallback_reasons(init_features, layers, self.layer_class)
+        if reasons:
+            announce(reasons)
             return self._operator_by_operator(init_features)
         (group,) = statistics_groups(layers) or {None}
         if init_features.numel() == 0 and group is None:
             return self._operator_by_operator(init_features)
-        pairs = [pair for layer in layers for pair in layer.pairs()]
+        check_agreement(init_features, layers)
+        stages = [stage for parts in layers for stage in parts.stages]
         out, moments = dense_block(
             init_features,
-            [_norm_relu_conv(norm, conv) for norm, _, conv in pairs],
-            bottleneck=layers[0].bottleneck,
-            drop_rate=layers[0].drop_rate if layers[0].training else 0.0,
+            [_norm_relu_conv(stage.norm, stage.conv) for stage in stages],
+            bottleneck=len(layers[0].stages) == 2,
+            drop_rate=layers[0].drop_rate,
+            drop_channels=layers[0].drops_channels,
             memory_efficient=self.memory_efficient,
             group=group,
         )
-        _update_running([norm for norm, _, _ in pairs], moments)
+        _update_running([stage.norm for stage in stages], moments)
         return out
+
+    def parts(self) -> list[LayerParts]:
+        """Its layers, taken apart."""
+        return [take_apart(layer) for layer in self._modules.values() if layer is not None]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes the keys of torchvision's first checkpoints (``norm.1`` for ``norm1``) as well."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            match = _LEGACY_KEY.fullmatch(key[len(prefix) :])
+            layer = self._modules.get(match[1]) if match else None
+            if match and layer is not None:
+                nested = "layers." if "layers" in layer._modules else ""
+                state_dict[f"{prefix}{match[1]}.{nested}{match[2]}{match[3]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:
         features = [x]

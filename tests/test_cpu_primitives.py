@@ -41,6 +41,9 @@ WIDE = [
     Shape((3, 1, 1, 65), 33, 20, (1, 1, 3)),
     Shape((2, 1, 1, 1), 512, 128, (1, 1, 1)),
     Shape((1, 1, 2, 3), 304, 12, (1, 3, 3)),
+    Shape((1, 1, 28, 28), 256, 128, (1, 1, 1), pool=True),
+    Shape((3, 1, 15, 17), 200, 100, (1, 1, 1), pool=True),
+    Shape((1, 5, 4, 7), 70, 35, (1, 1, 1), pool=True),
 ]
 
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
@@ -58,7 +61,10 @@ def shapes(draw: st.DrawFn) -> Shape:
         kernel = [max(kernel) if i >= 3 - dims else 1 for i in range(3)]
     channels = draw(st.one_of(st.integers(1, 70), st.sampled_from([8, 16, 64, 128])))
     out_channels = draw(st.one_of(st.integers(1, 50), st.sampled_from([12, 32, 48, 128])))
-    return Shape((draw(st.integers(1, 3)), *sizes), channels, out_channels, tuple(kernel))
+    pool = draw(st.booleans())
+    if pool:
+        kernel = [1, 1, 1]
+    return Shape((draw(st.integers(1, 3)), *sizes), channels, out_channels, tuple(kernel), pool)
 
 
 margins = st.sampled_from([0, 0, 1, 3, 8])
@@ -111,20 +117,20 @@ def check_forward(
     values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
     x = source(values, before, after)
     weight = make_weight(shape, weight_dtype, layout)
-    out = Guarded((*shape.pixels, shape.out_channels), dtype, after, before + 1)
+    out = Guarded((*shape.out_pixels, shape.out_channels), dtype, after, before + 1)
     out.data.fill_(float("nan"))
     mean, var = (vector(shape.out_channels, dtype) if moments else None for _ in range(2))
     mean_data, var_data = (None if v is None else v.data for v in (mean, var))
     BACKENDS[backend].norm_relu_conv(x, norm, weight, out.data, mean_data, var_data)
-    exact = exact_forward(values, norm, weight)
-    magnitude = forward_magnitude(values, norm, weight)
+    exact = exact_forward(values, norm, weight, shape.pool)
+    magnitude = forward_magnitude(values, norm, weight, shape.pool)
     assert_entries(out.data, exact, magnitude, dtype, "out")
     out.check("out")
     if mean is not None and var is not None:
         check_moments(out.data, mean, var)
     if dtype in (torch.bfloat16, torch.float16):
-        grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
-        theirs, _, _ = operators(grad, values, norm, weight)
+        grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
+        theirs, _, _ = operators(grad, values, norm, weight, shape.pool)
         assert_error_ratio(out.data, theirs, exact, dtype, "out", magnitude)
 
 
@@ -187,7 +193,7 @@ def check_backward(
     values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
     x = source(values, before, after)
     weight = make_weight(shape, weight_dtype, layout)
-    grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
+    grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
     dx = Guarded(values.shape, dtype, after, before + 1)
     old = dx.data.clone()
     if not accumulate:
@@ -197,7 +203,8 @@ def check_backward(
     BACKENDS[backend].norm_relu_conv_backward(
         grad, x, norm, weight, dx.data, accumulate, dweight, sums[0].data, sums[1].data
     )
-    exact, magnitude = exact_backward(grad, values, norm, weight), backward_magnitude(grad, values, norm, weight)
+    exact = exact_backward(grad, values, norm, weight, shape.pool)
+    magnitude = backward_magnitude(grad, values, norm, weight, shape.pool)
     exact_dx, dx_magnitude = exact.dz, magnitude.dz
     if accumulate:
         exact_dx = old.double() + norm.scale.double() * exact.dz
@@ -210,7 +217,7 @@ def check_backward(
         assert_entries(total.data, getattr(exact, name), getattr(magnitude, name), dtype, name)
         total.check(name)
     if dtype in (torch.bfloat16, torch.float16):
-        _, theirs, their_dx = operators(grad, values, norm, weight)
+        _, theirs, their_dx = operators(grad, values, norm, weight, shape.pool)
         their_dx = (old + their_dx) if accumulate else theirs.dz
         assert_error_ratio(dx.data, their_dx, exact_dx, dtype, "dx", dx_magnitude)
         if dweight is not None:
@@ -229,9 +236,10 @@ def check_backward(
     before=margins,
     after=margins,
     moments=st.booleans(),
+    copy=st.booleans(),
 )
 def test_place(
-    backend: str, dtype: torch.dtype, shape: Shape, layout: str, before: int, after: int, moments: bool
+    backend: str, dtype: torch.dtype, shape: Shape, layout: str, before: int, after: int, moments: bool, copy: bool
 ) -> None:
     n, d, h, w = shape.pixels
     c = shape.channels
@@ -243,8 +251,9 @@ def test_place(
     }[layout].to(dtype)
     out = Guarded((*shape.pixels, c), dtype, before, after)
     mean, var = (vector(c, dtype) if moments else None for _ in range(2))
-    BACKENDS[backend].place(x, out.data, *(None if v is None else v.data for v in (mean, var)))
-    assert torch.equal(out.data, x)
+    BACKENDS[backend].place(x, out.data if copy else None, *(None if v is None else v.data for v in (mean, var)))
+    if copy:
+        assert torch.equal(out.data, x)
     out.check("out")
     if mean is not None and var is not None:
         check_moments(x, mean, var)
@@ -259,8 +268,11 @@ def test_place_backward(backend: str, dtype: torch.dtype, shape: Shape, channels
     out = torch.empty(n, d, h, w, shape.channels, dtype=dtype)
     if channels_first:
         out = torch.empty(n, shape.channels, d, h, w, dtype=dtype).permute(0, 2, 3, 4, 1)
+    expected, magnitude = load(grad), load_magnitude(grad)
     BACKENDS[backend].place_backward(grad, out)
-    assert_entries(out, load(grad), load_magnitude(grad), dtype, "out")
+    assert_entries(out, expected, magnitude, dtype, "out")
+    BACKENDS[backend].place_backward(grad, grad.stored)
+    assert_entries(grad.stored, expected, magnitude, dtype, "out in place")
 
 
 @all_backends
@@ -321,10 +333,10 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype, threads: int, shape: Sh
     norm = affine(shape.channels, dtype)
     x = torch.randn(*shape.pixels, shape.channels).to(dtype)
     weight = make_weight(shape, dtype, "contiguous")
-    grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
+    grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
     runs = []
     for _ in range(3):
-        out = torch.empty(*shape.pixels, shape.out_channels, dtype=dtype)
+        out = torch.empty(*shape.out_pixels, shape.out_channels, dtype=dtype)
         mean, var = (torch.empty(shape.out_channels, dtype=torch.float32) for _ in range(2))
         module.norm_relu_conv(x, norm, weight, out, mean, var)
         dx, dweight = torch.ones_like(x), torch.empty_like(weight)

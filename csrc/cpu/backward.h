@@ -2,7 +2,7 @@
 //
 // A box's gradient is loaded once. Then, a block of input channels at a time: the activations are recomputed, the
 // weight gradient takes them, and the data gradient of the same channels is masked, summed and stored while their
-// inputs are still in cache.
+// inputs are still in cache. Where forward pooled, a box is one of pooled pixels and each gradient goes to its window.
 
 namespace fused_densenet::FD_ISA {
 
@@ -16,6 +16,7 @@ class BackwardKernel {
   BackwardKernel(const Backward& f, void* workspace, int threads)
       : f_(f),
         packed_(f.shape, true),
+        windows_(f.shape),
         grad_blocks_(ceil_div(packed_.row_elements(), kBlock)),
         ld_dweight_(ceil_div(f.shape.out, kWidth) * kWidth),
         pixel_blocks_(ceil_div(ld_dweight_, kBlock)) {
@@ -36,6 +37,7 @@ class BackwardKernel {
     product_ = {f.shape.out, kBlock};
     patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
     products_ = arena.take<A>(packed_.winograd ? product_.products_size(kBlock) : 0);
+    first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     row_steps_ = arena.take<Step>(grid_.box[0] * grid_.box[1]);
     part_bytes_ = arena.used() - for_parts_;
   }
@@ -47,6 +49,7 @@ class BackwardKernel {
       packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
     else
       packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
+    if (!f_.accumulate) clear_pixels_without_a_window(parallel);
     parallel_for(parallel, parts_, [&](int64_t part) {
       std::memset(dweight_ + part * dweight_size_, 0, static_cast<size_t>(dweight_size_) * sizeof(A));
       const Range boxes = split(grid_.count(), parts_, part);
@@ -64,6 +67,7 @@ class BackwardKernel {
   static constexpr int64_t kWidth = Layout<P, Reduce::pixels>::panel;
 
   bool needs_dweight() const { return f_.dweight.data != nullptr; }
+  bool pools() const { return windows_.count > 1; }
 
   template <class X>
   X* of_part(X* p, int64_t part) const {
@@ -75,11 +79,19 @@ class BackwardKernel {
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t padded = (b.size[0] + 2 * grid_.margin[0]) * height * width;
     load_gradient(b, part, padded, width);
+    if (pools()) windows_.first_pixels(b.begin[2], b.size[2], of_part(first_pixels_, part));
     for (int64_t c = 0; c < f_.shape.in; c += kBlock) {
       const int64_t channels = least(kBlock, f_.shape.in - c);
       Prefetch prefetch = next_operands(b, i, end, c);
       if (needs_dweight()) {
-        load_activation(b, part, c, channels, width);
+        const Activation<T> activation(f_.x, f_.norm);
+        if (pools()) {
+          const int64_t* first_pixels = of_part(first_pixels_, part);
+          load_activation(PooledActivation<T>(activation, windows_, first_pixels, b.begin[2]), b, part, c, channels,
+                          width);
+        } else {
+          load_activation(activation, b, part, c, channels, width);
+        }
         if (packed_.winograd)
           weight_gradient_by_patches(b, part, c, channels, height * width * kBlock, prefetch);
         else
@@ -89,7 +101,7 @@ class BackwardKernel {
         data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
       else
         data_gradient(b, part, c, channels, height, width, padded, prefetch);
-      store_data_gradient(b, of_part(result_, part), c, channels, partial_ + 2 * i * f_.shape.in);
+      store_data_gradient(b, part, c, channels, partial_ + 2 * i * f_.shape.in);
     }
   }
 
@@ -131,7 +143,7 @@ class BackwardKernel {
   Prefetch next_operands(const Box& b, int64_t i, int64_t end, int64_t c) const {
     Prefetch prefetch;
     int64_t next = c + kBlock, from = grid_.pixel(b, 0, 0, 0);
-    const int64_t pixels = b.size[0] * b.size[1] * b.size[2];
+    int64_t pixels = b.size[0] * b.size[1] * b.size[2];
     if (next >= f_.shape.in) {
       if (i + 1 == end) return prefetch;
       next = 0;
@@ -141,6 +153,8 @@ class BackwardKernel {
       prefetch.add(static_cast<const T*>(stored.data) + from * stored.ld, pixels, bytes, stored.ld * sizeof(T));
       prefetch.add(static_cast<const T*>(value.data) + from * value.ld, pixels, bytes, value.ld * sizeof(T));
     }
+    if (pools()) from = windows_.first_pixel(from);
+    pixels *= windows_.count;
     const int64_t bytes = least(kBlock, f_.shape.in - next) * sizeof(T);
     prefetch.add(static_cast<const T*>(f_.x.data) + from * f_.x.ld + next, pixels, bytes, f_.x.ld * sizeof(T));
     prefetch.add(static_cast<const T*>(f_.dx.data) + from * f_.dx.ld + next, pixels, bytes, f_.dx.ld * sizeof(T));
@@ -177,11 +191,11 @@ class BackwardKernel {
 
   int64_t row_elements(const Box& b) const { return ceil_div(b.size[2], P::pair); }
 
-  void load_activation(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t width) const {
-    const Activation<T> activation(f_.x, f_.norm);
+  template <class S>
+  void load_activation(const S& source, const Box& b, int64_t part, int64_t c, int64_t channels, int64_t width) const {
     for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
-      Fill<P, Activation<T>>::by_pixel(activation, first, low, high, width, c, channels,
-                                       of_part(activation_, part) + row * width * kBlock);
+      Fill<P, S>::by_pixel(source, first, low, high, width, c, channels,
+                           of_part(activation_, part) + row * width * kBlock);
     });
   }
 
@@ -242,24 +256,40 @@ class BackwardKernel {
     return (grid_.margin[0] * height + grid_.margin[1]) * width + grid_.margin[2];
   }
 
-  void store_data_gradient(const Box& b, const A* result, int64_t c, int64_t channels, A* sums) const {
+  // Calls f(pixel, row) for every pixel of x that a row of a box's data gradients goes back to.
+  template <class F>
+  void for_each_pixel(const Box& b, int64_t part, F f) const {
+    if (!pools()) {
+      int64_t row = 0;
+      for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
+        for (int64_t w = 0; w < b.size[2]; ++w, ++row) f(first + w, row);
+      });
+      return;
+    }
+    const int64_t* first_pixels = of_part(first_pixels_, part);
+    for (int64_t row = 0; row < b.size[2]; ++row) {
+      for (int64_t i = 0; i < windows_.count; ++i) f(first_pixels[row] + windows_.offset[i], row);
+    }
+  }
+
+  void store_data_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, A* sums) const {
     const Activation<T> activation(f_.x, f_.norm);
+    const V share = V::all(A(1) / static_cast<A>(windows_.count));
     T* dx = static_cast<T*>(f_.dx.data);
     for (int64_t j = 0; j < channels; j += V::size) {
       const int n = static_cast<int>(least(V::size, channels - j));
       const V scale = load(activation.scale + c + j, n);
       V sum = V::zero(), sum_centered = V::zero();
-      const A* from = result + j;
+      const A* from = of_part(result_, part) + j;
       const auto column = [&](int lanes) {  // a constant for whole vectors
-        for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
-          for (int64_t w = 0; w < b.size[2]; ++w, from += kBlock) {
-            const V centered = activation.centered(first + w, c + j, lanes);
-            const V dz = where_positive(activation.before_relu(centered, c + j, lanes), load(from));
-            sum += dz;
-            sum_centered = fma(dz, centered, sum_centered);
-            T* p = dx + (first + w) * f_.dx.ld + c + j;
-            store(p, f_.accumulate ? fma(scale, dz, load(p, lanes)) : dz, lanes);
-          }
+        for_each_pixel(b, part, [&](int64_t pixel, int64_t row) {
+          const V centered = activation.centered(pixel, c + j, lanes);
+          const V dz =
+              where_positive(activation.before_relu(centered, c + j, lanes), load(from + row * kBlock) * share);
+          sum += dz;
+          sum_centered = fma(dz, centered, sum_centered);
+          T* p = dx + pixel * f_.dx.ld + c + j;
+          store(p, f_.accumulate ? fma(scale, dz, load(p, lanes)) : dz, lanes);
         });
       };
       n == V::size ? column(V::size) : column(n);
@@ -268,14 +298,30 @@ class BackwardKernel {
     }
   }
 
+  // The last pixels of odd sizes that were pooled.
+  void clear_pixels_without_a_window(const Parallel& parallel) const {
+    const Shape& s = f_.shape;
+    const int64_t size[3] = {s.d / s.window_d * s.window_d, s.h / s.window_h * s.window_h,
+                             s.w / s.window_w * s.window_w};
+    if (size[0] == s.d && size[1] == s.h && size[2] == s.w) return;
+    parallel_for(parallel, s.n * s.d * s.h, [&](int64_t row) {
+      const bool inside = row / s.h % s.d < size[0] && row % s.h < size[1];
+      for (int64_t w = inside ? size[2] : 0; w < s.w; ++w) {
+        std::memset(static_cast<T*>(f_.dx.data) + (row * s.w + w) * f_.dx.ld, 0, static_cast<size_t>(s.in) * sizeof(T));
+      }
+    });
+  }
+
   const Backward& f_;
   PackedWeight<P> packed_;
+  Windows windows_;
   int64_t grad_blocks_, ld_dweight_, pixel_blocks_, dweight_size_, parts_;
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *grad_, *grad_by_pixel_, *activation_, *patches_;
   A *partial_, *dweight_, *result_, *products_;
   Step *steps_, *row_steps_;
+  int64_t* first_pixels_;
   size_t for_parts_, part_bytes_;
 };
 

@@ -1,6 +1,7 @@
 // Forward: out = conv(relu((x - mean) * scale + shift), W), and the moments of out.
 //
-// A box's activations are computed once into scratch memory (zeros outside the image), all taps read them there.
+// A box's activations are computed once into scratch memory (zeros outside the image), all taps read them there. A
+// kernel of size 1 may pool: then a box is one of pooled pixels, and windows are averaged on the way to scratch memory.
 
 namespace fused_densenet::FD_ISA {
 
@@ -13,6 +14,7 @@ class ForwardKernel {
   ForwardKernel(const Forward& f, void* workspace, int threads)
       : f_(f),
         packed_(f.shape, false),
+        windows_(f.shape),
         blocks_(ceil_div(packed_.row_elements(), kBlock)),
         ldc_(packed_.panels() * packed_.width) {
     const int64_t bytes_per_pixel = blocks_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
@@ -24,6 +26,7 @@ class ForwardKernel {
     for_parts_ = arena.used();
     operand_ = arena.take<E>(blocks_ * grid_.padded_pixels() * kBlock);
     result_ = arena.take<A>(grid_.pixels() * ldc_);
+    first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     steps_ = arena.take<Step>(f.shape.taps() * blocks_);
     product_ = {f.shape.in, f.shape.out};
     patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
@@ -54,6 +57,8 @@ class ForwardKernel {
   }
 
  private:
+  bool pools() const { return windows_.count > 1; }
+
   template <class X>
   X* of_part(X* p, int64_t part) const {
     return reinterpret_cast<X*>(reinterpret_cast<char*>(p) + part * part_bytes_);
@@ -61,24 +66,22 @@ class ForwardKernel {
 
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
-    E* operand = of_part(operand_, part);
     A* result = of_part(result_, part);
     const Activation<T> activation(f_.x, f_.norm);
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
-    constexpr int64_t block_channels = kBlock * P::pair;
-    for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
-      for (int64_t k = 0; k < blocks_; ++k) {
-        const int64_t c = k * block_channels;
-        Fill<P, Activation<T>>::by_channel(activation, first, low, high, width, c,
-                                           least(block_channels, f_.shape.in - c),
-                                           operand + k * block_size + row * width * kBlock);
-      }
-    });
+    if (pools()) {
+      int64_t* first_pixels = of_part(first_pixels_, part);
+      windows_.first_pixels(b.begin[2], b.size[2], first_pixels);
+      load_operand(PooledActivation<T>(activation, windows_, first_pixels, b.begin[2]), b, part, width, block_size);
+    } else {
+      load_operand(activation, b, part, width, block_size);
+    }
     Prefetch prefetch;
     if (i + 1 < end) {
-      prefetch.add(static_cast<const T*>(f_.x.data) + grid_.pixel(grid_.at(i + 1), 0, 0, 0) * f_.x.ld,
-                   b.size[0] * b.size[1] * b.size[2], f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
+      const int64_t next = grid_.pixel(grid_.at(i + 1), 0, 0, 0);
+      prefetch.add(static_cast<const T*>(f_.x.data) + (pools() ? windows_.first_pixel(next) : next) * f_.x.ld,
+                   b.size[0] * b.size[1] * b.size[2] * windows_.count, f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
     }
     if (packed_.winograd)
       by_patches(b, part, height * width * kBlock, block_size, prefetch);
@@ -92,6 +95,19 @@ class ForwardKernel {
     };
     store_with_moments<T>(result, ldc_, b.size[0] * b.size[1] * b.size[2], f_.shape.out, static_cast<T*>(f_.out.data),
                           f_.out.ld, runs, mean, m2);
+  }
+
+  template <class S>
+  void load_operand(const S& source, const Box& b, int64_t part, int64_t width, int64_t block_size) const {
+    E* operand = of_part(operand_, part);
+    constexpr int64_t block_channels = kBlock * P::pair;
+    for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
+      for (int64_t k = 0; k < blocks_; ++k) {
+        const int64_t c = k * block_channels;
+        Fill<P, S>::by_channel(source, first, low, high, width, c, least(block_channels, f_.shape.in - c),
+                               operand + k * block_size + row * width * kBlock);
+      }
+    });
   }
 
   void tap_by_tap(const Box& b, int64_t part, int64_t height, int64_t width, int64_t block_size,
@@ -131,12 +147,14 @@ class ForwardKernel {
 
   const Forward& f_;
   PackedWeight<P> packed_;
+  Windows windows_;
   int64_t blocks_, ldc_, parts_;
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *operand_, *patches_;
   A *partial_, *result_, *products_;
   Step* steps_;
+  int64_t* first_pixels_;
   size_t for_parts_, part_bytes_;
 };
 

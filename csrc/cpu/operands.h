@@ -21,6 +21,69 @@ struct Activation {  // relu((x - mean) * scale + shift)
   V at(int64_t pixel, int64_t c, int n) const { return relu(before_relu(centered(pixel, c, n), c, n)); }
 };
 
+// Offsets of `count` neighbouring pixels from `first` in a tensor of other strides; `s` has the image's sizes.
+inline void pixel_offsets(const Shape& s, const int64_t* stride, int64_t first, int64_t count, int64_t* offsets) {
+  int64_t w = first % s.w, h = first / s.w % s.h, d = first / (s.w * s.h) % s.d, n = first / (s.w * s.h * s.d);
+  for (int64_t i = 0; i < count; ++i) {
+    offsets[i] = n * stride[0] + d * stride[1] + h * stride[2] + w * stride[3];
+    if (++w < s.w) continue;
+    w = 0;
+    if (++h < s.h) continue;
+    h = 0;
+    if (++d < s.d) continue;
+    d = 0;
+    ++n;
+  }
+}
+
+// The pixels of an image that a pooled pixel averages: the first of them, and where the others are from there.
+struct Windows {
+  Shape pooled;
+  int64_t stride[4], offset[8], count;
+
+  explicit Windows(const Shape& s)
+      : pooled{s.n, s.d / s.window_d, s.h / s.window_h, s.w / s.window_w, 1, 1, 1, s.in, s.out},
+        stride{s.d * s.h * s.w, s.window_d * s.h * s.w, s.window_h * s.w, s.window_w},
+        count(s.window()) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t d = i / (s.window_h * s.window_w), h = i / s.window_w % s.window_h, w = i % s.window_w;
+      offset[i] = (d * s.h + h) * s.w + w;
+    }
+  }
+  void first_pixels(int64_t first, int64_t pixels, int64_t* out) const {
+    pixel_offsets(pooled, stride, first, pixels, out);
+  }
+  int64_t first_pixel(int64_t pixel) const {
+    int64_t first;
+    first_pixels(pixel, 1, &first);
+    return first;
+  }
+};
+
+template <class T>
+struct PooledActivation {  // the average of a window's activations
+  using V = Vec<Accumulate<T>>;
+  const Activation<T> activation;
+  const Windows& windows;
+  const int64_t* first_pixels;  // of the pooled pixels from `begin` on
+  int64_t begin;
+  V share;
+
+  PooledActivation(const Activation<T>& activation, const Windows& windows, const int64_t* first_pixels, int64_t begin)
+      : activation(activation),
+        windows(windows),
+        first_pixels(first_pixels),
+        begin(begin),
+        share(V::all(Accumulate<T>(1) / static_cast<Accumulate<T>>(windows.count))) {}
+
+  V at(int64_t pixel, int64_t c, int n) const {
+    const int64_t first = first_pixels[pixel - begin];
+    V sum = activation.at(first, c, n);
+    for (int64_t i = 1; i < windows.count; ++i) sum += activation.at(first + windows.offset[i], c, n);
+    return sum * share;
+  }
+};
+
 template <class T>
 struct LoadedGradient {  // scale * stored + (slope * (value - mean) + offset)
   using A = Accumulate<T>;

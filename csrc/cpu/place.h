@@ -5,20 +5,6 @@ namespace fused_densenet::FD_ISA {
 // Runs of kRun pixels over the whole batch, each with the offsets of its pixels in a tensor of other strides.
 constexpr int64_t kRun = 256;
 
-inline void pixel_offsets(const Shape& s, const Strided& x, int64_t first, int64_t count, int64_t* offsets) {
-  int64_t w = first % s.w, h = first / s.w % s.h, d = first / (s.w * s.h) % s.d, n = first / (s.w * s.h * s.d);
-  for (int64_t i = 0; i < count; ++i) {
-    offsets[i] = n * x.stride[0] + d * x.stride[1] + h * x.stride[2] + w * x.stride[3];
-    if (++w < s.w) continue;
-    w = 0;
-    if (++h < s.h) continue;
-    h = 0;
-    if (++d < s.d) continue;
-    d = 0;
-    ++n;
-  }
-}
-
 template <class T>
 class PlaceKernel {
   using A = Accumulate<T>;
@@ -51,7 +37,7 @@ class PlaceKernel {
   void one(int64_t i, int64_t* offsets, A* numbers) const {
     const T* x = static_cast<const T*>(f_.x.data);
     const int64_t step = f_.x.stride[4], pixels = count(i);
-    pixel_offsets(f_.shape, f_.x, i * kRun, pixels, offsets);
+    pixel_offsets(f_.shape, f_.x.stride, i * kRun, pixels, offsets);
     for (int64_t c = 0; c < f_.shape.out; c += kBlock) {
       const int64_t channels = least(kBlock, f_.shape.out - c);
       if (step == 1) {
@@ -71,8 +57,8 @@ class PlaceKernel {
       A* mean = wanted ? partial_ + 2 * i * f_.shape.out + c : nullptr;
       A* m2 = wanted ? mean + f_.shape.out : nullptr;
       store_with_moments<T>(
-          numbers, kBlock, pixels, channels, static_cast<T*>(f_.out.data) + c, f_.out.ld,
-          [&](auto f) { f(i * kRun, pixels); }, mean, m2);
+          numbers, kBlock, pixels, channels, f_.out.data == nullptr ? nullptr : static_cast<T*>(f_.out.data) + c,
+          f_.out.ld, [&](auto f) { f(i * kRun, pixels); }, mean, m2);
     }
   }
 
@@ -111,7 +97,7 @@ class PlaceBackwardKernel {
     const LoadedGradient<T> gradient(f_.grad);
     T* out = static_cast<T*>(f_.out.data);
     const int64_t step = f_.out.stride[4], pixels = least(kRun, f_.shape.pixels() - i * kRun);
-    pixel_offsets(f_.shape, f_.out, i * kRun, pixels, offsets);
+    pixel_offsets(f_.shape, f_.out.stride, i * kRun, pixels, offsets);
     for (int64_t c = 0; c < f_.shape.out; c += kBlock) {
       const int64_t channels = least(kBlock, f_.shape.out - c);
       for (int64_t p = 0; p < pixels; ++p) {

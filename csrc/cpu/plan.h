@@ -9,7 +9,7 @@ constexpr int64_t kCacheBytes = 384 << 10;  // of a core's second-level cache, f
 inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, bool even) {
   Grid g;
   const bool pointwise = s.taps() == 1;
-  const int64_t image[3] = {pointwise ? 1 : s.d, pointwise ? 1 : s.h, pointwise ? s.pixels() : s.w};
+  const int64_t image[3] = {pointwise ? 1 : s.d, pointwise ? 1 : s.h, pointwise ? s.out_pixels() : s.w};
   const int64_t kernel[3] = {s.kd, s.kh, s.kw};
   g.images = pointwise ? 1 : s.n;
   int64_t units[3];  // in these a box is measured

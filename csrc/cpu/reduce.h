@@ -3,8 +3,8 @@
 namespace fused_densenet::FD_ISA {
 
 // Stores a tile of numbers c[row][ldc] as `columns` channels of out and takes, of the values as stored, mean and the
-// sum of squared deviations per channel, unless `mean` is null. `runs(f)` calls f(pixel, count) for each run of
-// neighbouring pixels that the rows are, in their order.
+// sum of squared deviations per channel, unless `mean` is null; with a null `out` nothing is stored. `runs(f)` calls
+// f(pixel, count) for each run of neighbouring pixels that the rows are, in their order.
 template <class T, class F>
 void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t columns, T* out, int64_t ld, F runs,
                         Accumulate<T>* mean, Accumulate<T>* m2) {
@@ -16,6 +16,10 @@ void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t col
     A* from = c + j;
     const auto column = [&](int lanes) {  // a constant for whole vectors
       runs([&](int64_t pixel, int64_t count) {
+        if (out == nullptr) {
+          for (int64_t i = 0; i < count; ++i, from += ldc) sum += load(from);
+          return;
+        }
         T* p = out + pixel * ld + j;
         for (int64_t i = 0; i < count; ++i, p += ld, from += ldc) {
           V x = load(from);

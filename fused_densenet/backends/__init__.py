@@ -5,6 +5,7 @@ Each backend implements the four functions of :mod:`fused_densenet.backends.cont
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,7 +18,7 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "eager": eager}
 """All backends by name, the preferred first."""
 
 _VARIABLE = "FUSED_DENSENET_BACKEND"
-_forced: list[str] = []
+_thread = threading.local()
 
 
 @contextlib.contextmanager
@@ -25,15 +26,17 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the dense blocks called inside the context with backend ``name``; one of :data:`BACKENDS`, or ``"auto"``.
 
     Takes precedence over the variable FUSED_DENSENET_BACKEND. A backward pass uses the backend of its forward pass.
+    Holds for the thread that enters it, as ``torch.no_grad`` does.
 
     Raises:
         ValueError: there is no such backend. A backend that cannot run raises RuntimeError when a block is called.
     """
-    _forced.append(_known(name))
+    before = getattr(_thread, "backend", None)
+    _thread.backend = _known(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _thread.backend = before
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
@@ -42,7 +45,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: the backend that was asked for cannot run there; the message says why.
     """
-    name = _forced[-1] if _forced else _known(os.environ.get(_VARIABLE, "auto"))
+    name = getattr(_thread, "backend", None) or _known(os.environ.get(_VARIABLE, "auto"))
     if name == "auto":
         names = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]  # the interpreter is for tests
         name = next(name for name in names if BACKENDS[name].unavailable(device, dtype) is None)
@@ -53,6 +56,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was asked for and cannot run: {reason}")
     return name
+
+
+def rejected(device: torch.device, dtype: torch.dtype, chosen: str) -> list[tuple[str, str]]:
+    """The backends that :func:`choose` would prefer to ``chosen``, each with the reason why it does not run."""
+    reasons = []
+    for name in list(BACKENDS)[: list(BACKENDS).index(chosen)]:
+        reason = BACKENDS[name].unavailable(device, dtype)
+        if reason is None and (name, device.type) == ("triton", "cpu"):
+            reason = "on the CPU its interpreter is for tests"
+        reasons.append((name, reason or f"backend {chosen!r} was asked for"))
+    return reasons
 
 
 def _known(name: str) -> str:

@@ -28,7 +28,10 @@ class _Device(ctypes.Structure):
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, _i64) for name in ["n", "d", "h", "w", "kd", "kh", "kw", "input", "output"]]
+    _fields_ = [
+        (name, _i64)
+        for name in ["n", "d", "h", "w", "kd", "kh", "kw", "input", "output", "window_d", "window_h", "window_w"]
+    ]
 
 
 class _Pixels(ctypes.Structure):
@@ -210,7 +213,7 @@ class Emulated:
     ) -> None:
         def problem(at: _Arena) -> _Forward:
             return _Forward(
-                _shape(x, weight.shape[0], weight),
+                _shape(x, weight.shape[0], weight, out),
                 _pixels(at, x),
                 _Norm(*map(at.address, norm)),
                 _weight(at, weight),
@@ -234,7 +237,7 @@ class Emulated:
     ) -> None:
         def problem(at: _Arena) -> _Backward:
             return _Backward(
-                _shape(x, weight.shape[0], weight),
+                _shape(x, weight.shape[0], weight, grad.stored),
                 _gradient(at, grad),
                 _pixels(at, x),
                 _Norm(*map(at.address, norm)),
@@ -282,9 +285,11 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _shape(image: Tensor, out_channels: int, weight: Tensor | None = None) -> _Shape:
+def _shape(image: Tensor, out_channels: int, weight: Tensor | None = None, out: Tensor | None = None) -> _Shape:
     kernel, channels = ((1, 1, 1), 1) if weight is None else (weight.shape[2:], weight.shape[1])
-    return _Shape(*image.shape[:4], *kernel, channels, out_channels)
+    pools = out is not None and out.shape[1:4] != image.shape[1:4]
+    window = [2 if pools and size > 1 else 1 for size in image.shape[1:4]]
+    return _Shape(*image.shape[:4], *kernel, channels, out_channels, *window)
 
 
 def _pixels(at: _Arena, image: Tensor) -> _Pixels:

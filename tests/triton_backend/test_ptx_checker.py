@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import IMAGE, LINE, ONE, SQUARE, Case
-from ptx_parser import Kernel, PtxError
+from ptx.parser import Kernel, PtxError
 from triton_ptx import executing_ptx, run
 
 OPTIONS = {"num_warps": 4, "num_stages": 1}

@@ -7,9 +7,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import ptx_cpu
 import torch
-from ptx_parser import Kernel as PtxKernel
+from ptx import machine
+from ptx.parser import Kernel as PtxKernel
 from triton_offline import compile_kernel
 
 from fused_densenet.backends.triton import launch, plans, tuning
@@ -25,7 +25,7 @@ def run(
     target: str,
     constants: dict[str, Any],
     change: Callable[[str], str] = str,
-) -> ptx_cpu.Machine:
+) -> machine.Machine:
     """Compiles a ``@triton.jit`` function for ``target`` and executes its PTX; ``constants`` with warps and stages.
 
     ``change`` may plant a bug in the PTX.
@@ -47,11 +47,11 @@ def run(
         bits.append(int(value))
     bits += [0] * (len(kernel.parameters) - len(bits))  # scratch memory, which these kernels do not use
     threads = 32 * compiled.metadata.num_warps
-    return ptx_cpu.launch(kernel, grid, threads, compiled.metadata.shared, bits, list(storages.values()))
+    return machine.launch(kernel, grid, threads, compiled.metadata.shared, bits, list(storages.values()))
 
 
 @contextlib.contextmanager
-def executing_ptx(target: str, change: Callable[[str], str] = str) -> Iterator[list[tuple[str, ptx_cpu.Machine]]]:
+def executing_ptx(target: str, change: Callable[[str], str] = str) -> Iterator[list[tuple[str, machine.Machine]]]:
     """Inside the context the backend's kernels run as PTX for ``target``; collects (kernel, machine) of each launch."""
     machines = []
 

@@ -2,18 +2,19 @@
 
 Lanes run lowest program counter first, which brings diverged lanes together again. An instruction that is not known is
 an error. What the compilers emit is executed as it stands, so this also covers what Triton does after its interpreter:
-layouts, swizzled shared memory, asynchronous copies, tensor-core fragments. See :mod:`ptx_memory` for what is checked.
+layouts, swizzled shared memory, asynchronous copies, tensor-core fragments. See :mod:`ptx.memory` for what is checked.
 Not modelled: timing, weaker memory orders, tensor-core rounding, and Blackwell's and TMA's instructions.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from ptx_memory import AccessError, GlobalMemory, SharedMemory
-from ptx_parser import Address, Immediate, Instruction, Kernel, Operand, PtxError, Register, Sink, Symbol
+
+from .memory import AccessError, GlobalMemory, SharedMemory, bank_conflicts
+from .parser import Address, Immediate, Instruction, Kernel, Operand, PtxError, Register, Sink, Symbol
 
 UNSIGNED: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
@@ -36,7 +37,11 @@ def instruction(*names: str) -> Callable[[Handler], Handler]:
 
 
 class Machine:
-    """A launch of ``kernel``; runs on construction. ``counts`` are executed instructions by name."""
+    """A launch of ``kernel``; runs on construction.
+
+    ``counts`` are executed instructions by name, over all warps that run at once. Where ``measure`` is set,
+    ``conflicts`` are the additional passes over shared memory that bank conflicts cost, by position of the instruction.
+    """
 
     def __init__(
         self,
@@ -44,14 +49,19 @@ class Machine:
         grid: tuple[int, int, int],
         threads: int,
         shared: int,
-        arguments: list[int],
+        arguments: Sequence[int | bytes],
         tensors: list[np.ndarray],
+        measure: bool = False,
     ) -> None:
-        self.kernel, self.grid, self.threads = kernel, grid, threads
-        self.arguments = dict(zip(kernel.parameters, arguments, strict=False))
+        self.kernel, self.grid, self.threads, self.measure = kernel, grid, threads, measure
+        self.parameters = np.zeros(kernel.parameter_bytes + 16, np.uint8)
+        for value, at in zip(arguments, kernel.parameters.values(), strict=False):
+            raw = value if isinstance(value, bytes) else (value & (2**64 - 1)).to_bytes(8, "little")
+            self.parameters[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
         self.shared_size = kernel.static_shared + shared
         self.memory = GlobalMemory(tensors)
         self.counts: Counter[str] = Counter()
+        self.conflicts: Counter[int] = Counter()
         blocks, at_once = math.prod(grid), max(1, _LANES_AT_ONCE // threads)
         for first in range(0, blocks, at_once):
             self._start(np.arange(first, min(first + at_once, blocks)))
@@ -76,6 +86,7 @@ class Machine:
             for name, bits in self.kernel.registers.items()
         }
         self.shared = SharedMemory(blocks.size, self.shared_size, self.threads)
+        self.local = np.full((self.lanes, self.kernel.local_bytes), 0xFF, np.uint8)
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # not waited for: addresses, data, lanes
         self.copy_groups: list[int] = []  # copies issued before each commit
 
@@ -118,6 +129,7 @@ class Machine:
         if it.op in ("ret", "exit"):
             self.alive &= ~chosen
             return at + 1, active & ~chosen
+        self.position = at
         handler = HANDLERS.get(it.op)
         if handler is None:
             raise self.error(it, "unknown instruction")
@@ -144,9 +156,16 @@ class Machine:
             if size == 1:
                 return np.full(self.lanes, bool(operand.bits))
             return np.full(self.lanes, operand.bits & (2**size - 1), UNSIGNED[size])
-        if isinstance(operand, Symbol) and operand.name in self.kernel.shared:
-            return np.full(self.lanes, self.kernel.shared[operand.name], UNSIGNED[size])
+        if isinstance(operand, Symbol):
+            return np.full(self.lanes, self._symbol(operand.name), UNSIGNED[size])
         raise PtxError(f"operand {operand}")
+
+    def _symbol(self, name: str) -> int:
+        """Its address, in the memory where it lies."""
+        for space in (self.kernel.shared, self.kernel.local, self.kernel.parameters):
+            if name in space:
+                return space[name]
+        raise PtxError(f"symbol {name}")
 
     def put(self, operand: Operand, value: np.ndarray, active: np.ndarray) -> None:
         """Sets a register of the active lanes to raw bits, or to a number of the register's width."""
@@ -164,11 +183,13 @@ class Machine:
 
     def address(self, operand: Operand) -> np.ndarray:
         assert isinstance(operand, Address)
-        if operand.base in self.kernel.shared:
-            base = np.full(self.lanes, self.kernel.shared[operand.base], np.int64)
-        else:
-            base = self.registers[operand.base].astype(np.int64)
-        return base + operand.offset
+        if operand.base in self.registers:
+            return self.registers[operand.base].astype(np.int64) + operand.offset
+        return np.full(self.lanes, self._symbol(operand.base) + operand.offset, np.int64)
+
+    def count_conflicts(self, addresses: np.ndarray, size: int, lanes: np.ndarray) -> None:
+        if self.measure:
+            self.conflicts[self.position] += bank_conflicts(addresses, size, lanes)
 
 
 def launch(
@@ -176,11 +197,14 @@ def launch(
     grid: tuple[int, int, int],
     threads: int,
     shared: int,
-    arguments: list[int],
+    arguments: Sequence[int | bytes],
     tensors: list[np.ndarray],
+    measure: bool = False,
 ) -> Machine:
-    """Runs ``kernel`` on blocks of ``threads``; ``arguments`` are raw bits (addresses within ``tensors``, numbers)."""
-    import ptx_matrix  # noqa: F401, the instructions
-    import ptx_scalar  # noqa: F401
+    """Runs ``kernel`` on blocks of ``threads``; ``arguments`` are raw bits: addresses within ``tensors``, numbers, bytes.
 
-    return Machine(kernel, grid, threads, shared, arguments, tensors)
+    A tensor is memory that may be accessed: an array of any type.
+    """
+    from . import matrix, scalar  # noqa: F401, the instructions
+
+    return Machine(kernel, grid, threads, shared, arguments, tensors, measure)

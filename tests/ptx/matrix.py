@@ -7,9 +7,10 @@ level matrix instructions".
 import re
 
 import numpy as np
-from ptx_cpu import UNSIGNED, WARP, Machine, instruction
-from ptx_parser import Immediate, Instruction, Operand, Vector
-from ptx_scalar import from_bfloat16
+
+from .machine import UNSIGNED, WARP, Machine, instruction
+from .parser import Immediate, Instruction, Operand, Vector
+from .scalar import from_bfloat16
 
 _GROUP = 4 * WARP
 

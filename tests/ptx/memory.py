@@ -27,35 +27,58 @@ def _check_alignment(addresses: np.ndarray, size: int) -> None:
         raise AccessError(f"misaligned {size}-byte access", int(wrong.argmax()))
 
 
+def bank_conflicts(addresses: np.ndarray, size: int, lanes: np.ndarray) -> int:
+    """How many passes more than without conflicts: 32 banks of 4 bytes, each gives one word to all who want it.
+
+    8-byte accesses are served half a warp at a time, 16-byte accesses a quarter.
+    """
+    group = lanes // min(_WARP, 128 // size)
+    words = addresses.astype(np.int64)[:, None] // 4 + np.arange(max(size // 4, 1))
+    once = np.unique(group[:, None] * 2**32 + words)
+    banks, passes = np.unique(once >> 32 << 5 | once % 32, return_counts=True)
+    most = np.zeros(group.max(initial=0) + 1, np.int64)
+    np.maximum.at(most, banks >> 5, passes)
+    return int((most[most > 0] - 1).sum())
+
+
 class GlobalMemory:
-    """The tensors given to a launch; other addresses do not exist."""
+    """The tensors given to a launch; other addresses do not exist. ``read`` and ``written`` are bytes by tensor."""
 
     def __init__(self, tensors: list[np.ndarray]) -> None:
         self.tensors = sorted(tensors, key=lambda t: t.ctypes.data)
         self.bases = np.array([t.ctypes.data for t in self.tensors], np.int64)
         self.bytes = [t.view(np.uint8).reshape(-1) for t in self.tensors]
+        self.read, self.written = ([0] * len(tensors) for _ in range(2))
         self.writer = [np.full(b.size, _NOBODY, np.int32) for b in self.bytes]
         self.reader = [np.full(b.size, _NOBODY, np.int32) for b in self.bytes]
 
-    def load(self, addresses: np.ndarray, size: int, blocks: np.ndarray) -> np.ndarray:
+    def load(self, addresses: np.ndarray, size: int, blocks: np.ndarray, align: int | None = None) -> np.ndarray:
         """``(lanes, size)`` bytes; ``blocks`` is the block of each lane."""
         result = np.zeros((addresses.size, size), np.uint8)
-        for tensor, lanes, where in self._locate(addresses, size, "load"):
+        for tensor, lanes, where in self._locate(addresses, size, "load", align):
             self._check_race(tensor, where, blocks[lanes], lanes, write=False)
             result[lanes] = self.bytes[tensor][where]
+            self.read[tensor] += where.size
         return result
 
     def store(self, addresses: np.ndarray, data: np.ndarray, blocks: np.ndarray) -> None:
         for tensor, lanes, where in self._locate(addresses, data.shape[1], "store"):
             self._check_race(tensor, where, blocks[lanes], lanes, write=True)
             self.bytes[tensor][where] = data[lanes]
+            self.written[tensor] += where.size
 
-    def _locate(self, addresses: np.ndarray, size: int, kind: str) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    def touched(self, tensor: int) -> tuple[int, int]:
+        """How many different bytes of a tensor were read and written."""
+        return int((self.reader[tensor] != _NOBODY).sum()), int((self.writer[tensor] != _NOBODY).sum())
+
+    def _locate(
+        self, addresses: np.ndarray, size: int, kind: str, align: int | None = None
+    ) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(tensor, lanes, byte positions) for each tensor that is accessed."""
         if not addresses.size:
             return []
         addresses = addresses.astype(np.int64)
-        _check_alignment(addresses, size)
+        _check_alignment(addresses, align or size)
         tensor = np.searchsorted(self.bases, addresses, side="right") - 1
         offset = addresses - self.bases[tensor]
         outside = (tensor < 0) | (offset + size > np.array([b.size for b in self.bytes])[tensor])

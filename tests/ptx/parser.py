@@ -62,18 +62,25 @@ class Instruction:
         return modifier in self.modifiers
 
 
+_PARAMETER = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z]+(\d+)\s+(?:\.ptr[^%,]*?\s)?([\w$]+)\s*(?:\[(\d+)\])?\s*(?:,|$)"
+_DECLARATION = r"(\.extern\s+)?\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]"
+
+
 @dataclass
 class Kernel:
-    """One ``.entry``: parameter names, bits of each register, instructions, label positions, shared symbols."""
+    """One ``.entry``: parameters and symbols with their addresses, bits of each register, instructions, labels."""
 
     text: str
     name: str
-    parameters: list[str] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)  # offset of each in the memory of parameters
+    parameter_bytes: int = 0
     registers: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     static_shared: int = 0
+    local: dict[str, int] = field(default_factory=dict)
+    local_bytes: int = 0
 
     def __post_init__(self) -> None:
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), self.text, flags=re.S)
@@ -81,23 +88,30 @@ class Kernel:
         entry = re.search(rf"\.entry\s+{re.escape(self.name)}\s*\((.*?)\)", text, re.S)
         if entry is None:
             raise PtxError(f"no entry {self.name}")
-        self.parameters = re.findall(r"([\w$]+)\s*(?:\[\d+\])?\s*(?:,|$)", entry[1].strip())
+        for align, bits, name, count in re.findall(_PARAMETER, entry[1].strip()):
+            size = int(bits) // 8 * int(count or 1)
+            self.parameters[name] = _round_up(self.parameter_bytes, int(align or size))
+            self.parameter_bytes = self.parameters[name] + size
         opening = text.index("{", entry.end())
-        self._find_shared(text)
-        first_line = text.count("\n", 0, opening) + 1
-        for statement, line in _statements(text[opening + 1 : _closing(text, opening)], first_line):
+        body = text[opening + 1 : _closing(text, opening)]
+        self._find_memory(text, set(re.findall(r"[\w$]+", body)))
+        for statement, line in _statements(body, text.count("\n", 0, opening) + 1):
             self._read(statement, line)
 
-    def _find_shared(self, text: str) -> None:
+    def _find_memory(self, text: str, used: set[str]) -> None:
         """Places the static symbols one after another, and the dynamic one, of unknown size, behind them."""
         dynamic = None
-        declaration = r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]"
-        for external, align, name, size in re.findall(declaration, text):
-            if external or size in ("", "0"):
-                dynamic = name
+        for external, space, align, name, size in re.findall(_DECLARATION, text):
+            if name not in used:
                 continue
-            self.shared[name] = _round_up(self.static_shared, int(align))
-            self.static_shared = self.shared[name] + int(size)
+            if space == "local":
+                self.local[name] = _round_up(self.local_bytes, int(align))
+                self.local_bytes = self.local[name] + int(size)
+            elif external or size in ("", "0"):
+                dynamic = name
+            else:
+                self.shared[name] = _round_up(self.static_shared, int(align))
+                self.static_shared = self.shared[name] + int(size)
         if dynamic is not None:
             self.static_shared = _round_up(self.static_shared, 128)
             self.shared[dynamic] = self.static_shared

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ptx_cpu import FLOAT, SIGNED, UNSIGNED, Machine, instruction
-from ptx_parser import Immediate, Instruction, Operand, PtxError, Vector
+
+from .machine import FLOAT, SIGNED, UNSIGNED, Machine, instruction
+from .parser import Immediate, Instruction, Operand, PtxError, Vector
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -100,6 +101,9 @@ _elementwise("max", _maximum)
 _elementwise("neg", lambda p: -p)
 _elementwise("abs", np.abs)
 _elementwise("fma", _fused)
+_elementwise("rcp", lambda p: 1 / p)
+_elementwise("sqrt", np.sqrt)
+_elementwise("rsqrt", lambda p: 1 / np.sqrt(p))
 _elementwise("div", _divide)
 _elementwise("rem", lambda p, q: np.fmod(p, np.where(q == 0, 1, q)))
 _elementwise("and", lambda p, q: p & q)
@@ -238,15 +242,16 @@ def _registers(operand: Operand) -> list[Operand]:
 def _load(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     _, size = _type(it.kind)
     targets = _registers(it.operands[0])
-    if it.has("param"):
-        name = it.operands[1].base  # type: ignore[union-attr]
-        value = np.full(machine.lanes, machine.arguments[name] & (2**size - 1), UNSIGNED[size])
-        return machine.put(targets[0], value, active)
     lanes = np.flatnonzero(active)
     width = size // 8 * len(targets)
     addresses = machine.address(it.operands[1])[lanes]
     if any(m.startswith("shared") for m in it.modifiers):
+        machine.count_conflicts(addresses, width, lanes)
         data = machine.shared.load(addresses, width, lanes)
+    elif any(m.startswith("param") for m in it.modifiers):
+        data = machine.parameters[addresses[:, None] + np.arange(width)]
+    elif it.has("local"):
+        data = machine.local[lanes[:, None], addresses[:, None] + np.arange(width)]
     else:
         data = machine.memory.load(addresses, width, machine.block[lanes])
     values = np.ascontiguousarray(data).view(UNSIGNED[size]).reshape(lanes.size, len(targets))
@@ -264,7 +269,10 @@ def _store(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     values = np.stack([machine.bits(source, size)[lanes] for source in _registers(it.operands[1])], 1)
     data = np.ascontiguousarray(values).view(np.uint8).reshape(lanes.size, -1)
     if any(m.startswith("shared") for m in it.modifiers):
+        machine.count_conflicts(addresses, data.shape[1], lanes)
         machine.shared.store(addresses, data, lanes)
+    elif it.has("local"):
+        machine.local[lanes[:, None], addresses[:, None] + np.arange(data.shape[1])] = data
     else:
         machine.memory.store(addresses, data, machine.block[lanes])
 
@@ -292,9 +300,9 @@ def _copy(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     into, addresses = machine.address(target)[lanes], machine.address(source)[lanes]
     wanted = machine.bits(taken[0], 32)[lanes] if taken else np.full(lanes.size, width.bits)
     data = np.zeros((lanes.size, width.bits), np.uint8)
-    some = wanted > 0
-    data[some] = machine.memory.load(addresses[some], width.bits, machine.block[lanes[some]])
-    data[np.arange(width.bits) >= wanted[:, None]] = 0
+    for length in np.unique(wanted[wanted > 0]):
+        some = wanted == length
+        data[some, :length] = machine.memory.load(addresses[some], int(length), machine.block[lanes[some]], width.bits)
     machine.shared.claim(into, width.bits, lanes)
     machine.shared.put(into, 0xFF, width.bits, lanes)
     machine.copies.append((into, data, lanes))

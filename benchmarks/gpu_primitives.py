@@ -1,0 +1,232 @@
+"""Each primitive of DenseNet-121 on every backend, and its dense blocks as a whole, against their floors.
+
+A floor counts what a primitive must read and write once (operands, results, both passes over an accumulated gradient),
+at the bandwidth of a copy, and its multiplications at the rate of a large matrix product; the longer of the two.
+"""
+
+import functools
+import statistics
+import time
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from gpu_run import Run
+from gpu_timing import ARITHMETICS, Rates, Work, graph_of, interleaved, tf32
+from torch import Tensor
+
+from fused_densenet import FusedDenseBlock, schedule, use_backend
+from fused_densenet.backends import BACKENDS
+from fused_densenet.backends.contract import Gradient, Norm
+
+CALLS = 10
+"""In a CUDA graph."""
+FORWARD, BACKWARD = "norm_relu_conv", "norm_relu_conv_backward"
+
+
+class Problem(NamedTuple):
+    """A primitive on ``pixels`` (N, D, H, W): ``C`` channels to ``K`` (both the same where there is no convolution).
+
+    ``accumulate`` is that of ``norm_relu_conv_backward``: into the block's gradient, or stored.
+    """
+
+    primitive: str
+    pixels: tuple[int, int, int, int]
+    C: int
+    K: int
+    side: int
+    accumulate: bool = False
+
+    def __str__(self) -> str:
+        n, _, h, w = self.pixels
+        product = f", {self.C} to {self.K}, {self.side}×{self.side}" if self.side else f", {self.C}"
+        return f"{self.primitive}{product}, {n}×{h}×{w}"
+
+    def moved(self, item: int, weight_item: int) -> int:
+        """Bytes, each once."""
+        p = self.pixels[0] * self.pixels[1] * self.pixels[2] * self.pixels[3]
+        weight = self.C * self.K * self.side**2 * weight_item
+        if self.primitive == FORWARD:
+            return p * (self.C + self.K) * item + weight
+        if self.primitive == BACKWARD:
+            return p * ((2 + self.accumulate) * self.C + 2 * self.K) * item + 2 * weight
+        return (2 if self.primitive == "place" else 3) * p * self.C * item
+
+    def flops(self) -> int:
+        p = self.pixels[0] * self.pixels[1] * self.pixels[2] * self.pixels[3]
+        product = 2 * p * self.C * self.K * self.side**2
+        return product * {FORWARD: 1, BACKWARD: 2}.get(self.primitive, 0)
+
+
+BLOCKS = ((6, 64, 4), (12, 128, 8), (24, 256, 16), (16, 512, 32))
+"""DenseNet-121's: layers, input channels, and how much smaller than the image."""
+GROWTH, WIDTH = 32, 128
+
+
+def block_problems(batch: int, side: int, layers: int, channels: int) -> list[Problem]:
+    """Every primitive of a training step of a dense block, as the schedule calls them."""
+    pixels = (batch, 1, side, side)
+    problems = [Problem("place", pixels, channels, channels, 0)]
+    for layer in range(layers):
+        c = channels + layer * GROWTH
+        problems.append(Problem(FORWARD, pixels, c, WIDTH, 1))
+        problems.append(Problem(FORWARD, pixels, WIDTH, GROWTH, 3))
+        problems.append(Problem(BACKWARD, pixels, WIDTH, GROWTH, 3))
+        problems.append(Problem(BACKWARD, pixels, c, WIDTH, 1, accumulate=True))
+    whole = channels + layers * GROWTH
+    problems.append(Problem("place", pixels, whole, whole, 0))
+    problems.append(Problem("place_backward", pixels, channels, channels, 0))
+    return problems
+
+
+def chosen_problems(batch: int, image: int) -> list[Problem]:
+    """Of each block the first, the middle and the last 1x1 convolution, a 3x3 convolution, and its input's placing."""
+    chosen = []
+    for layers, channels, scale in BLOCKS:
+        problems = block_problems(batch, image // scale, layers, channels)
+        pointwise = [p for p in problems if p.primitive == FORWARD and p.side == 1]
+        kept = [problems[0], pointwise[0], pointwise[layers // 2], pointwise[-1], problems[2], problems[3]]
+        kept += [p for p in problems if p.primitive == BACKWARD and p.side == 1 and p.C == pointwise[layers // 2].C]
+        chosen += [*kept, problems[-1]]
+    return chosen
+
+
+def backends(run: Run, dtype: torch.dtype) -> dict[str, ModuleType]:
+    return {name: b for name, b in BACKENDS.items() if b.unavailable(run.device, dtype) is None}
+
+
+def call(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[functools.partial, dict[str, Tensor]]:
+    """``call(backend)`` runs the primitive; the tensors that it writes."""
+    draw = functools.partial(torch.randn, device=device)
+    c, k = problem.C, problem.K
+    buffer = draw(*problem.pixels, c + k).to(dtype)
+    gradients = draw(*problem.pixels, c + k).to(dtype)
+    x, out, dx, stored = buffer[..., :c], buffer[..., c:], gradients[..., :c], gradients[..., c:]
+    norm = Norm(draw(c), draw(c).abs(), draw(c))
+    vectors = draw(4, k)
+    grad = Gradient(stored, out if problem.side else x, *vectors)
+    mean, var = torch.empty(2, k, device=device)
+    if problem.primitive == "place":
+        arguments, written = (x, out, mean, var), {"out": out, "mean": mean, "var": var}
+    elif problem.primitive == "place_backward":
+        arguments, written = (grad, dx), {"out": dx}
+    else:
+        weight = draw(k, c, 1, problem.side, problem.side) / (c * problem.side) ** 0.5
+        if problem.primitive == FORWARD:
+            arguments = (x, norm, weight, out, mean, var)
+            written = {"out": out, "mean": mean, "var": var}
+        else:
+            dweight, sums = torch.empty_like(weight), torch.empty(2, c, device=device)
+            arguments = (grad, x, norm, weight, dx, problem.accumulate, dweight, *sums)
+            written = {"dx": dx, "dweight": dweight, "sums": sums}
+    return functools.partial(_call, problem.primitive, arguments), written
+
+
+def _call(primitive: str, arguments: tuple, backend: ModuleType) -> None:
+    getattr(backend, primitive)(*arguments)
+
+
+def largest_error(written: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest of the relative errors (Euclidean norm)."""
+    return max(float((t.double() - expected[n]).norm() / (expected[n].norm() + 1e-30)) for n, t in written.items())
+
+
+def measure_problem(problem: Problem, arithmetic: str, rates: Rates, run: Run, seconds: float) -> None:
+    dtype = ARITHMETICS[arithmetic]
+    run_on, written = call(problem, dtype, run.device)
+    before = {name: t.clone() for name, t in written.items()}
+
+    def result_of(backend: ModuleType) -> dict[str, Tensor]:
+        for name, t in written.items():
+            t.copy_(before[name])
+        run_on(backend)
+        return {name: t.double() for name, t in written.items()}
+
+    with tf32(False):
+        expected = result_of(BACKENDS["eager"])
+    works: dict[str, Work] = {}
+    calls = 1 if run.smoke else CALLS
+    host, errors = {}, {}
+    for name, backend in backends(run, dtype).items():
+        result = run.attempt(f"{problem}, {arithmetic}, {name}", functools.partial(result_of, backend))
+        if result is None:
+            continue
+        errors[name] = largest_error(written, expected)
+        host[name] = host_microseconds(functools.partial(run_on, backend), run)
+        work = run.attempt(f"{problem}, {name}", lambda b=backend: graph_of(functools.partial(run_on, b), run, calls))
+        if work is not None:
+            works[name] = work
+    moved, flops = problem.moved(written["out" if "out" in written else "dx"].element_size(), 4), problem.flops()
+    floor = rates.floor(moved, flops, arithmetic)
+    for name, times in interleaved(works, run, seconds).items():
+        ms = statistics.median(times) / calls
+        row = {"primitive": str(problem), "arithmetic": arithmetic, "backend": name, "microseconds": ms * 1e3}
+        row |= {"floor_microseconds": floor * 1e3, "times_the_floor": ms / floor, "host_microseconds": host[name]}
+        row |= {"gigabytes_per_second": moved / ms / 1e6, "teraflops": flops / ms / 1e9, "error": errors[name]}
+        run.add("primitive", **row)
+
+
+def host_microseconds(work: Work, run: Run) -> float:
+    """Of a call, by the host's clock, while the device is not waited for."""
+    times = []
+    for _ in range(1 if run.smoke else 20):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+class Block:
+    """A dense block of DenseNet-121 with its input, and its training step."""
+
+    def __init__(self, layers: int, channels: int, batch: int, side: int, dtype: torch.dtype, run: Run) -> None:
+        self.block = FusedDenseBlock(layers, channels, 4, GROWTH).to(run.device)
+        shape = (batch, channels, side, side)
+        self.x = schedule.empty_channels_last(shape, channels, torch.empty(0, dtype=dtype, device=run.device))
+        self.x.normal_().requires_grad_()
+        whole = (batch, channels + layers * GROWTH, side, side)
+        self.dout = torch.randn(whole, device=run.device).to(dtype, memory_format=torch.channels_last)
+
+    def step(self, backend: str) -> None:
+        # Autocast, so that the data is bfloat16 and the parameters are float32.
+        with use_backend(backend), torch.autocast(self.x.device.type, torch.bfloat16, cache_enabled=False):
+            out = self.block(self.x)
+        torch.autograd.grad(out, [self.x, *self.block.parameters()], self.dout)
+
+
+def measure_blocks(batch: int, image: int, rates: Rates, run: Run) -> None:
+    """Training steps of the four dense blocks alone, in a CUDA graph, in bfloat16 with float32 parameters."""
+    dtype = torch.bfloat16
+    shapes = [(layers, channels, image // scale) for layers, channels, scale in BLOCKS]
+    if run.smoke:
+        shapes = [(1, 16, 3)]
+    steps = [Block(layers, channels, batch, side, dtype, run) for layers, channels, side in shapes]
+    works: dict[str, Work] = {}
+    for name in backends(run, dtype):
+        work = run.attempt(
+            f"dense blocks, {name}", lambda n=name: graph_of(lambda: [block.step(n) for block in steps], run)
+        )
+        if work is not None:
+            works[name] = work
+    problems = [p for layers, channels, side in shapes for p in block_problems(batch, side, layers, channels)]
+    floor = sum(rates.floor(p.moved(2, 4), p.flops(), "bfloat16") for p in problems)
+    for name, times in interleaved(works, run, 2.0).items():
+        ms = statistics.median(times)
+        moved = sum(p.moved(2, 4) for p in problems)
+        row = {"backend": name, "batch": batch, "milliseconds": ms, "floor_milliseconds": floor, "bytes": moved}
+        run.add("blocks", **row, times_the_floor=ms / floor)
+
+
+def phase(run: Run, rates: Rates) -> None:
+    batch, image = (1, 32) if run.smoke else (64, 224)
+    run.attempt("dense blocks", lambda: measure_blocks(batch, image, rates, run))
+    problems = chosen_problems(batch, image)
+    if run.smoke:
+        problems = [p._replace(pixels=(1, 1, 4, 4), C=16, K=16) for p in (*problems[:2], *problems[5:8])]
+    for arithmetic in ARITHMETICS:
+        for i, problem in enumerate(problems):
+            if run.left() < 2:
+                run.add("dropped", what=f"primitives in {arithmetic}: {', '.join(map(str, problems[i:]))}")
+                break
+            measure = functools.partial(measure_problem, problem, arithmetic, rates, run, 0.1)
+            run.attempt(f"{problem}, {arithmetic}", measure)

@@ -1,0 +1,172 @@
+"""The parts of a dense layer, of whichever package, and what keeps the kernels from running it.
+
+torchvision, timm and TorchXRayVision keep a layer's modules in the layer, MONAI in a Sequential called ``layers``; timm's
+norms carry the activation; MONAI's dropout is a module, the others' a rate.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_TIMMS_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout")
+
+
+class Stage(NamedTuple):
+    """One norm-relu-conv of a layer. ``norm`` and ``conv`` are None where the layer has none of that name."""
+
+    norm: Any
+    activations: list[nn.Module]
+    conv: Any
+
+
+class LayerParts(NamedTuple):
+    """A dense layer taken apart.
+
+    Attributes:
+        layer: the layer itself.
+        modules: its modules by name.
+        stages: its norm-relu-convs, one or two.
+        drop_rate: of the dropout at its end, 0 where it does nothing.
+        drops_channels: whether that dropout drops whole channels.
+        memory_efficient: whether the layer is set to compute its bottleneck again in backward.
+    """
+
+    layer: nn.Module
+    modules: Mapping[str, nn.Module]
+    stages: list[Stage]
+    drop_rate: float
+    drops_channels: bool
+    memory_efficient: bool
+
+
+def take_apart(layer: nn.Module) -> LayerParts:
+    """The parts of ``layer``, as far as they are there."""
+    modules: Any = layer._modules
+    nested = modules.get("layers")
+    if isinstance(nested, nn.Sequential):
+        modules = nested._modules
+    stages = [_stage(modules, number) for number in "12" if number == "1" or "conv2" in modules]
+    dropout = modules.get("dropout")
+    if dropout is None:
+        drop_rate, training = getattr(layer, "drop_rate", 0.0), layer.training
+    else:
+        drop_rate, training = getattr(dropout, "p", 0.0), dropout.training
+    return LayerParts(
+        layer,
+        modules,
+        stages,
+        drop_rate if training else 0.0,
+        isinstance(dropout, _CHANNEL_DROPOUTS),
+        any(getattr(layer, name, False) for name in ("memory_efficient", "grad_checkpointing")),
+    )
+
+
+def _stage(modules: Mapping[str, nn.Module], number: str) -> Stage:
+    norm = modules.get(f"norm{number}")
+    activations = [modules.get(f"relu{number}"), None if norm is None else norm._modules.get("act")]
+    return Stage(norm, [a for a in activations if a is not None], modules.get(f"conv{number}"))
+
+
+def structure_reasons(layers: Sequence[LayerParts], layer_class: type) -> list[str]:
+    """Why layers that look like this cannot run fused, whatever the input; ``layer_class`` is the class they must have."""
+    reasons = []
+    for number, parts in enumerate(layers, 1):
+        reasons += [f"denselayer{number}{reason}" for reason in _layer_reasons(parts, layers[0], layer_class)]
+    return reasons or _width_reasons(layers)
+
+
+def _layer_reasons(parts: LayerParts, first: LayerParts, layer_class: type) -> list[str]:
+    if type(parts.layer) is not layer_class:
+        return [f" is a {type(parts.layer).__name__}"]
+    reasons = [f".{name} is no part of a dense layer" for name in parts.modules if name not in _NAMES]
+    for number, stage in enumerate(parts.stages, 1):
+        reasons += _stage_reasons(stage, number)
+    dropout = parts.modules.get("dropout")
+    if dropout is not None and type(dropout) not in (nn.Dropout, *_CHANNEL_DROPOUTS):
+        reasons.append(f".dropout is a {type(dropout).__name__}")
+    if len(parts.stages) != len(first.stages):
+        reasons.append(" has another number of convolutions than denselayer1")
+    return reasons
+
+
+def _width_reasons(layers: Sequence[LayerParts]) -> list[str]:
+    """Where the channels that a layer reads are not those that the ones before it wrote."""
+    reasons = []
+    width, bottleneck = layers[0].stages[0].conv.in_channels, layers[0].stages[0].conv.out_channels
+    for number, parts in enumerate(layers, 1):
+        for stage, read in zip(parts.stages, (width, bottleneck), strict=False):
+            if {stage.norm.num_features, stage.conv.in_channels} != {read}:
+                reasons.append(f"denselayer{number} reads {stage.norm.num_features} channels where there are {read}")
+        if len(parts.stages) == 2 and parts.stages[0].conv.out_channels != bottleneck:
+            reasons.append(f"denselayer{number}.conv1 is of another width than denselayer1's")
+        width += parts.stages[-1].conv.out_channels
+    return reasons
+
+
+def _stage_reasons(stage: Stage, number: int) -> list[str]:
+    reasons = []
+    if stage.norm is None:
+        reasons.append(f".norm{number} is missing")
+    elif not _is_batch_norm(stage.norm):
+        reasons.append(f".norm{number} is a {type(stage.norm).__name__}")
+    elif type(stage.norm._modules.get("drop", _IDENTITY)) is not nn.Identity:
+        reasons.append(f".norm{number} contains a {type(stage.norm.drop).__name__}")
+    if not stage.activations:
+        reasons.append(f".norm{number} is followed by no activation")
+    for activation in stage.activations:
+        if type(activation) is not nn.ReLU:
+            reasons.append(f".relu{number} is a {type(activation).__name__}")
+    if stage.conv is None:
+        reasons.append(f".conv{number} is missing")
+    elif type(stage.conv) not in _CONVS:
+        reasons.append(f".conv{number} is a {type(stage.conv).__name__}")
+    else:
+        reasons += [f".conv{number} {reason}" for reason in _conv_reasons(stage.conv)]
+    return reasons
+
+
+_IDENTITY = nn.Identity()
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    kind = type(norm)
+    return kind in _NORMS or (kind.__name__ in _TIMMS_NORMS and kind.__module__.startswith("timm."))
+
+
+def _conv_reasons(conv: Any) -> list[str]:
+    same = tuple(size // 2 for size in conv.kernel_size)
+    reasons = []
+    if conv.bias is not None:
+        reasons.append("has a bias")
+    if conv.groups != 1 or set(conv.stride) != {1} or set(conv.dilation) != {1}:
+        reasons.append("is grouped, strided or dilated")
+    if (
+        conv.padding_mode != "zeros"
+        or (conv.padding not in ("same", same))
+        or any(k % 2 == 0 for k in conv.kernel_size)
+    ):
+        reasons.append("does not pad with zeros to the size of its input")
+    return reasons
+
+
+def intercepted(parts: LayerParts) -> list[str]:
+    """The modules of a layer that something follows or replaces: hooks, or a ``forward`` of the instance."""
+    named = [("", parts.layer), *((f".{name}", module) for name, module in parts.modules.items())]
+    nested = parts.layer._modules.get("layers")
+    if nested is not None:
+        named.append((".layers", nested))
+    for number, stage in enumerate(parts.stages, 1):
+        if stage.norm is not None and stage.norm._modules:
+            named += [(f".norm{number}.{name}", module) for name, module in stage.norm._modules.items()]
+    reasons = []
+    for name, module in named:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            reasons.append(f"{name} has hooks")
+        if "forward" in module.__dict__:
+            reasons.append(f"{name} has a forward of its own")
+    return reasons

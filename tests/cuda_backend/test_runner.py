@@ -22,7 +22,7 @@ def test_product(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     a, b = torch.randn(16, DEPTH).to(dtype), torch.randn(DEPTH, 8).to(dtype)
     rows = b.T.contiguous() if wide else torch.cat([b, torch.full_like(b, torch.nan)], 1)
     out = torch.empty(16, 8)
-    emulated.Emulated(library=library).statistics()
+    emulated.Host(library).statistics()
     code = library.example_product(types.index(dtype), *(ctypes.c_void_p(t.data_ptr()) for t in (a, rows, out)), DEPTH)
     assert code == 0, library.cuda_host_error()
     exact, scale = a.double() @ b.double(), a.double().abs() @ b.double().abs()
@@ -30,6 +30,6 @@ def test_product(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     assert ((out - exact).abs() <= (rounding + DEPTH * 2.0**-24) * scale).all()
     if wide:
         assert not torch.allclose(out.double(), exact, rtol=1e-6, atol=1e-6), "operands are not rounded to TF32"
-    statistics = emulated.Emulated(library=library).statistics()
+    statistics = emulated.Host(library).statistics()
     assert statistics["mma"] == DEPTH // (8 if wide else 16)
     assert statistics["ldmatrix_conflicts"] == 0

@@ -250,6 +250,7 @@ int launch(const Task& task) {
     return cudaErrorInvalidConfiguration;
   }
   ++state.stats.launches;
+  if (state.launcher) return state.launcher(&task);
   state.task = &task;
   state.threads = int(threads);
   state.shared_bytes = task.shared;

@@ -59,6 +59,7 @@ struct State {
   uint64_t seed = 0;              // 0: threads take turns in order; else one warp runs as far ahead as it can
   bool blocks_unordered = false;  // thread sanitizer: no order between blocks
 
+  int (*launcher)(const Task*) = nullptr;  // where set, it gets the launches; none is executed here
   const Task* task = nullptr;
   int threads = 0, living = 0;
   std::vector<std::unique_ptr<Thread>> pool;

@@ -34,6 +34,7 @@ FD_PRIMITIVE(backward, Backward)
 
 const char* cuda_host_error() { return cuda_host::state.error.c_str(); }
 void cuda_host_seed(uint64_t seed) { cuda_host::state.seed = seed; }
+void cuda_host_launcher(int (*launcher)(const cuda_host::Task*)) { cuda_host::state.launcher = launcher; }
 void cuda_host_take_stats(cuda_host::Stats* stats) { *stats = std::exchange(cuda_host::state.stats, {}); }
 
 }  // extern "C"

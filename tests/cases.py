@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tolerances import assert_entries
 from torch import Tensor
 
-from fused_densenet.backends import triton as backend
+from fused_densenet.backends import triton
 from fused_densenet.backends.contract import Gradient, Norm
 
 
@@ -49,8 +49,20 @@ CASES = [
 ]
 
 
-def run_case(case: Case, dtype: torch.dtype, device: str = "cpu", rounding: torch.dtype | None = None) -> None:
-    """Runs both primitives of a case in buffers full of NaN and foreign channels, and compares everything.
+class _Inputs(NamedTuple):
+    draw: "_Draw"
+    x: Tensor
+    norm: Norm
+    weight: Tensor
+    out: Tensor
+    mean: Tensor
+    rounding: torch.dtype
+
+
+def run_forward(
+    case: Case, dtype: torch.dtype, device: str = "cpu", rounding: torch.dtype | None = None, backend: Any = triton
+) -> _Inputs:
+    """Runs the forward primitive of a case in a buffer full of NaN and foreign channels, and compares everything.
 
     ``rounding`` is the dtype that operands of products are rounded to, if not ``dtype``: float16 stands for TF32, which
     has as many bits.
@@ -70,7 +82,14 @@ def run_case(case: Case, dtype: torch.dtype, device: str = "cpu", rounding: torc
     _compare_forward(case, x, norm, weight, out, mean, var, rounding)
     _assert_bits(buffer[..., case.C + case.K :], before[..., case.C + case.K :], "channels behind the output")
     _assert_bits(x, before[..., : case.C], "the input")
+    return _Inputs(draw, x, norm, weight, out, mean, rounding)
 
+
+def run_case(
+    case: Case, dtype: torch.dtype, device: str = "cpu", rounding: torch.dtype | None = None, backend: Any = triton
+) -> None:
+    """:func:`run_forward`, then the backward primitive with the output as its gradient's value."""
+    draw, x, norm, weight, out, mean, rounding = run_forward(case, dtype, device, rounding, backend)
     gradients = draw(*case.pixels, case.C + case.K + 3).to(dtype)
     stored = gradients[..., case.C : case.C + case.K]
     grad = Gradient(stored, out, draw.positive(case.K), 0.1 * draw(case.K), mean, 0.1 * draw(case.K))

@@ -1,0 +1,106 @@
+// Which kernels a backward runs: the whole in one launch where the weight gradient's rows fit a block's registers, else
+// the data gradient in one and the weight gradient in another. Then the partial sums are added.
+#pragma once
+
+#include "backward.cuh"
+#include "partials.cuh"
+
+namespace fused_densenet {
+
+// For what the larger tiles have no room for, or too few blocks.
+template <Arithmetic A>
+using SmallBackward = BackwardConfig<A, 32, 64, 2, 4, 14>;
+
+template <class C>
+int launch_backward(const Backward& f, const BackwardPlan& plan, float* weights, float* sums, void* stream) {
+  const dim3 grid(static_cast<unsigned>(divide_up(f.shape.in, C::channels)), static_cast<unsigned>(plan.splits),
+                  plan.data ? 1 : static_cast<unsigned>(plan.passes()));
+  return launch_kernel(backward_kernel<C>, grid, dim3(C::threads), static_cast<size_t>(plan.shared), stream, f, plan,
+                       weights, sums);
+}
+
+extern template int launch_backward<SmallBackward<Arithmetic::bf16>>(const Backward&, const BackwardPlan&, float*,
+                                                                     float*, void*);
+extern template int launch_backward<SmallBackward<Arithmetic::f16>>(const Backward&, const BackwardPlan&, float*,
+                                                                    float*, void*);
+extern template int launch_backward<SmallBackward<Arithmetic::tf32>>(const Backward&, const BackwardPlan&, float*,
+                                                                     float*, void*);
+extern template int launch_backward<SmallBackward<Arithmetic::f32>>(const Backward&, const BackwardPlan&, float*,
+                                                                    float*, void*);
+
+template <class Large, class Small>
+class BackwardLaunches {
+ public:
+  BackwardLaunches(const Backward& f, const Device& device) : f_(f), device_(device) {
+    const bool weight = f.dweight.data != nullptr;
+    if (f.shape.pixels() == 0) return;
+    if (weight && add(true, true)) return;
+    possible_ = add(true, false) && (!weight || add(false, true));
+  }
+
+  size_t workspace() const { return weight_bytes() + sum_bytes(); }
+
+  int run(void* workspace, void* stream) const {
+    if (!possible_) return cudaErrorInvalidConfiguration;
+    Partials weights{static_cast<float*>(workspace), 0};
+    Partials sums{reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + weight_bytes()), 0};
+    for (int i = 0; i < count_; ++i) {
+      const int error =
+          (large_[i] ? launch_backward<Large> : launch_backward<Small>)(f_, plans_[i], weights.data, sums.data, stream);
+      if (error != cudaSuccess) return error;
+      if (plans_[i].weight) weights.splits = plans_[i].splits;
+      if (plans_[i].data) sums.splits = plans_[i].splits;
+    }
+    return add_partials(f_, Large::A, weights, sums, stream);
+  }
+
+ private:
+  bool add(bool data, bool weight) {
+    BackwardPlan& plan = plans_[count_];
+    bool large = f_.shape.in > Small::channels || Large::channels <= Small::channels;
+    large = large && make_plan(plan, f_, data, weight, Large::tile, device_) &&
+            plan.count * divide_up(f_.shape.in, Large::channels) >= device_.multiprocessors;
+    if (!large && !make_plan(plan, f_, data, weight, Small::tile, device_)) return false;
+    const auto access = [](const Pixels& p) { return access_of(p.data, p.ld * Small::tile.element); };
+    plan.stored_access = access(f_.grad.stored);
+    plan.value_access = access(f_.grad.value);
+    plan.x_access = access(f_.x);
+    plan.dx_access = access(f_.dx);
+    large_[count_++] = large;
+    return true;
+  }
+  size_t weight_bytes() const { return bytes(&BackwardPlan::weight, f_.shape.taps() * f_.shape.out * f_.shape.in); }
+  size_t sum_bytes() const { return bytes(&BackwardPlan::data, 2 * f_.shape.in); }
+  size_t bytes(bool BackwardPlan::* wanted, int64_t values) const {
+    size_t total = 0;
+    for (int i = 0; i < count_; ++i) {
+      if (plans_[i].*wanted) total = static_cast<size_t>(round_up(plans_[i].splits * values * 4, 256));
+    }
+    return total;
+  }
+
+  const Backward& f_;
+  const Device& device_;
+  BackwardPlan plans_[2];
+  bool large_[2];
+  int count_ = 0;
+  bool possible_ = true;
+};
+
+// visit(BackwardLaunches) with the tiles for `arithmetic`; Large: a template of one arithmetic of 16 bits.
+template <template <Arithmetic> class Large, class Visit>
+auto with_backward_launches(const Backward& f, Arithmetic arithmetic, const Device& device, Visit visit) {
+  constexpr Arithmetic bf16 = Arithmetic::bf16, f16 = Arithmetic::f16, tf32 = Arithmetic::tf32, f32 = Arithmetic::f32;
+  switch (arithmetic) {
+    case bf16:
+      return visit(BackwardLaunches<Large<bf16>, SmallBackward<bf16>>(f, device));
+    case f16:
+      return visit(BackwardLaunches<Large<f16>, SmallBackward<f16>>(f, device));
+    case tf32:
+      return visit(BackwardLaunches<SmallBackward<tf32>, SmallBackward<tf32>>(f, device));
+    default:
+      return visit(BackwardLaunches<SmallBackward<f32>, SmallBackward<f32>>(f, device));
+  }
+}
+
+}  // namespace fused_densenet

@@ -1,0 +1,63 @@
+// The gradient on its way into a product, and pairs and chunks of numbers on their way out.
+#pragma once
+
+#include "operand.cuh"
+
+namespace fused_densenet {
+
+// A gradient as it is loaded (contract.Gradient).
+__device__ __forceinline__ float load_gradient(float stored, float value, float scale, float slope, float mean,
+                                               float offset) {
+  return fmaf(scale, stored, fmaf(slope, value - mean, offset));
+}
+
+// The first `count` numbers of 16 bytes to shared memory, zeros after them.
+template <class T>
+__device__ __forceinline__ void copy_numbers(T* to, const T* from, int count, int access) {
+  constexpr int size = sizeof(T);
+  copy_chunk(reinterpret_cast<unsigned char*>(to), reinterpret_cast<const unsigned char*>(from),
+             clamp(count, 0, 16 / size) * size, access);
+}
+
+__device__ __forceinline__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ __forceinline__ float2 load2(const __nv_bfloat16* from) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+}
+__device__ __forceinline__ float2 load2(const __half* from) {
+  return __half22float2(*reinterpret_cast<const __half2*>(from));
+}
+__device__ __forceinline__ void store2(float* to, float a, float b) {
+  *reinterpret_cast<float2*>(to) = make_float2(a, b);
+}
+__device__ __forceinline__ void store2(__nv_bfloat16* to, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
+}
+__device__ __forceinline__ void store2(__half* to, float a, float b) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
+}
+
+// The first `count` numbers of a chunk in shared memory to global memory.
+template <class T>
+__device__ __forceinline__ void store_chunk(T* to, const T* from, int count, int access) {
+  const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(from);
+  const unsigned* words = reinterpret_cast<const unsigned*>(&chunk);
+  if (count < Chunk<T>::size || access < 4) {
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::size; ++i) {
+      if (i < count) to[i] = chunk.element[i];
+    }
+  } else if (access == 16) {
+    *reinterpret_cast<Chunk<T>*>(to) = chunk;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      if (access == 8) {
+        reinterpret_cast<uint2*>(to)[i / 2] = make_uint2(words[i], words[i + 1]);
+      } else {
+        reinterpret_cast<unsigned*>(to)[i] = words[i], reinterpret_cast<unsigned*>(to)[i + 1] = words[i + 1];
+      }
+    }
+  }
+}
+
+}  // namespace fused_densenet

@@ -1,0 +1,182 @@
+"""The backward convolutions against float64, entry by entry, and against the operators' own error."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulated import Emulated
+from primitives import (
+    Derivatives,
+    Guarded,
+    Shape,
+    affine,
+    backward_magnitude,
+    clear_of_zero,
+    exact_backward,
+    load,
+    loaded_gradient,
+    make_weight,
+    operators,
+    source,
+    vector,
+)
+from tolerances import assert_entries, assert_error_ratio
+from torch import Tensor
+
+from fused_densenet.backends.contract import Gradient, Norm
+
+POINT, ROW, SQUARE, CUBE = (1, 1, 1), (1, 1, 3), (1, 3, 3), (3, 3, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Few ``multiprocessors``: large tiles and blocks that own many; little ``shared`` memory: two launches, passes."""
+
+    shape: Shape
+    multiprocessors: int
+    accumulate: bool = True
+    dweight: bool = True
+    layout: str = "contiguous"
+    weight_in_float32: bool = False
+    before: int = 0
+    after: int = 0
+    shared: int = 227 << 10
+
+
+CASES = [
+    Case(Shape((1, 1, 17, 19), 24, 48, POINT), 1),
+    Case(Shape((2, 1, 13, 11), 150, 128, POINT), 2, True, True, "contiguous", True, 8, 2),
+    Case(Shape((1, 1, 11, 13), 96, 192, POINT), 132, False, True, "strided", False, 4, 0),
+    Case(Shape((1, 1, 1, 31), 36, 300, POINT), 4, True, True, "channels_last", True, 2, 1),
+    Case(Shape((1, 1, 7, 5), 70, 600, POINT), 3, False, False, "contiguous", False, 1, 0, 64 << 10),
+    Case(Shape((2, 1, 13, 11), 48, 12, SQUARE), 2, False, True, "contiguous", True),
+    Case(Shape((1, 1, 23, 19), 128, 32, SQUARE), 2, False),
+    Case(Shape((3, 1, 7, 7), 136, 48, SQUARE), 132, True, True, "channels_last", False, 4, 4),
+    Case(Shape((1, 1, 9, 17), 72, 40, SQUARE), 1, True, False, "strided", False, 1, 2, 99 << 10),
+    Case(Shape((1, 5, 6, 7), 48, 12, CUBE), 3, False, True, "contiguous", False, 0, 8),
+    Case(Shape((1, 3, 4, 5), 20, 40, CUBE), 2, True, True, "contiguous", True),
+    Case(Shape((3, 1, 1, 37), 33, 20, ROW), 4, True, True, "strided", True, 3, 1),
+    Case(Shape((1, 1, 11, 3), 9, 5, (1, 5, 7)), 1, False),
+    Case(Shape((1, 1, 1, 1), 5, 3, POINT), 132, False, True, "contiguous", True, 1, 1),
+    Case(Shape((1, 1, 1, 1), 24, 12, SQUARE), 132),
+]
+ARITHMETIC = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "tf32": (torch.float32, True),
+    "float32": (torch.float32, False),
+}
+
+all_cases = pytest.mark.parametrize("case", CASES, ids=str)
+all_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETIC)
+
+
+@dataclass
+class Problem:
+    grad: Gradient
+    x: Tensor
+    norm: Norm
+    weight: Tensor
+    dx: Guarded
+    dweight: Tensor | None
+    sums: tuple[Guarded, Guarded]
+
+    def run(self, backend: Emulated, accumulate: bool) -> None:
+        sums = (guarded.data for guarded in self.sums)
+        backend.norm_relu_conv_backward(
+            self.grad, self.x, self.norm, self.weight, self.dx.data, accumulate, self.dweight, *sums
+        )
+
+
+def make_problem(case: Case, dtype: torch.dtype) -> Problem:
+    shape = case.shape
+    norm = affine(shape.channels, dtype)
+    values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
+    weight = make_weight(shape, torch.float32 if case.weight_in_float32 else dtype, case.layout)
+    dx = Guarded(values.shape, dtype, case.after, case.before + 1)
+    if not case.accumulate:
+        dx.data.fill_(float("nan"))
+    return Problem(
+        loaded_gradient(shape.out_pixels, shape.out_channels, dtype),
+        source(values, case.before, case.after),
+        norm,
+        weight,
+        dx,
+        torch.full_like(weight, torch.nan) if case.dweight else None,
+        (vector(shape.channels, dtype), vector(shape.channels, dtype)),
+    )
+
+
+@all_arithmetic
+@all_cases
+def test_backward(case: Case, arithmetic: str) -> None:
+    dtype, tf32 = ARITHMETIC[arithmetic]
+    problem = make_problem(case, dtype)
+    old = problem.dx.data.clone()
+    backend = Emulated(tf32=tf32, multiprocessors=case.multiprocessors, shared_per_block=case.shared)
+    backend.statistics()
+    problem.run(backend, case.accumulate)
+    assert backend.statistics()["ldmatrix_conflicts"] == 0
+    operands = problem.grad, problem.x, problem.norm, problem.weight
+    exact, magnitude = exact_backward(*operands, case.shape.pool), backward_magnitude(*operands, case.shape.pool)
+    if tf32:
+        theirs, their_dx = exact_of_tf32(*operands), None
+    else:
+        _, theirs, their_dx = operators(*operands, case.shape.pool)
+    results = {
+        "dx": (problem.dx.data, their_dx, exact.dz, magnitude.dz),
+        "dweight": (problem.dweight, theirs.dweight, exact.dweight, magnitude.dweight),
+        "sum_dz": (problem.sums[0].data, theirs.sum_dz, exact.sum_dz, magnitude.sum_dz),
+        "sum_dz_centered": (
+            problem.sums[1].data,
+            theirs.sum_dz_centered,
+            exact.sum_dz_centered,
+            magnitude.sum_dz_centered,
+        ),
+    }
+    if case.accumulate:
+        scale, before = problem.norm.scale, old.double()
+        added = scale * theirs.dz if their_dx is None else their_dx
+        size = before.abs() + scale.double().abs() * magnitude.dz
+        results["dx"] = (problem.dx.data, old + added, before + scale.double() * exact.dz, size)
+    else:
+        results["dx"] = (problem.dx.data, theirs.dz, exact.dz, magnitude.dz)
+    for name, (ours, their, right, size) in results.items():
+        if ours is not None:
+            if not tf32:
+                assert_entries(ours, right, size, dtype, name)
+            assert_error_ratio(ours, their, right, dtype, name, size)
+    for name, guarded in zip(("dx", "sum_dz", "sum_dz_centered"), (problem.dx, *problem.sums), strict=True):
+        guarded.check(name)
+
+
+def exact_of_tf32(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) -> Derivatives:
+    """What is left of the results where only the operands of products are rounded, to 10 bits of mantissa."""
+    z = torch.addcmul(norm.shift, x - norm.mean, norm.scale)
+    a, g = (_tf32(t).permute(0, 4, 1, 2, 3) for t in (z.relu(), load(grad).float()))
+    a, w = a.requires_grad_(), _tf32(weight).requires_grad_()
+    out = F.conv3d(a, w, padding=[size // 2 for size in weight.shape[2:]])
+    da, dweight = torch.autograd.grad(out, [a, w], g)
+    dz = da.permute(0, 2, 3, 4, 1).masked_fill(z <= 0, 0)
+    return Derivatives(dz, dweight, dz.sum((0, 1, 2, 3)), (dz * (x.double() - norm.mean)).sum((0, 1, 2, 3)))
+
+
+def _tf32(x: Tensor) -> Tensor:
+    return (x.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32).double()
+
+
+@all_arithmetic
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[10]], ids=str)
+def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> None:
+    dtype, tf32 = ARITHMETIC[arithmetic]
+    problem = make_problem(case, dtype)
+    old = problem.dx.data.clone()
+    runs = []
+    for seed in range(3):
+        problem.dx.set(old)
+        problem.run(Emulated(tf32=tf32, multiprocessors=case.multiprocessors, seed=seed), case.accumulate)
+        assert problem.dweight is not None
+        runs.append([t.clone() for t in (problem.dx.data, problem.dweight, *(v.data for v in problem.sums))])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))

@@ -1,25 +1,35 @@
-"""Builds the compiled extension with torch's own tools, or says what to do.
+"""Builds the compiled extensions, or says what to do.
 
-The extension is linked against the torch that is installed here, so it is built without isolation; its name carries
-that torch's version (fused_densenet/_extension.py). The README lists the variables that steer the build.
+The CPU's is linked against the torch that is installed here, by torch's own tools, so it is built without isolation;
+its name carries that torch's version (fused_densenet/_extension.py). The CUDA kernels become one library for every
+torch, compiled by nvcc and ninja. The README lists the variables that steer the build.
 """
 
 import importlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 MINIMUM_TORCH, TORCH_END = (2, 11), (2, 14)
 MINIMUM_GCC = (11, 3)  # torch's headers are C++20 and its developers ask for this one
 INSTALL = "pip install torch==2.13.0 'setuptools>=77' ninja && pip install --no-build-isolation -e ."
 FLAGS = ["-std=c++20", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"]
 OPTIMISE = ["-O3", "-g0"]
+CUDA = ("FUSED_DENSENET_CUDA", "auto", "off", "required")
+CUDA_MODULE = "fused_densenet._cuda"
+MINIMUM_NVCC = (12, 8)  # the first for capabilities 10.0 and 12.0
+MINIMUM_CAPABILITY = (7, 5)
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # what TORCH_CUDA_ARCH_LIST replaces
+ROOT = Path(__file__).parent
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 
@@ -33,8 +43,8 @@ def main() -> None:
         raise SystemExit(f"fused_densenet: {problem}")
     problem = compiler_problem()
     if problem is None:
-        setup(**extension())
-    elif build == "required":
+        setup(**extensions())
+    elif build == "required" or option(*CUDA) == "required":
         raise SystemExit(f"fused_densenet: the C++ extension cannot be compiled: {problem}")
     else:
         say(f"installing without the C++ extension: it works, slower. The reason: {problem}")
@@ -102,38 +112,161 @@ def predefined_macros(compiler: str) -> dict[str, str]:
     return {name: "".join(value) for _, name, *value in definitions}
 
 
-def extension() -> dict[str, Any]:
+def extensions() -> dict[str, Any]:
     """The arguments of ``setup`` that compile csrc."""
-    import torch
-
     tools = importlib.import_module("torch.utils.cpp_extension")
     if hasattr(os, "sched_getaffinity"):
         os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+    modules = [cpu_extension(tools)]
+    if cuda_wanted():
+        modules.append(Extension(CUDA_MODULE, sources=["csrc/cuda_binding.cpp"], depends=relative(cuda_sources())))
+
+    class Build(tools.BuildExtension):  # type: ignore[misc, name-defined]
+        """torch's build, and for the library that is not a Python module, ninja."""
+
+        def build_extension(self, module: Extension) -> None:
+            if module.name == CUDA_MODULE:
+                build_cuda(Path(self.get_ext_fullpath(module.name)), Path(self.build_temp, "cuda"))
+            else:
+                super().build_extension(module)
+
+        def get_ext_filename(self, name: str) -> str:
+            file = super().get_ext_filename(name)
+            return str(Path(file).with_name("_cuda.so")) if name.endswith("_cuda") else file
+
+    return {
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": Build},
+        "options": {"build_ext": {"force": True}},  # a build with other flags replaces this one; ninja knows which
+    }
+
+
+def cpu_extension(tools: Any) -> Extension:
+    """The CPU's kernels, for this version of torch."""
+    import torch
+
     major, minor = torch.__version__.split(".")[:2]
     sanitize = option("FUSED_DENSENET_SANITIZE", "", "address")
-    root = Path(__file__).parent
-    sources = [*root.glob("csrc/*.cpp"), *root.glob("csrc/cpu/*.cpp")]
-    kernels = list(root.glob("csrc/cuda/*.cu"))
-    cuda = bool(
-        option("FUSED_DENSENET_CUDA", "auto", "off") == "auto" and kernels and torch.version.cuda and tools.CUDA_HOME
-    )
-    flags = {"cxx": [*FLAGS, *(SANITIZE if sanitize else OPTIMISE)], "nvcc": ["-O3", "-std=c++20"]}
-    module = (tools.CUDAExtension if cuda else tools.CppExtension)(
+    module = tools.CppExtension(
         name=f"fused_densenet._C_torch_{major}_{minor}",
-        sources=sorted(str(path.relative_to(root)) for path in sources + (kernels if cuda else [])),
-        define_macros=[("WITH_CUDA", None)] if cuda else [],
-        extra_compile_args=flags,
+        sources=relative([ROOT / "csrc/binding.cpp", *ROOT.glob("csrc/cpu/*.cpp")]),
         extra_link_args=["-fopenmp", *(["-fsanitize=address"] if sanitize else [])],
     )
     # As system headers, torch's own do not drown this project's warnings.
-    for arguments in flags.values():
-        arguments += [f"-isystem{path}" for path in module.include_dirs]
+    system = [f"-isystem{path}" for path in module.include_dirs]
     module.include_dirs = []
-    return {
-        "ext_modules": [module],
-        "cmdclass": {"build_ext": tools.BuildExtension},
-        "options": {"build_ext": {"force": True}},  # a build with other flags replaces this one; ninja knows which
+    module.extra_compile_args = {"cxx": [*FLAGS, *(SANITIZE if sanitize else OPTIMISE), *system]}
+    return module
+
+
+def relative(paths: Iterable[Path]) -> list[str]:
+    return sorted(os.path.relpath(path, ROOT) for path in paths)
+
+
+def cuda_sources() -> list[Path]:
+    return sorted(ROOT.glob("csrc/cuda/*.cu"))
+
+
+def cuda_wanted() -> bool:
+    """Whether to compile the CUDA kernels: by default where torch has CUDA and there is an nvcc."""
+    import torch
+
+    wanted = option(*CUDA)
+    if wanted == "off" or (wanted == "auto" and torch.version.cuda is None):
+        return False
+    problem = cuda_problem()
+    if problem is not None and wanted == "required":
+        raise SystemExit(f"fused_densenet: the CUDA kernels cannot be compiled: {problem}")
+    if problem is not None:
+        say(f"installing without the CUDA kernels: GPUs run Triton's. The reason: {problem}")
+    return problem is None
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA kernels cannot be compiled, and what to do, or None."""
+    install = (
+        f"install the CUDA toolkit, {dotted(MINIMUM_NVCC)} or newer (Debian, Ubuntu: NVIDIA's package cuda-toolkit-13-0; "
+        "conda: conda install -c nvidia cuda-nvcc cuda-cudart-dev), and put nvcc on PATH or set CUDA_HOME"
+    )
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return f"nvcc was not found: {install}"
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvcc does not run ({error}): {install}"
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None or (int(release[1]), int(release[2])) < MINIMUM_NVCC:
+        return f"{nvcc} is {release[0] if release else 'of an unknown release'}: {install}"
+    if shutil.which("ninja") is None:
+        return "ninja was not found: pip install ninja"
+    return None
+
+
+def find_nvcc() -> str | None:
+    """That of CUDA_HOME, or the one on PATH, or that of /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    wanted = [str(Path(home, "bin/nvcc"))] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for found in map(shutil.which, wanted) if found), None)
+
+
+def architectures(wanted: str) -> list[str]:
+    """nvcc's flags for a list as TORCH_CUDA_ARCH_LIST has it: ``8.0;9.0+PTX``, or spaces between.
+
+    What is older than the kernels support is left out.
+    """
+    flags = []
+    for entry in wanted.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {entry!r}")
+        major, minor, family, ptx = match.groups()
+        if (int(major), int(minor)) < MINIMUM_CAPABILITY:
+            say(f"compute capability {major}.{minor} is left out: the kernels need {dotted(MINIMUM_CAPABILITY)}")
+            continue
+        number = f"{major}{minor}{family}"
+        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    if not flags:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: expected a GPU of {dotted(MINIMUM_CAPABILITY)} or newer, got {wanted!r}"
+        )
+    return flags
+
+
+def build_cuda(library: Path, folder: Path) -> None:
+    """Compiles csrc/cuda and its binding to ``library``; objects and ninja's notes lie in ``folder``.
+
+    The binding uses torch's stable ABI, and the CUDA runtime is linked statically: the library serves every torch from
+    MINIMUM_TORCH on, and loads where there is no GPU or where torch has no CUDA.
+    """
+    import torch
+
+    site = Path(torch.__file__).parent
+    target = f"0x{MINIMUM_TORCH[0]:02X}{MINIMUM_TORCH[1]:02X}000000000000"
+    compile_all = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-MMD"]
+    compile_binding = ["-Xcompiler=-Wall,-Wextra", f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
+    compile_binding += ["-isystem", str(site / "include")]
+    compile_kernel = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    # torch's CUDA libraries, where there are any, come with libtorch.
+    link = [f"-L{site / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-Xlinker=--as-needed", "-ltorch_cpu"]
+    rules = {
+        "binding": f"$nvcc {shlex.join([*compile_all, *compile_binding])} -MF $out.d -c $in -o $out",
+        "kernel": f"$nvcc {shlex.join([*compile_all, *compile_kernel])} -MF $out.d -c $in -o $out",
+        "link": f"$nvcc -shared -Xlinker=--no-undefined -cudart=static $in -o $out {shlex.join(link)}",
     }
+    lines = [f"nvcc = {find_nvcc()} -ccbin {os.environ['CXX']}"]
+    for name, command in rules.items():
+        lines += [f"rule {name}", f"  command = {command}", *(["  depfile = $out.d"] if name != "link" else [])]
+    sources = {"binding.o": ROOT / "csrc/cuda_binding.cpp"} | {f"{path.stem}.cuda.o": path for path in cuda_sources()}
+    for made, source in sources.items():
+        lines.append(f"build {made}: {'binding' if made == 'binding.o' else 'kernel'} {source}")
+    lines.append(f"build {library.absolute()}: link {' '.join(sources)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    Path(folder, "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    subprocess.run(["ninja", "-C", str(folder), *jobs], check=True)
 
 
 def dotted(version: tuple[int, ...]) -> str:

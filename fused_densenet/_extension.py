@@ -70,7 +70,11 @@ module, missing = _load()
 _library = torch.library.Library("fused_densenet", "FRAGMENT")
 for _schema in SCHEMAS:
     if not hasattr(torch.ops.fused_densenet, _schema.partition("(")[0]):
-        _library.define(_schema)
+        try:
+            _library.define(_schema)
+        except RuntimeError as error:  # an operator of the library has other arguments
+            _reason = str(error).strip().rpartition("reason: ")[2]
+            module, missing = None, f"the C++ extension was compiled from other sources ({_reason}); {REBUILD}"
 
 
 @functools.cache

@@ -24,7 +24,8 @@ SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module; ``setup.calls`` collects the arguments that setuptools would get."""
-    for name in ("CXX", "MAX_JOBS", "FUSED_DENSENET_BUILD", "FUSED_DENSENET_CUDA", "FUSED_DENSENET_SANITIZE"):
+    built_with = ("FUSED_DENSENET_BUILD", "FUSED_DENSENET_CUDA", "FUSED_DENSENET_SANITIZE", "TORCH_CUDA_ARCH_LIST")
+    for name in ("CXX", "MAX_JOBS", "CUDA_HOME", *built_with):
         monkeypatch.setenv(name, "")  # so that it is put back after the test
         monkeypatch.delenv(name)
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
@@ -162,10 +163,11 @@ def test_an_unknown_value_of_a_variable(setup: ModuleType, monkeypatch: pytest.M
 
 
 def test_what_is_compiled(setup: ModuleType) -> None:
-    module = setup.extension()["ext_modules"][0]
+    module = setup.extensions()["ext_modules"][0]
     assert module.name == f"fused_densenet.{_extension.extension_name(torch.__version__)}"
     assert "csrc/binding.cpp" in module.sources
-    assert set(module.sources) == {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")}
+    kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")}
+    assert set(module.sources) == {"csrc/binding.cpp", *kernels}
     flags = module.extra_compile_args["cxx"]
     assert {"-O3", "-fopenmp"} < set(flags)
     # What is installed must run on every processor of its architecture.
@@ -174,45 +176,109 @@ def test_what_is_compiled(setup: ModuleType) -> None:
 
 def test_sanitizer_build(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_DENSENET_SANITIZE", "address")
-    module = setup.extension()["ext_modules"][0]
+    module = setup.extensions()["ext_modules"][0]
     assert {"-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1"} < set(module.extra_compile_args["cxx"])
     assert "-fsanitize=address" in module.extra_link_args
 
 
+def fake_nvcc(home: Path, release: str) -> None:
+    (home / "bin").mkdir()
+    (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    (home / "bin/nvcc").chmod(0o755)
+
+
 @pytest.mark.parametrize(
-    ("variable", "torch_cuda", "nvcc", "expected"),
+    ("variable", "torch_cuda", "release", "expected"),
     [
-        ("auto", "13.0", "/nvcc", True),
-        ("off", "13.0", "/nvcc", False),
-        ("auto", None, "/nvcc", False),
-        ("auto", "13.0", None, False),
+        ("auto", "13.0", "13.0", True),
+        ("off", "13.0", "13.0", False),
+        ("auto", None, "13.0", False),
+        ("required", None, "12.8", True),
+        ("auto", "13.0", None, "nvcc was not found: install the CUDA toolkit, 12.8 or newer"),
+        ("auto", "13.0", "12.4", "nvcc is release 12.4: install the CUDA toolkit, 12.8 or newer"),
     ],
 )
-def test_cuda_sources_need_torch_with_cuda_and_nvcc(
+def test_cuda_kernels_are_for_torch_with_cuda_or_on_demand(
     setup: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     variable: str,
     torch_cuda: str | None,
-    nvcc: str | None,
-    expected: bool,
+    release: str | None,
+    expected: bool | str,
 ) -> None:
-    (tmp_path / "csrc/cuda").mkdir(parents=True)
-    (tmp_path / "csrc/cuda/kernel.cu").touch()
-    monkeypatch.setattr(setup, "__file__", str(tmp_path / "setup.py"))
+    if release is not None:
+        fake_nvcc(tmp_path, release)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("FUSED_DENSENET_CUDA", variable)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", nvcc)
-    module = setup.extension()["ext_modules"][0]
-    assert ("csrc/cuda/kernel.cu" in module.sources) == expected
-    assert (("WITH_CUDA", None) in module.define_macros) == expected
+    names = [module.name for module in setup.extensions()["ext_modules"]]
+    assert ("fused_densenet._cuda" in names) == (expected is True)
+    assert (expected if isinstance(expected, str) else "") in capsys.readouterr().err
+
+
+def test_cuda_kernels_that_are_required_and_cannot_be(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FUSED_DENSENET_CUDA", "required")
+    with pytest.raises(SystemExit, match="CUDA kernels cannot be compiled: nvcc was not found: install the CUDA"):
+        setup.extensions()
+    fake_nvcc(tmp_path, "13.0")
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None if name == "ninja" else name)
+    with pytest.raises(SystemExit, match="pip install ninja"):
+        setup.extensions()
+
+
+def test_where_nvcc_is_looked_for(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_nvcc(tmp_path, "13.0")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert setup.find_nvcc() == str(tmp_path / "bin/nvcc")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert setup.find_nvcc() is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags"),
+    [
+        ("8.0", ["arch=compute_80,code=sm_80"]),
+        ("8.0;9.0a+PTX", ["arch=compute_80,code=sm_80", "arch=compute_90a,code=[sm_90a,compute_90a]"]),
+        ("5.2 7.0 12.0", ["arch=compute_120,code=sm_120"]),
+    ],
+)
+def test_architectures(setup: ModuleType, wanted: str, flags: list[str]) -> None:
+    assert setup.architectures(wanted) == [f"-gencode={flag}" for flag in flags]
+
+
+@pytest.mark.parametrize(("wanted", "said"), [("Hopper", "entries like 9.0"), ("7.0", "7.5 or newer, got '7.0'")])
+def test_architectures_that_cannot_be(setup: ModuleType, wanted: str, said: str) -> None:
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: expected .*{said}"):
+        setup.architectures(wanted)
+
+
+def test_what_is_compiled_by_nvcc(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every kernel for every default architecture, against the oldest torch's stable ABI, the runtime linked in."""
+    commands: list[Any] = []
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setenv("CXX", "g++")
+    setup.build_cuda(tmp_path / "library.so", tmp_path / "objects")
+    assert commands == [["ninja", "-C", str(tmp_path / "objects")]]
+    script = (tmp_path / "objects/build.ninja").read_text()
+    for source in [ROOT / "csrc/cuda_binding.cpp", *ROOT.glob("csrc/cuda/*.cu")]:
+        assert len(re.findall(rf"^build \S+: \w+ {re.escape(str(source))}$", script, re.MULTILINE)) == 1
+    for capability in (75, 80, 86, 89, 90, 100, 120):
+        assert f"sm_{capability}" in script
+    assert "compute_120]" in script
+    assert "-DTORCH_TARGET_VERSION=0x020B000000000000 -DTORCH_STABLE_ONLY" in script
+    assert "-cudart=static" in script
 
 
 def test_jobs(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup.extension()
+    setup.extensions()
     assert os.environ["MAX_JOBS"] == str(len(os.sched_getaffinity(0)))
     monkeypatch.setenv("MAX_JOBS", "1")
-    setup.extension()
+    setup.extensions()
     assert os.environ["MAX_JOBS"] == "1"
 
 

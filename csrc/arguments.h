@@ -1,0 +1,219 @@
+// The operators' arguments: checked, then put together as a primitive's problem. Of torch only headers that link
+// nothing.
+#pragma once
+
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+
+#include "problem.h"
+
+namespace fused_densenet {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+
+// A tensor as an operator got it; only the name means anything where an optional one was not given.
+struct Argument {
+  const char* name;
+  ScalarType dtype;
+  DeviceType device;
+  int device_index;
+  int64_t dim;
+  const int64_t *sizes, *strides;
+  void* data;
+  bool given;
+
+  // Of an image.
+  int64_t channels() const { return sizes[4]; }
+};
+
+struct WrongType : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+struct WrongValue : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+template <class Error, class... Parts>
+[[noreturn, gnu::noinline, gnu::cold]] void refuse(const Argument& argument, const Parts&... parts) {
+  std::ostringstream message;
+  message << argument.name << ": ";
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+// For messages.
+struct List {
+  const int64_t* begin;
+  int64_t count;
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const List& list) {
+  stream << '[';
+  for (int64_t i = 0; i < list.count; ++i) stream << (i ? ", " : "") << list.begin[i];
+  return stream << ']';
+}
+
+struct On {
+  const Argument& of;
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const On& device) {
+  switch (device.of.device) {
+    case DeviceType::CPU:
+      return stream << "cpu";
+    case DeviceType::CUDA:
+      return stream << "cuda:" << device.of.device_index;
+    case DeviceType::Meta:
+      return stream << "meta";
+    default:
+      return stream << "device type " << static_cast<int>(device.of.device) << ", index " << device.of.device_index;
+  }
+}
+
+inline DType dtype_of(const Argument& t) {
+  switch (t.dtype) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      refuse<WrongType>(t, "expected float32, float64, bfloat16 or float16, got ", t.dtype);
+  }
+}
+
+inline void check_device(const Argument& t, const Argument& like) {
+  if (t.device != like.device || t.device_index != like.device_index) {
+    refuse<WrongValue>(t, "expected a tensor on ", On{like}, ", got one on ", On{t});
+  }
+}
+
+inline void check_data(const Argument& t, const Argument& like) {
+  dtype_of(t);
+  if (t.dtype != like.dtype) refuse<WrongType>(t, "expected dtype ", like.dtype, ", got ", t.dtype);
+  check_device(t, like);
+  if (t.dim != 5) refuse<WrongValue>(t, "expected 5 dimensions (N, D, H, W, C), got ", t.dim);
+}
+
+// `image` after its pooling.
+inline void check_image(const Argument& t, const Argument& like, int64_t channels, const Shape& image) {
+  check_data(t, like);
+  const int64_t sizes[4] = {image.n, image.d / image.window_d, image.h / image.window_h, image.w / image.window_w};
+  for (int i = 0; i < 4; ++i) {
+    if (t.sizes[i] != sizes[i]) {
+      refuse<WrongValue>(t, "expected sizes ", List{sizes, 4}, " of (N, D, H, W), got ", List{t.sizes, 4});
+    }
+  }
+  if (t.sizes[4] != channels) refuse<WrongValue>(t, "expected ", channels, " channels, got ", t.sizes[4]);
+}
+
+// Channel stride 1 and one stride between neighbouring pixels of the whole batch.
+inline Pixels pixels(const Argument& t) {
+  if (t.sizes[4] != 1 && t.strides[4] != 1) refuse<WrongValue>(t, "expected channel stride 1, got ", t.strides[4]);
+  int64_t ld = 0, neighbours = 1;
+  for (int i = 3; i >= 0; --i) {
+    if (t.sizes[i] == 1) continue;
+    if (ld == 0) ld = t.strides[i];
+    if (t.strides[i] != ld * neighbours) {
+      refuse<WrongValue>(t, "expected one stride between neighbouring pixels, got strides ", List{t.strides, 5});
+    }
+    neighbours *= t.sizes[i];
+  }
+  if (ld != 0 && ld < t.sizes[4]) {
+    refuse<WrongValue>(t, "expected a pixel stride of at least ", t.sizes[4], ", got ", ld);
+  }
+  return {t.data, ld == 0 ? t.sizes[4] : ld};
+}
+
+inline Strided strided(const Argument& t) {
+  return {t.data, {t.strides[0], t.strides[1], t.strides[2], t.strides[3], t.strides[4]}};
+}
+
+// One entry per channel, in the accumulation type of `data`.
+inline void* vector(const Argument& t, const Argument& data, int64_t channels) {
+  const ScalarType dtype = data.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (t.dtype != dtype) refuse<WrongType>(t, "expected dtype ", dtype, ", got ", t.dtype);
+  check_device(t, data);
+  if (t.dim != 1 || t.sizes[0] != channels) {
+    refuse<WrongValue>(t, "expected ", channels, " entries, got shape ", List{t.sizes, t.dim});
+  }
+  if (channels != 1 && t.strides[0] != 1) refuse<WrongValue>(t, "expected stride 1, got ", t.strides[0]);
+  return t.data;
+}
+
+inline Moments moments(const Argument& mean, const Argument& var, const Argument& of) {
+  if (!mean.given && !var.given) return {nullptr, nullptr};
+  if (!mean.given) refuse<WrongValue>(mean, "expected a tensor beside ", var.name, ", got None");
+  if (!var.given) refuse<WrongValue>(var, "expected a tensor beside ", mean.name, ", got None");
+  return {vector(mean, of, of.channels()), vector(var, of, of.channels())};
+}
+
+inline Norm norm(const Argument& mean, const Argument& scale, const Argument& shift, const Argument& x) {
+  const int64_t c = x.channels();
+  return {vector(mean, x, c), vector(scale, x, c), vector(shift, x, c)};
+}
+
+inline Weight weight_of(const Argument& w, const Argument& x) {
+  if (w.dtype != x.dtype && (w.dtype != ScalarType::Float || x.dtype == ScalarType::Double)) {
+    refuse<WrongType>(w, "expected dtype ", x.dtype, " or float32, got ", w.dtype);
+  }
+  check_device(w, x);
+  if (w.dim != 5 || w.sizes[1] != x.channels()) {
+    refuse<WrongValue>(w, "expected shape (K, ", x.channels(), ", kd, kh, kw), got ", List{w.sizes, w.dim});
+  }
+  for (int i = 2; i < 5; ++i) {
+    if (w.sizes[i] % 2 == 0) refuse<WrongValue>(w, "expected odd kernel sizes, got ", List{w.sizes + 2, 3});
+  }
+  return {w.data, w.dtype == ScalarType::Float, w.strides[0], w.strides[1], {w.strides[2], w.strides[3], w.strides[4]}};
+}
+
+inline Weight weight_gradient_of(const Argument& dw, const Argument& w, const Argument& x) {
+  const Weight result = weight_of(dw, x);
+  for (int i = 0; i < 5; ++i) {
+    if (dw.sizes[i] != w.sizes[i]) {
+      refuse<WrongValue>(dw, "expected shape ", List{w.sizes, 5}, ", got ", List{dw.sizes, 5});
+    }
+  }
+  return result;
+}
+
+inline Shape image_of(const Argument& x) {
+  const int64_t* s = x.sizes;
+  return {s[0], s[1], s[2], s[3], 1, 1, 1, s[4], s[4]};
+}
+
+// A convolution of x by w whose result has the image sizes of `result`: where they are not x's own it pools.
+inline Shape shape_of(const Argument& x, const Argument& w, const Argument& result) {
+  Shape s = image_of(x);
+  s.kd = w.sizes[2], s.kh = w.sizes[3], s.kw = w.sizes[4], s.out = w.sizes[0];
+  if (s.taps() != 1 || result.dim != 5) return s;
+  const int64_t* r = result.sizes;
+  const bool pools = r[1] != s.d || r[2] != s.h || r[3] != s.w;
+  if (pools && s.d > 1) s.window_d = 2;
+  if (pools && s.h > 1) s.window_h = 2;
+  if (pools && s.w > 1) s.window_w = 2;
+  return s;
+}
+
+inline Gradient gradient(const Argument& stored, const Argument& value, const Argument& scale, const Argument& slope,
+                         const Argument& mean, const Argument& offset, const Argument& like, int64_t channels,
+                         const Shape& image) {
+  check_image(stored, like, channels, image);
+  check_image(value, like, channels, image);
+  return {pixels(stored),
+          pixels(value),
+          vector(scale, like, channels),
+          vector(slope, like, channels),
+          vector(mean, like, channels),
+          vector(offset, like, channels)};
+}
+
+}  // namespace fused_densenet

@@ -1,0 +1,87 @@
+// The operators of the primitives over any binding's tensors: arguments by name, checked before anything is written.
+#pragma once
+
+#include <optional>
+
+#include "arguments.h"
+
+namespace fused_densenet {
+
+// Binding has a type Tensor, Argument argument(const Tensor&, const char* name), and run(problem, data, tf32), which
+// refuses data that it has no kernels for.
+template <class Binding>
+struct Operators {
+  using Tensor = typename Binding::Tensor;
+  using Optional = std::optional<Tensor>;
+
+  static Argument argument(const Tensor& t, const char* name) { return Binding::argument(t, name); }
+  static Argument argument(const Optional& t, const char* name) {
+    return t ? Binding::argument(*t, name) : Argument{name, {}, {}, 0, 0, nullptr, nullptr, nullptr, false};
+  }
+
+  static void place(const Tensor& x_, const Optional& out_, const Optional& out_mean, const Optional& out_var) {
+    const Argument x = argument(x_, "x"), out = argument(out_, "out");
+    check_data(x, x);
+    const Shape image = image_of(x);
+    if (out.given) check_image(out, x, x.channels(), image);
+    const Place problem{image, strided(x), out.given ? pixels(out) : Pixels{nullptr, 0},
+                        moments(argument(out_mean, "out_mean"), argument(out_var, "out_var"), x)};
+    Binding::run(problem, x, false);
+  }
+
+  static void place_backward(const Tensor& stored, const Tensor& value, const Tensor& scale, const Tensor& slope,
+                             const Tensor& mean, const Tensor& offset, const Tensor& out_) {
+    const Argument out = argument(out_, "out");
+    check_data(out, out);
+    const Shape image = image_of(out);
+    const PlaceBackward problem{image,
+                                gradient(argument(stored, "stored"), argument(value, "value"), argument(scale, "scale"),
+                                         argument(slope, "slope"), argument(mean, "mean"), argument(offset, "offset"),
+                                         out, out.channels(), image),
+                                strided(out)};
+    Binding::run(problem, out, false);
+  }
+
+  static void norm_relu_conv(const Tensor& x_, const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                             const Tensor& weight_, const Tensor& out_, const Optional& out_mean,
+                             const Optional& out_var, bool tf32) {
+    const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), out = argument(out_, "out");
+    check_data(x, x);
+    const Weight w = weight_of(weight, x);
+    const Shape shape = shape_of(x, weight, out);
+    check_image(out, x, weight.sizes[0], shape);
+    const Forward problem{
+        shape, pixels(x),   norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
+        w,     pixels(out), moments(argument(out_mean, "out_mean"), argument(out_var, "out_var"), out)};
+    Binding::run(problem, x, tf32);
+  }
+
+  static void norm_relu_conv_backward(const Tensor& stored_, const Tensor& value, const Tensor& grad_scale,
+                                      const Tensor& slope, const Tensor& grad_mean, const Tensor& offset,
+                                      const Tensor& x_, const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                                      const Tensor& weight_, const Tensor& dx_, bool accumulate,
+                                      const Optional& dweight_, const Tensor& sum_dz, const Tensor& sum_dz_centered,
+                                      bool tf32) {
+    const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), stored = argument(stored_, "stored");
+    const Argument dx = argument(dx_, "dx"), dweight = argument(dweight_, "dweight");
+    check_data(x, x);
+    const Weight w = weight_of(weight, x);
+    check_image(dx, x, x.channels(), image_of(x));
+    const Shape shape = shape_of(x, weight, stored);
+    const Backward problem{
+        shape,
+        gradient(stored, argument(value, "value"), argument(grad_scale, "grad_scale"), argument(slope, "slope"),
+                 argument(grad_mean, "grad_mean"), argument(offset, "offset"), x, weight.sizes[0], shape),
+        pixels(x),
+        norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
+        w,
+        pixels(dx),
+        accumulate,
+        dweight.given ? weight_gradient_of(dweight, weight, x) : Weight{},
+        vector(argument(sum_dz, "sum_dz"), x, x.channels()),
+        vector(argument(sum_dz_centered, "sum_dz_centered"), x, x.channels())};
+    Binding::run(problem, x, tf32);
+  }
+};
+
+}  // namespace fused_densenet

@@ -185,8 +185,7 @@ def test_small_inputs_without_bottleneck(split_ratio: float) -> None:
 
 # Inductor imports a module of torch that still uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(("fusion", "compiler"), [*((fusion, "aot_eager") for fusion in FUSIONS), ("both", "inductor")])
 def test_compile(fusion: str, compiler: str) -> None:
     ours, _ = networks(fusion=fusion, small_inputs=True)
     eager = copy.deepcopy(ours)

@@ -15,9 +15,14 @@
 namespace fused_densenet {
 namespace {
 
-constexpr int kGroup = 16, kMostColumns = 256;
-// The input channels of one split, in bytes: their vectors stay in shared memory, and float32 sums stay short.
-constexpr int kMostSplit = 4096;
+constexpr int kGroup = 16, kMostColumns = 256, kPackThreads = 256;
+
+// W[out][in] with neighbouring channels side by side, rows some bytes apart.
+struct Rows {
+  const unsigned char* data;
+  int64_t row;
+  int access;
+};
 
 struct Conv1x1 {
   const unsigned char* x;
@@ -52,6 +57,49 @@ struct Layout {
   int bytes(int count) const { return stages + count * stage; }
 };
 
+template <class T, class W>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_kernel(Weight weight, int64_t out, int64_t in, T* packed, int padded) {
+  const int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x, row = i / padded, c = i % padded;
+  if (row >= out) return;
+  const W* from = static_cast<const W*>(weight.data) + row * weight.stride_out + c * weight.stride_in;
+  packed[i] = rounded<T>(c < in ? as_float(*from) : 0.0f);
+}
+
+// The mean of relu(norm(x)) over each window: pooled[out pixel][row / sizeof(T)].
+template <class T>
+__global__ void __launch_bounds__(kPackThreads)
+    pool_kernel(Shape s, const T* x, int64_t ld, bool whole, Norm norm, T* pooled, int chunks) {
+  const int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x, out = i / chunks;
+  const int64_t h = s.h / s.window_h, w = s.w / s.window_w, d = s.d / s.window_d;
+  if (out >= s.n * d * h * w) return;
+  const int64_t plane = out / (w * h), depth = plane / d * s.d + plane % d * s.window_d;
+  const int64_t first = (depth * s.h + out / w % h * s.window_h) * s.w + out % w * s.window_w;
+  const int64_t channel = i % chunks * Chunk<T>::size;
+  const int count = clamp(s.in - channel, 0, Chunk<T>::size);
+  float sum[Chunk<T>::size] = {};
+  for (int64_t tap = 0; tap < s.window_d * s.window_h * s.window_w; ++tap) {
+    const int64_t p =
+        first + (tap / (s.window_h * s.window_w) * s.h + tap / s.window_w % s.window_h) * s.w + tap % s.window_w;
+    const T* from = x + p * ld + channel;
+    Chunk<T> values;
+    if (whole && count == Chunk<T>::size) values = *reinterpret_cast<const Chunk<T>*>(from);
+#pragma unroll
+    for (int c = 0; c < Chunk<T>::size; ++c) {
+      if (c >= count) continue;
+      const float value = as_float(whole && count == Chunk<T>::size ? values.element[c] : from[c]);
+      sum[c] += relu(normalised(value, static_cast<const float*>(norm.mean)[channel + c],
+                                static_cast<const float*>(norm.scale)[channel + c],
+                                static_cast<const float*>(norm.shift)[channel + c]));
+    }
+  }
+  Chunk<T> mean;
+  const float share = 1.0f / static_cast<float>(s.window_d * s.window_h * s.window_w);
+#pragma unroll
+  for (int c = 0; c < Chunk<T>::size; ++c) mean.element[c] = rounded<T>(sum[c] * share);
+  reinterpret_cast<Chunk<T>*>(pooled)[i] = mean;
+}
+
 // MI: tiles of 16 pixels in a warp.
 template <Arithmetic A, int MI>
 __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
@@ -84,24 +132,28 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   const int steps = (split_channels + channels - 1) / channels;
   const int64_t own_tiles = (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
   const int chunk = tid % (kStage / kChunk), own_row = tid / (kStage / kChunk), row_step = threads / (kStage / kChunk);
+  // Chunks of a stage beyond the last product are neither copied nor normalised.
+  const int all_bytes = (split_channels * element + M::kBytes - 1) / M::kBytes * M::kBytes;
   int64_t loading_tile = blockIdx.x, tile_index = blockIdx.x;
   int loading = 0, preparing = 0, consuming = 0, count = 0;
 
   const auto load = [&](int stage) {
+    const bool multiplied = loading * kStage + chunk * kChunk < all_bytes;
+    const int end = multiplied ? layout.rows : 0, end_column = multiplied ? layout.columns : 0;
     unsigned char* to = stage_at(stage) + own_row * kPitch + chunk * kChunk;
     const int channel = loading * channels + chunk * per_chunk;
     const int valid = clamp((split_channels - channel) * element, 0, kChunk);
     const int64_t offset = int64_t{first_channel + channel} * element;
     const int64_t pixel = loading_tile * layout.rows + own_row;
     const unsigned char* x = f.x + pixel * f.pixel + offset;
-    for (int row = own_row, left = clamp(f.pixels - pixel, 0, layout.rows); row < layout.rows; row += row_step) {
+    for (int row = own_row, left = clamp(f.pixels - pixel, 0, layout.rows); row < end; row += row_step) {
       copy_chunk(to, left > 0 ? x : f.x, left > 0 ? valid : 0, f.access);
       to += row_step * kPitch;
       x += row_step * f.pixel;
       left -= row_step;
     }
     to = stage_at(stage) + (layout.rows + own_row) * kPitch + chunk * kChunk;
-    for (int column = own_row; column < layout.columns; column += row_step) {
+    for (int column = own_row; column < end_column; column += row_step) {
       const bool exists = first_column + column < f.output.channels;
       const unsigned char* w = f.weights.data + (exists ? (first_column + column) * f.weights.row + offset : 0);
       copy_chunk(to, w, exists ? valid : 0, f.weights.access);
@@ -116,7 +168,8 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   const auto prepare = [&](int stage) {
     const Affine<A> affine(vectors, preparing * channels + chunk * per_chunk);
     unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
-    for (int row = own_row; row < layout.rows; row += row_step, x += row_step * kPitch) affine.activate(x);
+    const int end = preparing * kStage + chunk * kChunk < all_bytes ? layout.rows : 0;
+    for (int row = own_row; row < end; row += row_step, x += row_step * kPitch) affine.activate(x);
     preparing = preparing + 1 == steps ? 0 : preparing + 1;
   };
 
@@ -180,20 +233,47 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Plan {
   Conv1x1 kernel;
   ForwardPlan shared;
-  bool small;
+  bool small, pack;
+  size_t pooled;  // where the averaged activations lie in the workspace
   dim3 grid;
   int threads, shared_bytes;
 };
 
+// Bytes, in whole chunks.
 template <class T>
-Plan make_plan(const Forward& f, Arithmetic arithmetic, const Device& device) {
+int64_t packed_row(const Shape& s) {
+  return ceil_div(s.in * sizeof(T), kChunk) * kChunk;
+}
+
+template <class T>
+int prepare_weights(const Forward& f, const Plan& plan, void* workspace, void* stream, Rows* rows) {
+  const Shape& s = f.shape;
+  const int64_t row = f.weight.stride_out * int64_t{sizeof(T)};
+  *rows = {static_cast<const unsigned char*>(f.weight.data), row, access_of(f.weight.data, s.out > 1 ? row : 0)};
+  if (!plan.pack) return 0;
+  *rows = {static_cast<const unsigned char*>(workspace), packed_row<T>(s), kChunk};
+  const int padded = static_cast<int>(rows->row / sizeof(T));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(s.out * padded, kPackThreads)));
+  return LAUNCH(f.weight.is_float ? pack_kernel<T, float> : pack_kernel<T, T>, blocks, dim3(kPackThreads), 0, stream,
+                f.weight, s.out, s.in, static_cast<T*>(workspace), padded);
+}
+
+template <class T>
+int pool(const Forward& f, void* pooled, void* stream) {
+  const int chunks = static_cast<int>(packed_row<T>(f.shape) / kChunk);
+  const dim3 blocks(static_cast<unsigned>(ceil_div(f.shape.out_pixels() * chunks, kPackThreads)));
+  return LAUNCH(pool_kernel<T>, blocks, dim3(kPackThreads), 0, stream, f.shape, static_cast<const T*>(f.x.data), f.x.ld,
+                access_of(f.x.data, f.x.ld * int64_t{sizeof(T)}) == kChunk, f.norm, static_cast<T*>(pooled), chunks);
+}
+
+template <class T>
+Plan make_plan(const Forward& f, const Device& device) {
   constexpr int channels = kStage / int{sizeof(T)};
   const Shape& s = f.shape;
+  const int64_t pixels = s.out_pixels();
   Plan plan;
   Conv1x1& k = plan.kernel;
   const int64_t column_blocks = ceil_div(s.out, kMostColumns);
@@ -201,7 +281,7 @@ Plan make_plan(const Forward& f, Arithmetic arithmetic, const Device& device) {
   k.warps_beside = static_cast<int>(ceil_div(k.groups, 4));
   k.in = static_cast<int>(s.in);
   int warps_above = k.warps_beside == 1 ? 4 : 2;
-  const auto tiles = [&](int tile) { return ceil_div(s.pixels(), warps_above * tile * 16); };
+  const auto tiles = [&](int tile) { return ceil_div(pixels, warps_above * tile * 16); };
   plan.small = tiles(4) * column_blocks < device.multiprocessors;
   if (plan.small) warps_above = 2;
   const int64_t blocks = tiles(plan.small ? 1 : 4);
@@ -227,22 +307,34 @@ Plan make_plan(const Forward& f, Arithmetic arithmetic, const Device& device) {
   const int64_t at_once = int64_t{device.multiprocessors} * std::min(resident, std::max(1, 256 / plan.threads));
   plan.grid = dim3(static_cast<unsigned>(std::min(blocks, std::max<int64_t>(1, at_once / (column_blocks * splits)))),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
-  plan.shared = plan_forward(f, arithmetic, static_cast<int>(splits), plan.grid.x);
+  const bool same_type = sizeof(T) == 4 || !f.weight.is_float;
+  const bool whole_words = s.out == 1 || f.weight.stride_out * sizeof(T) % 4 == 0;
+  plan.pack = !same_type || (f.weight.stride_in != 1 && s.in > 1) || !whole_words;
+  plan.pooled = plan.pack ? aligned(s.out * packed_row<T>(s)) : 0;
+  const size_t pooled_bytes = s.window() > 1 ? pixels * packed_row<T>(s) : 0;
+  plan.shared = plan_forward(f, splits, plan.grid.x, plan.pooled + pooled_bytes);
   return plan;
 }
 
 template <Arithmetic A>
 int run(const Forward& f, const Device& device, void* workspace, void* stream) {
   using T = typename Product<A>::T;
-  Plan plan = make_plan<T>(f, A, device);
+  Plan plan = make_plan<T>(f, device);
   Conv1x1& k = plan.kernel;
   k.x = static_cast<const unsigned char*>(f.x.data);
   k.pixel = f.x.ld * int64_t{sizeof(T)};
-  k.access = access_of(f.x.data, f.shape.pixels() > 1 ? k.pixel : 0);
   k.norm = f.norm;
-  k.pixels = f.shape.pixels();
-  k.output = make_output(f, A, plan.shared, workspace);
-  int error = prepare_weights(f, A, plan.shared, workspace, stream, &k.weights);
+  k.pixels = f.shape.out_pixels();
+  if (f.shape.window() > 1) {
+    const int error = pool<T>(f, static_cast<unsigned char*>(workspace) + plan.pooled, stream);
+    if (error != 0) return error;
+    k.x = static_cast<const unsigned char*>(workspace) + plan.pooled;
+    k.pixel = packed_row<T>(f.shape);
+    k.norm = {};
+  }
+  k.access = access_of(k.x, k.pixels > 1 ? k.pixel : 0);
+  k.output = make_output(f, sizeof(T), plan.shared, workspace);
+  int error = prepare_weights<T>(f, plan, workspace, stream, &k.weights);
   if (error != 0) return error;
   error = LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, 4>, plan.grid, dim3(plan.threads),
                  plan.shared_bytes, stream, k);
@@ -253,11 +345,11 @@ int run(const Forward& f, const Device& device, void* workspace, void* stream) {
 
 size_t conv1x1_forward_workspace(const Forward& f, Arithmetic arithmetic, const Device& device) {
   const bool wide = arithmetic == Arithmetic::tf32 || arithmetic == Arithmetic::f32;
-  return (wide ? make_plan<float> : make_plan<__half>)(f, arithmetic, device).shared.bytes();
+  return (wide ? make_plan<float> : make_plan<__half>)(f, device).shared.bytes();
 }
 
 int conv1x1_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* workspace, void* stream) {
-  if (f.shape.pixels() == 0) return 0;
+  if (f.shape.out_pixels() == 0) return 0;
   switch (arithmetic) {
     case Arithmetic::bf16:
       return run<Arithmetic::bf16>(f, device, workspace, stream);

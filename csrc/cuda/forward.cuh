@@ -1,18 +1,11 @@
-// What both forward convolutions do besides multiplying: weights made ready, tiles stored with their moments, and
-// splits over channels added.
+// What both forward convolutions do besides multiplying: tiles stored with their moments, and splits over channels
+// added.
 #pragma once
 
 #include "moments.cuh"
 #include "operand.cuh"
 
 namespace fused_densenet {
-
-// W[out][tap][in] with neighbouring channels side by side, rows and taps some bytes apart.
-struct Rows {
-  const unsigned char* data;
-  int64_t row, tap[3];
-  int access;
-};
 
 // Where a tile goes: rounded into `out`, or as partial sums of one split over the input channels.
 struct Output {
@@ -24,23 +17,26 @@ struct Output {
   MomentRows moments;
 };
 
-// The host's share, in forward.cu. A workspace is laid out as weights, partial sums, moments.
+// What a launch needs besides the kernel. A workspace is laid out as weights, partial sums, moments.
 struct ForwardPlan {
-  bool pack;
-  int64_t packed_channels;  // padded to whole chunks
   int splits;
   int64_t moment_rows;
   size_t weights_bytes, partial_bytes, moments_bytes;
   size_t bytes() const { return weights_bytes + partial_bytes + moments_bytes; }
 };
-ForwardPlan plan_forward(const Forward& f, Arithmetic arithmetic, int splits, int64_t blocks);
-// Packs the weights where they cannot be copied as they are.
-int prepare_weights(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, void* workspace, void* stream,
-                    Rows* rows);
-Output make_output(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, void* workspace);
-// Adds the splits and merges the moments.
+
+// forward.cu
+ForwardPlan plan_forward(const Forward& f, int64_t splits, int64_t blocks, size_t weights_bytes);
+Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, void* workspace);
+// Adds the splits and merges the moments; a cudaError_t.
 int finish_forward(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, const Output& output,
                    void* stream);
+
+// The input channels of one split, in bytes: their vectors stay in shared memory, and float32 sums stay short.
+constexpr int kMostSplit = 4096;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Moments of all tiles of a block, in shared memory: sums of distances from a pivot, which is the first tile's mean.
 struct Statistics {

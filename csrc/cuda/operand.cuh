@@ -57,7 +57,7 @@ __device__ __forceinline__ float normalised(float x, float mean, float scale, fl
 __device__ __forceinline__ float relu(float x) { return x < 0 ? 0.0f : x; }
 
 // The vectors of a block's channels in shared memory, `channels` of each, zero beyond the last: what lies there becomes
-// zero, because copies leave zeros.
+// zero, because copies leave zeros. Null pointers stand for the identity.
 struct Vectors {
   float* data;
   int channels;
@@ -68,7 +68,9 @@ struct Vectors {
 #pragma unroll
     for (int v = 0; v < kCount; ++v) {
       for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-        data[v * channels + i] = i < count ? static_cast<const float*>(from[v])[first + i] : 0.0f;
+        const float* vector = static_cast<const float*>(from[v]);
+        const float identity = v == 1 ? 1.0f : 0.0f;
+        data[v * channels + i] = i >= count ? 0.0f : vector == nullptr ? identity : vector[first + i];
       }
     }
   }

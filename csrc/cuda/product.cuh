@@ -36,6 +36,22 @@ struct TensorCores {
   static __device__ void load(Left& a, const unsigned char* row, const int (&offset)[kRows]) {
     ldmatrix_x4(a.r, row + offset[0]);
   }
+
+  // 16 columns in the order of fragments, 512 bytes in global memory: each lane reads 16 bytes of its own.
+  static constexpr int kFragments = 512;
+  static __device__ void load_packed(Right& b, const unsigned char* from, int lane) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + lane);
+    b.r[0] = v.x;
+    b.r[1] = v.y;
+    b.r[2] = v.z;
+    b.r[3] = v.w;
+  }
+  // Which column, and which channel of the step, number `i` of the 512 bytes is.
+  static __device__ int2 packed_place(int i) {
+    constexpr int each = 4 / sizeof(T);
+    const int lane = i / (4 * each), r = i / each % 4;
+    return make_int2(8 * (r >> 1) + (lane >> 2), (4 * (r & 1) + (lane & 3)) * each + i % each);
+  }
 };
 
 template <>
@@ -104,6 +120,16 @@ struct Product<Arithmetic::f32> {
 #pragma unroll
       for (int j = 0; j < 2; ++j) b.r[half][j] = *reinterpret_cast<const float4*>(rows + (8 * half + j) * pitch);
     }
+  }
+  static constexpr int kFragments = 256;
+  static __device__ void load_packed(Right& b, const unsigned char* from, int lane) {
+    const float4* own = reinterpret_cast<const float4*>(from) + 4 * (lane & 3);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b.r[i >> 1][i & 1] = __ldg(own + i);
+  }
+  static __device__ int2 packed_place(int i) {
+    const int lane = i / 16, j = i / 4 % 4;
+    return make_int2(8 * (j >> 1) + 2 * lane + (j & 1), i % 4);
   }
   static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
 #pragma unroll

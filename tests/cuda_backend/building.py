@@ -73,14 +73,18 @@ def compile_object(source: Path, flags: Sequence[str]) -> Path:
 def build(
     sources: Sequence[Path],
     kernel_flags: Sequence[str] = ("-O2",),
-    runner_flags: Sequence[str] = ("-O2",),
+    runner_flags: Sequence[str] = (),
     link_flags: Sequence[str] = ("-shared",),
-    shim: str = "shim.cpp",
+    main: Sequence[str] = (),
 ) -> Path:
-    """A library (or program) of kernels, the runner and ``shim``; objects are compiled ``JOBS`` at a time."""
-    parts = [RUNNER / name for name in ("scheduler.cpp", "collectives.cpp", "tensor_core.cpp", shim)]
-    work = [(source, kernel_flags) for source in sources] + [(part, runner_flags) for part in parts]
+    """A library of kernels and the runner, or a program with ``main``; objects are compiled ``JOBS`` at a time.
+
+    Only the kernels get ``kernel_flags``: the runner calls no memset or memcpy that a sanitizer would see.
+    """
+    quiet = ["-O2", "-fno-tree-loop-distribute-patterns", *runner_flags]
+    parts = [RUNNER / name for name in ("scheduler.cpp", "collectives.cpp", "tensor_core.cpp", "shim.cpp", *main)]
+    work = [(source, kernel_flags) for source in sources] + [(part, quiet) for part in parts]
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda item: compile_object(*item), work))
     command = [COMPILER, *link_flags, *objects]
-    return cached(".so", command, lambda made: run([*command, "-o", made]))
+    return cached("" if main else ".so", command, lambda made: run([*command, "-o", made]))

@@ -1,5 +1,7 @@
 // Warp collectives: lanes meet, each brings words and takes what all brought.
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "scheduler.h"
@@ -23,7 +25,7 @@ Meeting::Round& meet(unsigned mask, const char* what, int line, const uint32_t* 
   meeting.what = what;
   meeting.line = line;
   Meeting::Round& round = meeting.rounds[meeting.count & 1];
-  std::copy(words, words + count, round.words[lane].begin());
+  for (int i = 0; i < count; ++i) round.words[lane][i] = words[i];
   meeting.arrived |= 1u << lane;
   if (meeting.arrived == mask) {
     meeting.arrived = 0;

@@ -47,8 +47,6 @@ struct Fiber {
     stack_size = kStack;
   }
 
-  void free() { munmap(stack - kGuard, kStack + kGuard); }
-
   void start_at(void (*entry)()) {
 #ifdef RUNNER_ASAN
     ASAN_UNPOISON_MEMORY_REGION(stack, stack_size);

@@ -9,9 +9,6 @@
 
 extern "C" char __start_cuda_shared[] __attribute__((weak));
 extern "C" char __stop_cuda_shared[] __attribute__((weak));
-#ifdef RUNNER_TSAN
-extern "C" void AnnotateBenignRaceSized(const char*, int, volatile void*, size_t, const char*);
-#endif
 
 #ifdef __x86_64__
 asm(R"(
@@ -42,6 +39,13 @@ namespace {
 constexpr size_t kAlignment = 128;  // of dynamic shared memory
 constexpr size_t kMostShared = 227 << 10;
 
+// Stores that no sanitizer sees: where it is only the runner that writes, and red zones too.
+void fill_with_nan(void* memory, size_t bytes) {
+  volatile char* p = static_cast<volatile char*>(memory);
+  for (; bytes % 8; --bytes) p[bytes - 1] = char(0xFF);
+  for (size_t i = 0; i < bytes; i += 8) *reinterpret_cast<volatile uint64_t*>(p + i) = ~uint64_t{0};
+}
+
 void switch_to(Thread* to, bool ends) {
   Thread* from = current ? current : &state.outside;
   if (from == to) return;
@@ -61,7 +65,8 @@ void thread_begins() {
     state.outside.fiber.stack_size = size;
   }
 #endif
-  if (!state.blocks_unordered) acquire(&state.order.block[!state.parity]);
+  acquire(&state.order.begin);
+  acquire(&state.order.block[!state.parity]);
   state.task->run(state.task->kernel, state.task->values);
   release(&state.order.block[state.parity]);
   release(&state.order.end);
@@ -95,24 +100,13 @@ void prepare_threads() {
     auto thread = std::make_unique<Thread>();
     thread->fiber.allocate();
     thread->id = int(state.pool.size());
-    state.pool.push_back(std::move(thread));
-  }
 #ifdef RUNNER_TSAN
-  for (int i = 0; i < state.threads; ++i) {
     char name[32];
-    snprintf(name, sizeof name, "CUDA thread %d", i);
-    state.pool[i]->fiber.tsan = __tsan_create_fiber(0);
-    __tsan_set_fiber_name(state.pool[i]->fiber.tsan, name);
-  }
+    snprintf(name, sizeof name, "CUDA thread %d", thread->id);
+    thread->fiber.tsan = __tsan_create_fiber(0);
+    __tsan_set_fiber_name(thread->fiber.tsan, name);
 #endif
-}
-
-void forget_threads(std::vector<std::unique_ptr<Thread>>& threads) {
-  for ([[maybe_unused]] auto& thread : threads) {
-#ifdef RUNNER_TSAN
-    if (thread->fiber.tsan && state.error.empty()) __tsan_destroy_fiber(thread->fiber.tsan);
-    thread->fiber.tsan = nullptr;
-#endif
+    state.pool.push_back(std::move(thread));
   }
 }
 
@@ -124,15 +118,12 @@ uint64_t random_number() {
 
 void run_block(Arena& arena) {
   state.shared = arena.shared;
-  memset(state.shared, 0xFF, state.shared_bytes);
-  if (!state.blocks_unordered) {
-    for (size_t i = 0; i < static_shared_bytes(); ++i) __start_cuda_shared[i] = char(0xFF);
-  }
+  fill_with_nan(state.shared, state.shared_bytes);
+  fill_with_nan(__start_cuda_shared, static_shared_bytes());
   for (uint64_t& priority : state.priority) priority = random_number();
   state.warps.clear();
   state.warps.resize((state.threads + 31) / 32);
-  state.ready.clear();
-  state.next = 0;
+  state.waiting = 0;
   state.living = state.threads;
   state.barrier_arrived = 0;
   for (int i = 0; i < state.threads; ++i) {
@@ -165,24 +156,21 @@ void run_block(Arena& arena) {
 
 }  // namespace
 
-void make_ready(Thread* thread) { state.ready.push_back(thread); }
+Thread*& ready(int i) { return state.ready[(state.first + i) % state.ready.size()]; }
+
+void make_ready(Thread* thread) { ready(state.waiting++) = thread; }
 
 void suspend(bool ends) {
-  if (state.next == state.ready.size()) {
-    state.ready.clear();
-    state.next = 0;
-    switch_to(&state.outside, ends);
-    return;
-  }
-  auto& ready = state.ready;
+  if (!state.waiting) return switch_to(&state.outside, ends);
   if (state.seed) {
-    for (size_t i = state.next + 1; i < ready.size(); ++i) {
-      if (state.priority[ready[i]->warp()] < state.priority[ready[state.next]->warp()]) {
-        std::swap(ready[i], ready[state.next]);
-      }
+    for (int i = 1; i < state.waiting; ++i) {
+      if (state.priority[ready(i)->warp()] < state.priority[ready(0)->warp()]) std::swap(ready(i), ready(0));
     }
   }
-  switch_to(ready[state.next++], ends);
+  Thread* thread = ready(0);
+  state.first = (state.first + 1) % int(state.ready.size());
+  --state.waiting;
+  switch_to(thread, ends);
 }
 
 void fail(const char* format, ...) {
@@ -194,8 +182,7 @@ void fail(const char* format, ...) {
   const uint3 b = block_index, t = current->index;
   snprintf(where, sizeof where, " [block %u,%u,%u thread %u,%u,%u]", b.x, b.y, b.z, t.x, t.y, t.z);
   state.error = std::string(text) + where;
-  state.ready.clear();
-  state.next = 0;
+  state.waiting = 0;
   switch_to(&state.outside, true);
   abort();
 }
@@ -245,7 +232,7 @@ int launch(const Task& task) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   state.error.clear();
   if (threads < 1 || threads > 1024 || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFF ||
-      grid.y > 65535 || grid.z > 65535 || task.shared + static_shared_bytes() > kMostShared) {
+      grid.y > 65535 || grid.z > 65535 || task.shared > kMostShared) {
     state.error = "a launch beyond CUDA's limits";
     return cudaErrorInvalidConfiguration;
   }
@@ -260,30 +247,17 @@ int launch(const Task& task) {
   block_size = block;
 #ifdef RUNNER_TSAN
   state.outside.fiber.tsan = __tsan_get_current_fiber();
-  if (state.blocks_unordered && static_shared_bytes()) {
-    AnnotateBenignRaceSized("", 0, __start_cuda_shared, static_shared_bytes(), "one memory for all blocks");
-  }
 #endif
-  // Where blocks are not ordered nothing of one block may be used by another.
-  std::vector<std::unique_ptr<Thread>> old;
-  std::vector<std::unique_ptr<Arena>> arenas;
-  if (!state.blocks_unordered) prepare_threads();
+  Arena arena(task.shared);
+  prepare_threads();
+  release(&state.order.begin);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   for (uint64_t b = 0; b < blocks && state.error.empty(); ++b) {
     block_index = make_uint3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
     state.parity = int(b & 1);
-    if (state.blocks_unordered) {
-      for (auto& thread : state.pool) old.push_back(std::move(thread));
-      state.pool.clear();
-      prepare_threads();
-    }
-    if (arenas.empty() || state.blocks_unordered) arenas.push_back(std::make_unique<Arena>(task.shared));
-    run_block(*arenas.back());
+    run_block(arena);
   }
   acquire(&state.order.end);
-  forget_threads(state.pool);
-  forget_threads(old);
-  for (auto& thread : old) thread->fiber.free();
   state.shared = nullptr;
   state.shared_bytes = 0;
   return state.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;

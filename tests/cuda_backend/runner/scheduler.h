@@ -1,4 +1,4 @@
-// The state of the launch that runs, for the parts of the runner. Kernels see cuda_host.h only.
+// The state of the launch that runs, for the parts of the runner. Kernels see engine.h only.
 #pragma once
 
 #include <array>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_host.h"
+#include "engine.h"
 #include "fibers.h"
 
 namespace cuda_host {
@@ -56,16 +56,15 @@ struct Warp {
 struct State {
   std::string error;
   Stats stats{};
-  uint64_t seed = 0;              // 0: threads take turns in order; else one warp runs as far ahead as it can
-  bool blocks_unordered = false;  // thread sanitizer: no order between blocks
+  uint64_t seed = 0;  // 0: threads take turns in order; else one warp runs as far ahead as it can
 
   int (*launcher)(const Task*) = nullptr;  // where set, it gets the launches; none is executed here
   const Task* task = nullptr;
   int threads = 0, living = 0;
   std::vector<std::unique_ptr<Thread>> pool;
-  Thread outside;              // whoever called launch
-  std::vector<Thread*> ready;  // in order, from `next`
-  size_t next = 0;
+  Thread outside;                     // whoever called launch
+  std::array<Thread*, 1024> ready{};  // a ring: `waiting` threads from `first`
+  int first = 0, waiting = 0;
   std::vector<Warp> warps;
   std::array<uint64_t, 32> priority{};
   uint64_t random = 0;
@@ -75,7 +74,7 @@ struct State {
   int barrier_arrived = 0, barrier_line = 0, barrier_count = 0;
   int parity = 0;  // of the running block
   struct {
-    char barrier[2], end, fence, block[2], warp[2][32];
+    char barrier[2], begin, end, fence, block[2], warp[2][32];
   } order{};  // objects of release and acquire
 };
 

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "cuda_host.h"
 #include "scheduler.h"
 
 namespace cuda_host {

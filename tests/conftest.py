@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import report
 import torch
 
 from fused_densenet import fallback, use_backend
@@ -45,3 +46,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each backend of the CPU."""
     with use_backend(request.param):
         yield request.param
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for title, lines in report.sections.items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)

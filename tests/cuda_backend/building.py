@@ -1,5 +1,6 @@
 """Compiles csrc/cuda with g++ for the runner, once per content of the sources."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -44,11 +45,13 @@ def cached(suffix: str, parts: Sequence[object], make: Callable[[Path], object])
     folder = Path(tempfile.gettempdir()) / f"fused_densenet_cuda_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     result = folder / f"{digest.hexdigest()[:24]}{suffix}"
-    if not result.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / result.name
-            make(made)
-            made.replace(result)
+    with open(f"{result}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of the tests wait rather than make it too
+        if not result.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                made = Path(temporary) / result.name
+                make(made)
+                made.replace(result)
     return result
 
 

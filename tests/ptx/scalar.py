@@ -157,6 +157,29 @@ def _extract_bits(machine: Machine, it: Instruction, active: np.ndarray) -> None
     machine.put(it.operands[0], field.astype(UNSIGNED[size]), active)
 
 
+@instruction("bfi")
+def _insert_bits(machine: Machine, it: Instruction, active: np.ndarray) -> None:
+    _, size = _type(it.kind)
+    source, into = (machine.bits(operand, size).astype(np.uint64) for operand in it.operands[1:3])
+    position, length = (machine.bits(o, 32).astype(np.uint64) & np.uint64(255) for o in it.operands[3:5])
+    mask = ((np.uint64(1) << length) - np.uint64(1)) << position
+    machine.put(it.operands[0], (into & ~mask | source << position & mask).astype(UNSIGNED[size]), active)
+
+
+@instruction("prmt")
+def _permute_bytes(machine: Machine, it: Instruction, active: np.ndarray) -> None:
+    """Each of four bytes is chosen by four bits out of eight; the highest of them replicates the byte's sign."""
+    low, high, chosen = (machine.bits(operand, 32) for operand in it.operands[1:4])
+    pool = np.stack([low, high], 1).view(np.uint8)
+    result = np.zeros((machine.lanes, 4), np.uint8)
+    for i in range(4):
+        choice = chosen >> np.uint32(4 * i)
+        byte = pool[np.arange(machine.lanes), choice & np.uint32(7)]
+        sign = np.where(byte >> 7, np.uint8(255), np.uint8(0))
+        result[:, i] = np.where(choice & np.uint32(8), sign, byte)
+    machine.put(it.operands[0], result.view(np.uint32).reshape(-1), active)
+
+
 @instruction("selp")
 def _select(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     _, size = _type(it.kind)
@@ -220,6 +243,11 @@ def _convert_address(machine: Machine, it: Instruction, active: np.ndarray) -> N
 
 @instruction("cvt")
 def _convert(machine: Machine, it: Instruction, active: np.ndarray) -> None:
+    if it.has("tf32"):  # rna: ties away from zero; NaN and infinity stay
+        bits = machine.bits(it.operands[1], 32)
+        rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+        special = bits & np.uint32(0x7F800000) == np.uint32(0x7F800000)
+        return machine.put(it.operands[0], np.where(special, bits, rounded), active)
     (to_kind, to_size), (from_kind, from_size) = _type(it.modifiers[-2]), _type(it.kind)
     if to_kind.endswith("x2"):  # the first source is the upper half
         high, low = (read(machine, operand, from_kind, from_size) for operand in it.operands[1:3])

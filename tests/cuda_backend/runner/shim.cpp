@@ -1,5 +1,7 @@
 // What Python calls: the primitives and the runner's state, with C linkage.
 
+#include <utility>
+
 #include "../../../csrc/cuda/launch.h"
 #include "scheduler.h"
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fused_densenet
 from fused_densenet import reference
-from fused_densenet.models import Network, Transition
+from fused_densenet.models import Network
 
 
 class Published(NamedTuple):
@@ -122,7 +122,7 @@ class Chain(Network):
             )
             self.features.add_module(f"stage{i + 1}", nn.Sequential(stage))
             if i < 2:
-                self.features.add_module(f"transition{i + 1}", Transition(width, 2 * width))
+                self.features.add_module(f"transition{i + 1}", reference.Transition(width, 2 * width))
                 width *= 2
         self.finish(width, 10)
 

@@ -12,6 +12,7 @@ from .functional import dense_block
 from .fusing import fuse, unfuse
 from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .modules import FusedDenseBlock, FusedDenseLayer
+from .transition import FusedTransition
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "FallbackWarning",
     "FusedDenseBlock",
     "FusedDenseLayer",
+    "FusedTransition",
     "csp_densenet121",
     "csp_densenet169",
     "csp_densenet201",

@@ -1,12 +1,25 @@
 """Errors for bad arguments and inputs: each names the argument, what was expected and what came."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .fallback import autocasts, uses_batch_stats
-from .layers import LayerParts
 from .ranks import sync_group
+
+
+def check_counts(counts: Mapping[str, object]) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_spatial_dims(spatial_dims: int) -> None:
+    if spatial_dims not in (1, 2, 3):
+        raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
 
 
 def check_block_arguments(
@@ -20,50 +33,42 @@ def check_block_arguments(
     counts = {"num_layers": num_layers, "num_input_features": num_input_features, "growth_rate": growth_rate}
     if bn_size is not None:
         counts["bn_size"] = bn_size
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_counts(counts)
     if not isinstance(drop_rate, (int, float)):
         raise TypeError(f"drop_rate: expected a float, got {type(drop_rate).__name__}")
     if not 0 <= drop_rate <= 1:
         raise ValueError(f"drop_rate: expected a probability between 0 and 1, got {drop_rate}")
-    if spatial_dims not in (1, 2, 3):
-        raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
+    check_spatial_dims(spatial_dims)
 
 
-def check_input(x: Tensor, num_input_features: int, spatial_dims: int) -> None:
-    """Type and shape of a block's input."""
+def check_image(x: Tensor, name: str, channels: int, spatial_dims: int) -> None:
+    """Type and shape of a module's input, its argument ``name``."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"init_features: expected a Tensor, got {type(x).__name__}")
-    names = ("W", "H, W", "D, H, W")[spatial_dims - 1]
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    sizes = ("W", "H, W", "D, H, W")[spatial_dims - 1]
     if x.dim() != spatial_dims + 2:
         raise ValueError(
-            f"init_features: expected {spatial_dims + 2} dimensions (N, C, {names}), got {x.dim()} of shape {tuple(x.shape)}"
+            f"{name}: expected {spatial_dims + 2} dimensions (N, C, {sizes}), got {x.dim()} of shape {tuple(x.shape)}"
         )
-    if x.shape[1] != num_input_features:
-        raise ValueError(f"init_features: expected {num_input_features} channels, got {x.shape[1]}")
+    if x.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]}")
     if not x.dtype.is_floating_point:
-        raise TypeError(f"init_features: expected a floating dtype, got {x.dtype}")
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def check_agreement(x: Tensor, layers: Sequence[LayerParts]) -> None:
-    """That a block's input and its parameters fit each other: device, dtype, values enough for the statistics."""
-    for number, parts in enumerate(layers, 1):
-        for name, module in parts.modules.items():
-            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and tensor.device != x.device:
-                    raise ValueError(
-                        f"init_features: expected device {tensor.device}, where denselayer{number}.{name}.{key} is, "
-                        f"got {x.device}"
-                    )
-    weight_dtype = layers[0].stages[0].conv.weight.dtype
-    if x.dtype != weight_dtype and not autocasts(x):
-        raise TypeError(f"init_features: expected {weight_dtype}, the dtype of the parameters, got {x.dtype}")
-    if x.numel() == x.shape[1] and any(
-        uses_batch_stats(stage.norm) and sync_group(stage.norm) is None for parts in layers for stage in parts.stages
-    ):
-        raise ValueError(
-            f"init_features: expected more than one value per channel in training, got shape {tuple(x.shape)}"
-        )
+def check_parameters(
+    x: Tensor,
+    name: str,
+    modules: Iterable[tuple[str, nn.Module]],
+    dtype: torch.dtype,
+    norms: Sequence[nn.Module],
+) -> None:
+    """That an input fits a module's parameters: their device, their dtype, values enough for the norms' statistics."""
+    for path, module in modules:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"{name}: expected device {tensor.device}, where {path}.{key} is, got {x.device}")
+    if x.dtype != dtype and not autocasts(x):
+        raise TypeError(f"{name}: expected {dtype}, the dtype of the parameters, got {x.dtype}")
+    if x.numel() == x.shape[1] and any(uses_batch_stats(norm) and sync_group(norm) is None for norm in norms):
+        raise ValueError(f"{name}: expected more than one value per channel in training, got shape {tuple(x.shape)}")

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .models import CONFIGURATIONS, Network, Transition
+from .models import CONFIGURATIONS, Network
 from .modules import FusedDenseBlock
+from .transition import FusedTransition
 
 Fusion = Literal["first", "last", "both"]
 
@@ -76,10 +77,10 @@ class CSPDenseBlock(nn.Module):
             least = around + 1 if fusion == "last" else 2
             raise ValueError(f"num_output_features: expected at least {least} for fusion {fusion!r}, got {out}")
         if fusion != "first":
-            self.dense_transition = Transition(dense, narrow, pool=pool, spatial_dims=spatial_dims)
+            self.dense_transition = FusedTransition(dense, narrow, pool=pool, spatial_dims=spatial_dims)
         if fusion != "last":
             pool_last = pool and fusion == "first"
-            self.transition = Transition(narrow + around, out, pool=pool_last, spatial_dims=spatial_dims)
+            self.transition = FusedTransition(narrow + around, out, pool=pool_last, spatial_dims=spatial_dims)
         self.split = (around, through)
         self.num_input_features = num_input_features
         self.num_output_features = out

@@ -52,11 +52,11 @@ def quiet() -> Iterator[None]:
         _thread.quiet = before
 
 
-def announce(reasons: Sequence[str]) -> None:
-    """Warns of a fallback, once for each message, or raises FallbackError in strict mode."""
+def announce(reasons: Sequence[str], name: str = "FusedDenseBlock") -> None:
+    """Warns of a fallback of the module ``name``, once for each message, or raises FallbackError in strict mode."""
     if getattr(_thread, "quiet", False):
         return
-    message = f"FusedDenseBlock runs operator by operator, not fused: {reasons[0]}"
+    message = f"{name} runs operator by operator, not fused: {reasons[0]}"
     if len(reasons) > 1:
         message += f" (and {len(reasons) - 1} more reasons, which fused_densenet.explain lists)"
     enabled = getattr(_thread, "strict", None)
@@ -89,6 +89,24 @@ def autocasts(x: Tensor) -> bool:
 
 def fallback_reasons(x: Tensor, layers: Sequence[LayerParts], layer_class: type) -> list[str]:
     """Why a block of these layers cannot run fused on ``x``; empty if it can."""
+    structure = structure_and_hook_reasons(layers, layer_class)
+    reasons = context_reasons(x)
+    if len(statistics_groups(layers)) > 1:
+        reasons.append("its norms take their statistics over different processes")
+    if not structure:
+        reasons += dtype_reasons(x, layers[0].stages[0].conv.weight.dtype)
+    return reasons + structure
+
+
+def dtype_reasons(x: Tensor, dtype: torch.dtype) -> list[str]:
+    """Why weights of ``dtype`` cannot meet ``x`` under autocast; without it they must be the same, or it is an error."""
+    if autocasts(x) and x.dtype != dtype and (dtype != torch.float32 or x.dtype == torch.float64):
+        return [f"the input is {x.dtype} and the weights are {dtype}"]
+    return []
+
+
+def context_reasons(x: Tensor) -> list[str]:
+    """Why no module can run fused on ``x`` where it is called."""
     reasons = []
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -105,14 +123,7 @@ def fallback_reasons(x: Tensor, layers: Sequence[LayerParts], layer_class: type)
         reasons.append(f"autocast to {torch.get_autocast_dtype(x.device.type)} of an input in {x.dtype}")
     if _global_hooks():
         reasons.append("hooks on all modules are registered")
-    structure = structure_and_hook_reasons(layers, layer_class)
-    if len(statistics_groups(layers)) > 1:
-        reasons.append("its norms take their statistics over different processes")
-    if not structure:
-        dtype = layers[0].stages[0].conv.weight.dtype
-        if autocasts(x) and x.dtype != dtype and (dtype != torch.float32 or x.dtype == torch.float64):
-            reasons.append(f"the input is {x.dtype} and the weights are {dtype}")
-    return reasons + structure
+    return reasons
 
 
 def structure_and_hook_reasons(layers: Sequence[LayerParts], layer_class: type) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops
 from .backends import choose
 from .schedule import NormReluConv
+from .statistics import BatchStatistics, remember
 
 
 @dataclass
@@ -79,6 +80,8 @@ def dense_block(
         choose(x.device, x.dtype) if x.numel() else "eager",
         group,
     )
+    if any(batch_stats):
+        remember(out, BatchStatistics(stats, pixels, group))
     moments = BatchMoments([], [], pixels)
     for i, c in enumerate(convolutions):
         inside = bottleneck and i % 2 == 1

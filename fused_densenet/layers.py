@@ -50,7 +50,7 @@ def take_apart(layer: nn.Module) -> LayerParts:
     nested = modules.get("layers")
     if isinstance(nested, nn.Sequential):
         modules = nested._modules
-    stages = [_stage(modules, number) for number in "12" if number == "1" or "conv2" in modules]
+    stages = [take_stage(modules, number) for number in "12" if number == "1" or "conv2" in modules]
     dropout = modules.get("dropout")
     if dropout is None:
         drop_rate, training = getattr(layer, "drop_rate", 0.0), layer.training
@@ -66,7 +66,8 @@ def take_apart(layer: nn.Module) -> LayerParts:
     )
 
 
-def _stage(modules: Mapping[str, nn.Module], number: str) -> Stage:
+def take_stage(modules: Mapping[str, Any], number: str) -> Stage:
+    """The norm-relu-conv ``norm{number}``, ``relu{number}``, ``conv{number}`` of ``modules``."""
     norm = modules.get(f"norm{number}")
     activations = [modules.get(f"relu{number}"), None if norm is None else norm._modules.get("act")]
     return Stage(norm, [a for a in activations if a is not None], modules.get(f"conv{number}"))
@@ -85,7 +86,7 @@ def _layer_reasons(parts: LayerParts, first: LayerParts, layer_class: type) -> l
         return [f" is a {type(parts.layer).__name__}"]
     reasons = [f".{name} is no part of a dense layer" for name in parts.modules if name not in _NAMES]
     for number, stage in enumerate(parts.stages, 1):
-        reasons += _stage_reasons(stage, number)
+        reasons += [f".{reason}" for reason in stage_reasons(stage, str(number))]
     dropout = parts.modules.get("dropout")
     if dropout is not None and type(dropout) not in (nn.Dropout, *_CHANNEL_DROPOUTS):
         reasons.append(f".dropout is a {type(dropout).__name__}")
@@ -108,32 +109,35 @@ def _width_reasons(layers: Sequence[LayerParts]) -> list[str]:
     return reasons
 
 
-def _stage_reasons(stage: Stage, number: int) -> list[str]:
-    reasons = []
-    if stage.norm is None:
-        reasons.append(f".norm{number} is missing")
-    elif not _is_batch_norm(stage.norm):
-        reasons.append(f".norm{number} is a {type(stage.norm).__name__}")
-    elif type(stage.norm._modules.get("drop", _IDENTITY)) is not nn.Identity:
-        reasons.append(f".norm{number} contains a {type(stage.norm.drop).__name__}")
-    if not stage.activations:
-        reasons.append(f".norm{number} is followed by no activation")
-    for activation in stage.activations:
-        if type(activation) is not nn.ReLU:
-            reasons.append(f".relu{number} is a {type(activation).__name__}")
+def stage_reasons(stage: Stage, number: str) -> list[str]:
+    """Why a norm-relu-conv cannot run fused; its modules are called ``norm{number}`` and so on."""
+    reasons = norm_relu_reasons(stage.norm, stage.activations, f"norm{number}", f"relu{number}")
     if stage.conv is None:
-        reasons.append(f".conv{number} is missing")
+        reasons.append(f"conv{number} is missing")
     elif type(stage.conv) not in _CONVS:
-        reasons.append(f".conv{number} is a {type(stage.conv).__name__}")
+        reasons.append(f"conv{number} is a {type(stage.conv).__name__}")
     else:
-        reasons += [f".conv{number} {reason}" for reason in _conv_reasons(stage.conv)]
+        reasons += [f"conv{number} {reason}" for reason in _conv_reasons(stage.conv)]
     return reasons
+
+
+def norm_relu_reasons(norm: Any, activations: Sequence[nn.Module], norm_name: str, relu_name: str) -> list[str]:
+    reasons = []
+    if norm is None:
+        reasons.append(f"{norm_name} is missing")
+    elif not is_batch_norm(norm):
+        reasons.append(f"{norm_name} is a {type(norm).__name__}")
+    elif type(norm._modules.get("drop", _IDENTITY)) is not nn.Identity:
+        reasons.append(f"{norm_name} contains a {type(norm.drop).__name__}")
+    if not activations:
+        reasons.append(f"{norm_name} is followed by no activation")
+    return reasons + [f"{relu_name} is a {type(a).__name__}" for a in activations if type(a) is not nn.ReLU]
 
 
 _IDENTITY = nn.Identity()
 
 
-def _is_batch_norm(norm: nn.Module) -> bool:
+def is_batch_norm(norm: nn.Module) -> bool:
     kind = type(norm)
     return kind in _NORMS or (kind.__name__ in _TIMMS_NORMS and kind.__module__.startswith("timm."))
 
@@ -160,11 +164,15 @@ def intercepted(parts: LayerParts) -> list[str]:
     nested = parts.layer._modules.get("layers")
     if nested is not None:
         named.append((".layers", nested))
-    for number, stage in enumerate(parts.stages, 1):
-        if stage.norm is not None and stage.norm._modules:
-            named += [(f".norm{number}.{name}", module) for name, module in stage.norm._modules.items()]
+    return interceptions(named)
+
+
+def interceptions(named: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    """Which of the modules, or of those inside a norm, something follows or replaces."""
     reasons = []
-    for name, module in named:
+    norms = [(name, module) for name, module in named if is_batch_norm(module)]
+    inside = [(f"{name}.{key}", module) for name, norm in norms for key, module in norm._modules.items() if module]
+    for name, module in (*named, *inside):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             reasons.append(f"{name} has hooks")
         if "forward" in module.__dict__:

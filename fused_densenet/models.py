@@ -8,28 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .modules import CONV, NORM, FusedDenseBlock
+from .transition import FusedTransition
 
-AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-
-
-class Transition(nn.Sequential):
-    """BN-ReLU-conv1 and, where ``pool``, 2^d average pooling; keys of torchvision's ``_Transition``.
-
-    Maps ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial)``, each size halved by pooling.
-    """
-
-    def __init__(
-        self, num_input_features: int, num_output_features: int, *, pool: bool = True, spatial_dims: int = 2
-    ) -> None:
-        parts = OrderedDict[str, nn.Module](
-            norm=NORM[spatial_dims](num_input_features),
-            relu=nn.ReLU(),
-            conv=CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False),
-        )
-        if pool:
-            parts["pool"] = AVG_POOL[spatial_dims](kernel_size=2, stride=2)
-        super().__init__(parts)
 
 
 class Network(nn.Module):
@@ -64,7 +45,7 @@ class Network(nn.Module):
 
 
 class DenseNet(Network):
-    """DenseNet and DenseNet-BC (arXiv 1608.06993, table 1 and section 4.2) on :class:`FusedDenseBlock`.
+    """DenseNet and DenseNet-BC (arXiv 1608.06993, table 1 and section 4.2) on :class:`FusedDenseBlock` and :class:`FusedTransition`.
 
     The positional arguments and the state_dict are torchvision's; the defaults are DenseNet-121.
 
@@ -110,7 +91,7 @@ class DenseNet(Network):
             width += num_layers * growth_rate
             if i < len(block_config):
                 out = int(width * compression)
-                self.features.add_module(f"transition{i}", Transition(width, out, spatial_dims=spatial_dims))
+                self.features.add_module(f"transition{i}", FusedTransition(width, out, spatial_dims=spatial_dims))
                 width = out
         self.finish(width, num_classes)
 

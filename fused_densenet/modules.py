@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_agreement, check_block_arguments, check_input
+from .checks import check_block_arguments, check_image, check_parameters
 from .fallback import announce, fallback_reasons, statistics_groups, uses_batch_stats
 from .functional import BatchMoments, dense_block
 from .layers import LayerParts, take_apart
@@ -121,7 +121,7 @@ class FusedDenseBlock(nn.ModuleDict):
         self.memory_efficient = memory_efficient
 
     def forward(self, init_features: Tensor) -> Tensor:
-        check_input(init_features, self.num_input_features, self.spatial_dims)
+        check_image(init_features, "init_features", self.num_input_features, self.spatial_dims)
         layers = self.parts()
         reasons = fallback_reasons(init_features, layers, self.layer_class)
         if reasons:
@@ -130,18 +130,22 @@ class FusedDenseBlock(nn.ModuleDict):
         (group,) = statistics_groups(layers) or {None}
         if init_features.numel() == 0 and group is None:
             return self._operator_by_operator(init_features)
-        check_agreement(init_features, layers)
         stages = [stage for parts in layers for stage in parts.stages]
+        modules = [
+            (f"denselayer{i}.{name}", m) for i, parts in enumerate(layers, 1) for name, m in parts.modules.items()
+        ]
+        dtype = stages[0].conv.weight.dtype
+        check_parameters(init_features, "init_features", modules, dtype, [stage.norm for stage in stages])
         out, moments = dense_block(
             init_features,
-            [_norm_relu_conv(stage.norm, stage.conv) for stage in stages],
+            [norm_relu_conv_of(stage.norm, stage.conv) for stage in stages],
             bottleneck=len(layers[0].stages) == 2,
             drop_rate=layers[0].drop_rate,
             drop_channels=layers[0].drops_channels,
             memory_efficient=self.memory_efficient,
             group=group,
         )
-        _update_running([stage.norm for stage in stages], moments)
+        update_running([stage.norm for stage in stages], moments)
         return out
 
     def parts(self) -> list[LayerParts]:
@@ -165,7 +169,7 @@ class FusedDenseBlock(nn.ModuleDict):
         return torch.cat(features, dim=1)
 
 
-def _norm_relu_conv(norm: Any, conv: Any) -> NormReluConv:
+def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:
     weight, gamma, beta = conv.weight, norm.weight, norm.bias
     gamma = weight.new_ones(weight.shape[1]) if gamma is None else gamma
     beta = weight.new_zeros(weight.shape[1]) if beta is None else beta
@@ -173,7 +177,7 @@ def _norm_relu_conv(norm: Any, conv: Any) -> NormReluConv:
 
 
 @torch.no_grad()
-def _update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
+def update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
     """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased."""
     unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
@@ -191,4 +195,4 @@ def _update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
             torch._foreach_lerp_(running, batch, momentum)
         else:  # cumulative average
             for i, (old, new) in enumerate(zip(running, batch, strict=True)):
-                old.lerp_(new, (1 / counts[i // 2]).to(old.dtype))
+                old.lerp_(new, 1 / counts[i // 2].to(old.dtype))

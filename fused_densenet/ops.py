@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import schedule
 from .backends import BACKENDS
+from .higher_order import refuse_synchronised, second_order
 from .schedule import Layer, NormReluConv, Saved
 
 
@@ -171,34 +172,24 @@ def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
     The first-order gradients depend on the buffer through its first channels only, the block's input: the gradient by
     the buffer is zero elsewhere.
     """
-    if ctx.group is not None:
-        raise RuntimeError(
-            "a gradient of a gradient through SyncBatchNorm was asked for; neither a fused block nor torch's SyncBatchNorm "
-            "has one: train this part with BatchNorm, or without create_graph=True"
-        )
+    refuse_synchronised(ctx.group)
     dout, buffer, *rest = ctx.saved_tensors
     weights, gammas, betas, running, keep = _split(rest, ctx.lengths)
     channels = gammas[0].shape[0]
-    with torch.enable_grad(), torch.autocast(dout.device.type, enabled=False):
-        # Aliases, still connected for higher orders, and none of them another's ancestor.
-        sources = (dout, buffer[:, :channels], *weights, *gammas, *betas)
-        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in sources]
-        dout_in, x, *parameters = inputs
-        lists = [*_split(parameters, ctx.lengths[:3]), running, keep, *ctx.constants]
-        out = _operator_by_operator(x, _layers(*lists))
-        first = torch.autograd.grad(out, [x, *parameters], dout_in, create_graph=True)
-    dx, by_kind = first[0], _split(first[1:], ctx.lengths[:3])
-    flat = [dx, *(g for gradients in zip(*by_kind, strict=True) for g in gradients)]
-    used = [(g, s) for g, s in zip(flat, second, strict=True) if s is not None and s.numel()]
-    create_graph = torch.is_grad_enabled()
-    gradients = torch.autograd.grad(
-        [g for g, _ in used], inputs, [s for _, s in used], allow_unused=True, create_graph=create_graph
-    )
+    lengths = ctx.lengths[:3]
+
+    def block(x: Tensor, *parameters: Tensor) -> Tensor:
+        lists = [*_split(parameters, lengths), running, keep, *ctx.constants]
+        return _operator_by_operator(x, _layers(*lists))
+
+    by_kind = [second[1:][kind::3] for kind in range(3)]
+    sources = (buffer[:, :channels], *weights, *gammas, *betas)
+    gradients = second_order(block, dout, sources, [second[0], *(s for kind in by_kind for s in kind)])
     by_dout, by_x, *by_parameters = gradients
     by_buffer = None
     if by_x is not None:
         by_buffer = F.pad(by_x, [0, 0] * (by_x.dim() - 2) + [0, buffer.shape[1] - channels])
-    lists_out = _split(by_parameters, ctx.lengths[:3])
+    lists_out = _split(by_parameters, lengths)
     return (
         by_dout,
         by_buffer,

@@ -15,6 +15,7 @@ wrote are merged as soon as it is done, and the coefficients are summed over the
 them: each way one small message for each convolution, whatever the number of its readers.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -98,12 +99,12 @@ def forward(
             y = saved.bottleneck[i] if bottleneck is None else bottleneck
             y_mean, y_var = saved.bottleneck_stats[:, i]
             first = layer.convolutions[0]
-            norm = _norm(first, source_mean, source_var)
+            norm = norm_of(first, source_mean, source_var)
             backend.norm_relu_conv(source, norm, weight_5d(first.weight), y, y_mean, y_var)
             synchronise(y_mean, y_var)
             source, source_mean, source_var = y, y_mean, y_var
         last = layer.convolutions[-1]
-        norm = _norm(last, source_mean, source_var)
+        norm = norm_of(last, source_mean, source_var)
         new, new_mean, new_var = data[..., width:end], mean[width:end], var[width:end]
         if layer.keep is None:
             backend.norm_relu_conv(source, norm, weight_5d(last.weight), new, new_mean, new_var)
@@ -136,9 +137,7 @@ def backward(
     Those of the parameters are this rank's own; ``group`` as it was in :func:`forward`.
     """
     buffer = saved.buffer
-    if buffer.stride(1) != 1:  # a saved-tensor hook brought it back in another layout
-        buffer = empty_channels_last(buffer.shape, buffer.shape[1], buffer).copy_(buffer)
-    data = pixels_last(buffer)
+    data = as_pixels(buffer)  # a saved-tensor hook may have brought it back in another layout
     mean, var = saved.stats
     if not any(c.batch_stats for layer in layers for c in layer.convolutions):
         mean = torch.zeros_like(mean)  # nothing is owed, and one image's NaN must not reach the others
@@ -167,7 +166,7 @@ def backward(
             grad = _dropout_backward(grad, layer, backend)
         source, source_mean, source_var = data[..., :width], mean[:width], var[:width]
         first = layer.convolutions[0]
-        first_norm = _norm(first, source_mean, source_var)
+        first_norm = norm_of(first, source_mean, source_var)
         if len(layer.convolutions) == 2:
             last = layer.convolutions[1]
             y_mean, y_var = saved.bottleneck_stats[:, i]
@@ -176,15 +175,15 @@ def backward(
             else:
                 y = y_scratch
                 backend.norm_relu_conv(source, first_norm, weight_5d(first.weight), y, None, None)
-            norm = _norm(last, y_mean, y_var)
-            gradients, y_owed = _convolution_backward(
+            norm = norm_of(last, y_mean, y_var)
+            gradients, y_owed = convolution_backward(
                 grad, y, norm, y_var, last, dy, False, weight_needed[i][1], saved.pixels, backend
             )
             if group is not None:
                 sum_over_ranks(y_owed, group)
             parameters[i].append(gradients)
             grad = Gradient(dy, y, norm.scale, -y_owed[1], norm.mean, -y_owed[0])
-        gradients, source_owed = _convolution_backward(
+        gradients, source_owed = convolution_backward(
             grad,
             source,
             first_norm,
@@ -204,7 +203,7 @@ def backward(
     return Gradients(dx, parameters)
 
 
-def _convolution_backward(
+def convolution_backward(
     grad: Gradient,
     x: Tensor,
     norm: Norm,
@@ -255,7 +254,7 @@ def _noise(layer: Layer, like: Tensor) -> Tensor:
     return pixels_last(layer.keep).to(like.dtype) * layer.keep_scale
 
 
-def _norm(convolution: NormReluConv, mean: Tensor, var: Tensor) -> Norm:
+def norm_of(convolution: NormReluConv, mean: Tensor, var: Tensor) -> Norm:
     if not convolution.batch_stats:
         mean, var = _running(convolution)
     scale = convolution.gamma.to(var.dtype) * torch.rsqrt(var + convolution.eps)
@@ -310,6 +309,16 @@ def pixels_last(x: Tensor) -> Tensor:
     while x.dim() < 5:
         x = x.unsqueeze(2)
     return x.permute(0, 2, 3, 4, 1)
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """:func:`pixels_last`, of a copy where ``x`` is not laid out as the backends' contract wants it."""
+    data = pixels_last(x)
+    longer = [(size, stride) for size, stride in zip(data.shape[:4], data.stride()[:4], strict=True) if size > 1]
+    one_stride = all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(longer))
+    if one_stride and (data.stride(4) == 1 or data.shape[4] == 1) and all(step >= data.shape[4] for _, step in longer):
+        return data
+    return pixels_last(empty_channels_last(x.shape, x.shape[1], x).copy_(x))
 
 
 def weight_5d(weight: Tensor) -> Tensor:

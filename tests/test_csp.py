@@ -305,10 +305,13 @@ def test_fewer_multiply_adds_than_densenet(fusion: str) -> None:
     assert ours / dense == pytest.approx(1 - saved, abs=1e-4)
 
 
-def test_fused_network_counts_what_its_twin_counts() -> None:
-    ours, theirs = networks()
+def test_fused_network_multiplies_pooled_features() -> None:
+    """What its twin counts, but for three quarters of the convolutions that pooling follows, of 8x8 and 4x4 pixels."""
+    ours, theirs = networks(fusion="both")
     x = torch.randn(1, 3, 32, 32)
-    assert flops(ours, x) == flops(theirs, x)
+    pooled = [theirs.get_submodule(f"features.stage{stage}.dense_transition.conv") for stage in (1, 2)]
+    saved = sum(2 * conv.weight.numel() * pixels * 3 // 4 for conv, pixels in zip(pooled, (64, 16), strict=True))
+    assert flops(ours, x) == flops(theirs, x) - saved
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True])

@@ -91,13 +91,13 @@ def test_gradgradcheck(kind: str, statistics: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_sees_a_missing_debt(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what the batch statistics owe, gradcheck fails: it depends on the deferred terms."""
-    whole = schedule._convolution_backward
+    whole = schedule.convolution_backward
 
     def without_debt(*args: Any) -> Any:
         gradients, debt = whole(*args)
         return gradients, torch.zeros_like(debt)
 
-    monkeypatch.setattr(schedule, "_convolution_backward", without_debt)
+    monkeypatch.setattr(schedule, "convolution_backward", without_debt)
     case = Case(kind)
     with pytest.raises(GradcheckError):
         gradcheck(case.function(), case.tensors, fast_mode=True)

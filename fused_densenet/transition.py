@@ -1,0 +1,156 @@
+"""``FusedTransition``: torchvision's transition by signature, state_dict and result; one fused operator inside."""
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends import choose
+from .checks import check_counts, check_image, check_parameters, check_spatial_dims
+from .fallback import announce, autocasts, context_reasons, dtype_reasons
+from .functional import BatchMoments
+from .layers import Stage, interceptions, stage_reasons, take_stage
+from .modules import CONV, NORM, norm_relu_conv_of, update_running
+from .ranks import sync_group
+from .schedule import NormReluConv
+from .statistics import BatchStatistics, frozen_statistics, statistics_of
+from .transition_op import transition as transition_op
+
+AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class TransitionParts(NamedTuple):
+    """A transition taken apart: its modules by name, its norm-relu-conv, and its pooling where it has one."""
+
+    modules: dict[str, Any]
+    stage: Stage
+    pool: nn.Module | None
+
+    def structure_reasons(self) -> list[str]:
+        """Why a transition that looks like this cannot run fused, whatever the input."""
+        known = ("norm", "relu", "conv", "pool")
+        reasons = [f"{name} is no part of a transition" for name in self.modules if name not in known]
+        reasons += stage_reasons(self.stage, "")
+        if not reasons:
+            conv, norm = self.stage.conv, self.stage.norm
+            if any(size != 1 for size in conv.kernel_size):
+                reasons.append("conv is no 1x1 convolution")
+            if norm.num_features != conv.in_channels:
+                reasons.append(f"norm has {norm.num_features} channels and conv reads {conv.in_channels}")
+        if self.pool is not None and not _halves(self.pool):
+            reasons.append(f"pool is no average pooling of window and stride 2: {self.pool}")
+        return reasons
+
+
+class FusedTransition(nn.Sequential):
+    """BN-ReLU-conv1 and 2^d average pooling in one operator; a drop-in for torchvision's ``_Transition``.
+
+    Equivalent to ``pool(conv(relu(norm(x))))`` (arXiv 1608.06993, section 3, "pooling layers"), with the same children,
+    parameter names, gradients and running statistics. Pooling is done before the product, with which it commutes, and
+    nothing is kept for backward but the input.
+
+    Args:
+        num_input_features: channels of the input.
+        num_output_features: channels of the result.
+        spatial_dims: 1, 2 or 3.
+        pool: halve each size.
+
+    Shape:
+        ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial)``, each size halved (rounded down)
+        where ``pool``, channels-last in memory; float32, bfloat16, float16 or float64. Under autocast the result has
+        autocast's dtype, as the convolution's has.
+
+    Raises:
+        ValueError, TypeError: a bad argument or input; raised before anything is written.
+    """
+
+    def __init__(
+        self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2, pool: bool = True
+    ) -> None:
+        check_counts({"num_input_features": num_input_features, "num_output_features": num_output_features})
+        check_spatial_dims(spatial_dims)
+        parts = OrderedDict[str, nn.Module](
+            norm=NORM[spatial_dims](num_input_features),
+            relu=nn.ReLU(),
+            conv=CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False),
+        )
+        if pool:
+            parts["pool"] = AVG_POOL[spatial_dims](kernel_size=2, stride=2)
+        super().__init__(parts)
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = self.parts()
+        conv, norm, pool = parts.stage.conv, parts.stage.norm, parts.pool is not None
+        if not parts.structure_reasons():
+            check_image(input, "input", norm.num_features, conv.weight.dim() - 2)
+        reasons = self.fallback_reasons(input)
+        if reasons:
+            announce(reasons, "FusedTransition")
+            return self._operator_by_operator(input)
+        if pool and min(input.shape[2:]) < 2:
+            raise ValueError(f"input: expected sizes of at least 2 to pool, got shape {tuple(input.shape)}")
+        check_parameters(input, "input", parts.modules.items(), conv.weight.dtype, [norm])
+        group = sync_group(norm)
+        if input.numel() == 0 and group is None:
+            return self._operator_by_operator(input)
+        convolution = norm_relu_conv_of(norm, conv)
+        out, statistics = transition(input, convolution, pool=pool, group=group)
+        if convolution.batch_stats:
+            mean, var = statistics.moments
+            update_running([norm], BatchMoments([mean], [var], statistics.pixels))
+        return out
+
+    def parts(self) -> TransitionParts:
+        """Its modules, taken apart."""
+        modules: dict[str, Any] = dict(self._modules)
+        pool = modules.get("pool")
+        return TransitionParts(modules, take_stage(modules, ""), None if isinstance(pool, nn.Identity) else pool)
+
+    def fallback_reasons(self, x: Tensor) -> list[str]:
+        """Why it cannot run fused on ``x``; empty if it can."""
+        parts = self.parts()
+        structure = parts.structure_reasons() + interceptions([(n, m) for n, m in parts.modules.items() if m])
+        return context_reasons(x) + (structure or dtype_reasons(x, parts.stage.conv.weight.dtype))
+
+    def _operator_by_operator(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def transition(
+    x: Tensor, convolution: NormReluConv, *, pool: bool = True, group: str | None = None
+) -> tuple[Tensor, BatchStatistics]:
+    """A transition on plain tensors: ``avg_pool(conv1(relu(bn(x))))``, of window and stride 2.
+
+    Args:
+        x: ``(N, C, *spatial)``, 1 to 3 spatial dimensions, any strides; float32, bfloat16, float16 or float64.
+        convolution: the norm and the 1x1 convolution; the weight in the dtype of ``x`` or float32.
+        pool: halve each size, which must be 2 at least.
+        group: name of the process group over whose ranks batch statistics are taken; None for this process alone.
+
+    Returns:
+        ``(N, K, *spatial)``, channels-last, in the dtype of ``x``, or autocast's where that is on; and the statistics
+        that ``x`` was normalised by. What a dense block of ours has returned is not read for them again.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run on this device or dtype.
+    """
+    backend = choose(x.device, x.dtype) if x.numel() else "eager"
+    c = convolution
+    statistics = statistics_of(x, backend, group) if c.batch_stats else frozen_statistics(c.running_mean, c.running_var)
+    out = transition_op(x, c.weight, c.gamma, c.beta, *statistics[:2], c.eps, c.batch_stats, pool, backend, group)
+    if autocasts(x) and x.dtype == torch.float32:
+        out = out.to(torch.get_autocast_dtype(x.device.type))
+    return out, statistics
+
+
+def _halves(pool: Any) -> bool:
+    """Whether a module averages windows of two with stride two, like ``nn.AvgPool2d(2)``."""
+    if type(pool) not in AVG_POOL.values():
+        return False
+
+    def all_are(value: Any, number: int) -> bool:
+        return set(value if isinstance(value, tuple) else (value,)) == {number}
+
+    plain = not pool.ceil_mode and getattr(pool, "divisor_override", None) is None
+    return plain and all_are(pool.kernel_size, 2) and all_are(pool.stride, 2) and all_are(pool.padding, 0)

@@ -69,7 +69,9 @@ def take_apart(layer: nn.Module) -> LayerParts:
 def take_stage(modules: Mapping[str, Any], number: str) -> Stage:
     """The norm-relu-conv ``norm{number}``, ``relu{number}``, ``conv{number}`` of ``modules``."""
     norm = modules.get(f"norm{number}")
-    activations = [modules.get(f"relu{number}"), None if norm is None else norm._modules.get("act")]
+    activations = [modules.get(f"relu{number}")]
+    if norm is not None and _is_timms_norm(norm):  # others may have the module and not call it
+        activations.append(norm._modules.get("act"))
     return Stage(norm, [a for a in activations if a is not None], modules.get(f"conv{number}"))
 
 
@@ -138,8 +140,11 @@ _IDENTITY = nn.Identity()
 
 
 def is_batch_norm(norm: nn.Module) -> bool:
-    kind = type(norm)
-    return kind in _NORMS or (kind.__name__ in _TIMMS_NORMS and kind.__module__.startswith("timm."))
+    return type(norm) in _NORMS or _is_timms_norm(norm)
+
+
+def _is_timms_norm(norm: nn.Module) -> bool:
+    return type(norm).__name__ in _TIMMS_NORMS and type(norm).__module__.startswith("timm.")
 
 
 def _conv_reasons(conv: Any) -> list[str]:

@@ -29,6 +29,8 @@ TABLE: dict[str, Tolerance] = {
     "float64 whole block": Tolerance(1e-12, "of the largest entry: 2e-16 through fifty operators, times conditioning"),
     "torch.float32 over ranks": Tolerance(1e-6, "relative, in norm: the contract; sums of float32 in another order"),
     "torch.float64 over ranks": Tolerance(1e-13, "relative, in norm: sums of float64 in another order, and squares"),
+    "float64 training": Tolerance(1e-8, "of the largest loss: rounding of 2e-16, amplified by twenty steps"),
+    "float32 training": Tolerance(1e-2, "of the largest loss: rounding of 6e-8, amplified by twenty steps"),
     "variance": Tolerance(1e-5, "relative: the contract for a channel with mean 1000 and deviation 1 in float32"),
     "mean": Tolerance(4, "ulp of the largest entry: float32 sums of at most 256 pixels, corrected and merged"),
     "squares": Tolerance(32, "ulp: 256 additions of float32 squares in a row, when all round the same way"),

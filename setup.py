@@ -247,7 +247,9 @@ def build_cuda(library: Path, folder: Path) -> None:
     compile_all = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-MMD"]
     compile_binding = ["-Xcompiler=-Wall,-Wextra", f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
     compile_binding += ["-isystem", str(site / "include")]
-    compile_kernel = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    compile_kernel = architectures(wanted)
+    compile_binding.append(f"-DFD_ARCHITECTURES={':'.join(wanted.replace(';', ' ').split())}")
     # torch's CUDA libraries, where there are any, come with libtorch.
     link = [f"-L{site / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-Xlinker=--as-needed", "-ltorch_cpu"]
     rules = {

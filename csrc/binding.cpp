@@ -47,6 +47,10 @@ struct Cpu {
             true};
   }
 
+  static void check(const Argument& data) {
+    if (data.device != DeviceType::CPU) refuse<WrongValue>(data, "expected a CPU tensor, got one on ", On{data});
+  }
+
   static void run(const Place& problem, const Argument& data, bool) {
     run(problem, data, &Kernels::place_workspace, &Kernels::place);
   }
@@ -64,7 +68,6 @@ struct Cpu {
   template <class Problem>
   static void run(const Problem& problem, const Argument& data, size_t (*Kernels::*workspace)(const Problem&, int),
                   void (*Kernels::*kernel)(const Problem&, void*, const Parallel&)) {
-    if (data.device != DeviceType::CPU) refuse<WrongValue>(data, "expected a CPU tensor, got one on ", On{data});
     if (problem.shape.pixels() == 0) return;
     const Kernels& kernels = kernels_for(dtype_of(data), capability().c_str());
     const Parallel threads = parallel(problem.shape.work());

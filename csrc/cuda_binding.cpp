@@ -17,7 +17,6 @@
 #include "operators.h"
 
 #ifdef CUDA_HOST
-#define FD_LIBRARY fused_densenet_emulated
 #define FD_DEVICE CPU
 #else
 #include <cuda_runtime_api.h>
@@ -132,6 +131,13 @@ struct Cuda {
     return {name, scalar_type(dtype), static_cast<DeviceType>(device), index, dim, sizes, strides, data, true};
   }
 
+  static void check(const Argument& data) {
+    if (data.device != DeviceType::FD_DEVICE) {
+      refuse<WrongValue>(data, "expected a tensor of ", C10_STRINGIZE(FD_DEVICE), ", got one on ", On{data});
+    }
+    arithmetic_of(data, false);
+  }
+
   static void run(const Place& problem, const Argument& data, bool tf32) {
     run(problem, data, tf32, place_workspace, place);
   }
@@ -142,6 +148,7 @@ struct Cuda {
     run(problem, data, tf32, forward_workspace, forward);
   }
   static void run(const Backward& problem, const Argument& data, bool tf32) {
+    if (problem.shape.window() != 1) refuse<WrongValue>(data, "expected no pooling, whose backward has no CUDA kernel");
     run(problem, data, tf32, backward_workspace, backward);
   }
 
@@ -151,10 +158,6 @@ struct Cuda {
                   size_t (*workspace)(const Problem&, Arithmetic, const Device&),
                   int (*launch)(const Problem&, Arithmetic, const Device&, void*, void*)) {
     const Arithmetic arithmetic = arithmetic_of(data, tf32);
-    if (data.device != DeviceType::FD_DEVICE) {
-      refuse<WrongValue>(data, "expected a tensor of ", C10_STRINGIZE(FD_DEVICE), ", got one on ", On{data});
-    }
-    if (problem.shape.window() != 1) refuse<WrongValue>(data, "expected no pooling, which has no CUDA kernels");
     if (problem.shape.pixels() == 0) return;
     const Queue queue(data.device_index);
     const size_t bytes = workspace(problem, arithmetic, queue.device);
@@ -205,6 +208,24 @@ struct Boxed<function> {
     std::apply(function, arguments);
   }
 };
+
+#ifndef CUDA_HOST
+#define FD_QUOTED(...) #__VA_ARGS__
+#define FD_AS_STRING(...) FD_QUOTED(__VA_ARGS__)
+#define FD_EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The GPUs compiled for, as setup.py got them: 8.0:9.0+PTX.
+FD_EXPORTED const char* fused_densenet_cuda_architectures() { return FD_AS_STRING(FD_ARCHITECTURES); }
+
+// Why the CUDA runtime in this library cannot use a device, or null.
+FD_EXPORTED const char* fused_densenet_cuda_problem(int device) {
+  static thread_local std::string message;
+  int count = 0, error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && device >= count) error = cudaErrorInvalidDevice;
+  message = error == cudaSuccess ? "" : describe(error);
+  return error == cudaSuccess ? nullptr : message.c_str();
+}
+#endif
 
 }  // namespace
 

@@ -7,8 +7,8 @@
 
 namespace fused_densenet {
 
-// Binding has a type Tensor, Argument argument(const Tensor&, const char* name), and run(problem, data, tf32), which
-// refuses data that it has no kernels for.
+// Binding has a type Tensor, Argument argument(const Tensor&, const char* name), check(data), which refuses a device or
+// a dtype that it has no kernels for, and run(problem, data, tf32).
 template <class Binding>
 struct Operators {
   using Tensor = typename Binding::Tensor;
@@ -22,6 +22,7 @@ struct Operators {
   static void place(const Tensor& x_, const Optional& out_, const Optional& out_mean, const Optional& out_var) {
     const Argument x = argument(x_, "x"), out = argument(out_, "out");
     check_data(x, x);
+    Binding::check(x);
     const Shape image = image_of(x);
     if (out.given) check_image(out, x, x.channels(), image);
     const Place problem{image, strided(x), out.given ? pixels(out) : Pixels{nullptr, 0},
@@ -33,6 +34,7 @@ struct Operators {
                              const Tensor& mean, const Tensor& offset, const Tensor& out_) {
     const Argument out = argument(out_, "out");
     check_data(out, out);
+    Binding::check(out);
     const Shape image = image_of(out);
     const PlaceBackward problem{image,
                                 gradient(argument(stored, "stored"), argument(value, "value"), argument(scale, "scale"),
@@ -47,6 +49,7 @@ struct Operators {
                              const Optional& out_var, bool tf32) {
     const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), out = argument(out_, "out");
     check_data(x, x);
+    Binding::check(x);
     const Weight w = weight_of(weight, x);
     const Shape shape = shape_of(x, weight, out);
     check_image(out, x, weight.sizes[0], shape);
@@ -65,6 +68,7 @@ struct Operators {
     const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), stored = argument(stored_, "stored");
     const Argument dx = argument(dx_, "dx"), dweight = argument(dweight_, "dweight");
     check_data(x, x);
+    Binding::check(x);
     const Weight w = weight_of(weight, x);
     check_image(dx, x, x.channels(), image_of(x));
     const Shape shape = shape_of(x, weight, stored);

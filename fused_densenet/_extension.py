@@ -1,9 +1,11 @@
-"""Loads the compiled extension, and knows why there is none.
+"""Loads what was compiled, and knows why something was not.
 
-The extension's name carries the torch version that it was compiled for: a library built for one torch and loaded by
-another misreads tensors without an error, so only the exact one is ever loaded.
+The CPU's kernels are a Python module whose name carries the torch version that it was compiled for: a library built for
+one torch and loaded by another misreads tensors without an error, so only the exact one is ever loaded. The CUDA kernels
+are a plain library, ``_cuda.so``, against torch's stable ABI: one file serves every torch.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.machinery
@@ -15,6 +17,7 @@ import torch
 
 REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in a checkout of fused_densenet"
 COMPILER = "g++ 11.3 or newer"
+NVCC = "nvcc of CUDA 12.8 or newer"
 
 SCHEMAS = (
     "place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()",
@@ -64,14 +67,37 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the C++ extension {name} does not load ({error}); {REBUILD}"
 
 
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    file = pathlib.Path(__file__).parent / "_cuda.so"
+    if not file.exists():
+        return (
+            None,
+            f"the CUDA kernels were not compiled when fused_densenet was installed; install {NVCC} and {REBUILD}",
+        )
+    try:
+        torch.ops.load_library(file)
+        return ctypes.CDLL(str(file)), None
+    except OSError as error:
+        return None, f"the library of CUDA kernels does not load ({error}); {REBUILD}"
+
+
 module, missing = _load()
 """The compiled extension, or None and why there is none."""
+
+cuda, cuda_missing = _load_cuda()
+"""The library of CUDA kernels, or None and why there is none."""
+
+
+def returns_nothing(*arguments: object) -> None:
+    """The primitives' operators for tensors without data."""
+
 
 _library = torch.library.Library("fused_densenet", "FRAGMENT")
 for _schema in SCHEMAS:
     if not hasattr(torch.ops.fused_densenet, _schema.partition("(")[0]):
         try:
             _library.define(_schema)
+            torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_library)
         except RuntimeError as error:  # an operator of the library has other arguments
             _reason = str(error).strip().rpartition("reason: ")[2]
             module, missing = None, f"the C++ extension was compiled from other sources ({_reason}); {REBUILD}"

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from . import __version__, _extension
-from .backends import BACKENDS, choose
+from .backends import BACKENDS, choice, choose, cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,6 +20,7 @@ def report() -> str:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU capability "
         f"{torch.backends.cpu.get_cpu_capability()}, CUDA {torch.version.cuda or 'not built in'}",
         f"extension: {_extension_line()}",
+        f"CUDA kernels: {_cuda_line()}",
     ]
     lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("FUSED_DENSENET_")]
     for device in _devices():
@@ -30,7 +31,8 @@ def report() -> str:
             for name, backend in BACKENDS.items():
                 reason = backend.unavailable(device, dtype)
                 lines.append(f"    {name:8}{'available' if reason is None else f'not available: {reason}'}")
-    return "\n".join(lines)
+    lines += ["", "where cuda is chosen, by primitive, kernel and pixels:"]
+    return "\n".join([*lines, *(f"    {row}" for row in choice.report())])
 
 
 def _extension_line() -> str:
@@ -41,6 +43,12 @@ def _extension_line() -> str:
         f"{module.__name__.rpartition('.')[2]}, compiled by {module.compiler}; "
         f"kernels {module.instruction_set()}, for bfloat16 {module.instruction_set_bfloat16()}"
     )
+
+
+def _cuda_line() -> str:
+    if _extension.cuda is None:
+        return f"none; {_extension.cuda_missing}"
+    return f"compiled for compute capability {', '.join(cuda.architectures(_extension.cuda))}"
 
 
 def _devices() -> list[torch.device]:

@@ -12,9 +12,9 @@ from types import ModuleType
 import torch
 
 from .. import _extension
-from . import cpu, eager, triton
+from . import cpu, cuda, eager, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "eager": eager}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
 """All backends by name, the preferred first."""
 
 _VARIABLE = "FUSED_DENSENET_BACKEND"

@@ -68,3 +68,10 @@ def pooled(sizes: Sequence[int]) -> tuple[int, ...]:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, per-channel vectors and sums for data of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def uses_tf32(x: Tensor) -> bool:
+    """Whether products of ``x`` run in TF32: float32 on an NVIDIA GPU, by torch's switch for convolutions."""
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return False
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]

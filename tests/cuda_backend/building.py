@@ -64,12 +64,12 @@ def run(command: Sequence[object]) -> str:
 
 
 def headers() -> list[Path]:
-    return sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h"), *RUNNER.glob("*.h")])
+    return sorted([CSRC / "problem.h", *(CSRC / "cuda").glob("*.*h"), *RUNNER.glob("*.h")])
 
 
 def compile_object(source: Path, flags: Sequence[str]) -> Path:
     command = [COMPILER, *FLAGS, f"-isystem{toolkit() / 'include'}", *flags, "-x", "c++", "-c"]
-    parts = [*command, source, *headers()]
+    parts = [*command, source, *headers(), *sorted(CSRC.glob("*.h") if source.parent == CSRC else [])]
     return cached(".o", parts, lambda made: run([*command, source, "-o", made]))
 
 
@@ -79,14 +79,18 @@ def build(
     runner_flags: Sequence[str] = (),
     link_flags: Sequence[str] = ("-shared",),
     main: Sequence[str] = (),
+    others: Sequence[tuple[Path, Sequence[str]]] = (),
 ) -> Path:
-    """A library of kernels and the runner, or a program with ``main``; objects are compiled ``JOBS`` at a time.
+    """A library of kernels, the runner and ``others`` with flags of their own, or a program with ``main``.
+
+    Objects are compiled ``JOBS`` at a time.
 
     Only the kernels get ``kernel_flags``: the runner calls no memset or memcpy that a sanitizer would see.
     """
     quiet = ["-O2", "-fno-tree-loop-distribute-patterns", *runner_flags]
     parts = [RUNNER / name for name in ("scheduler.cpp", "collectives.cpp", "tensor_core.cpp", "shim.cpp", *main)]
     work = [(source, kernel_flags) for source in sources] + [(part, quiet) for part in parts]
+    work += others
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda item: compile_object(*item), work))
     command = [COMPILER, *link_flags, *objects]

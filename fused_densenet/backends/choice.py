@@ -1,0 +1,114 @@
+"""Which backend runs a primitive where the ``cuda`` backend was chosen: a table that measurements change.
+
+A row is a class of calls: the primitive, the convolution's kernel, and whether the image has few pixels or many. It
+names backends in the order of preference; the first that can run is taken.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from . import eager, triton
+
+
+class ShapeClass(NamedTuple):
+    """``kernel`` is one of :data:`KERNELS` ("" for a primitive that has none), ``pixels`` one of :data:`PIXELS`."""
+
+    primitive: str
+    kernel: str
+    pixels: str
+
+
+FEW = 2**14
+"""Pixels of the batch below which an image counts as "few": too few tiles for a large GPU."""
+
+PIXELS = ("few", "many")
+KERNELS = {
+    "place": ("",),
+    "place_backward": ("",),
+    "norm_relu_conv": ("1x1", "pooled 1x1", "3", "other"),
+    "norm_relu_conv_backward": ("1x1", "pooled 1x1", "3", "other"),
+}
+
+
+def able(primitive: str, kernel: str) -> tuple[str, ...]:
+    """The backends that have kernels for a class: those for CUDA do not go back through pooling."""
+    pooled_backward = (primitive, kernel) == ("norm_relu_conv_backward", "pooled 1x1")
+    return ("triton", "eager") if pooled_backward else ("cuda", "triton", "eager")
+
+
+TABLE: dict[ShapeClass, tuple[str, ...]] = {
+    ShapeClass(primitive, kernel, pixels): able(primitive, kernel)
+    for primitive, kernels in KERNELS.items()
+    for kernel in kernels
+    for pixels in PIXELS
+}
+"""The order of preference of every class."""
+
+
+@contextlib.contextmanager
+def preferring(rows: Mapping[ShapeClass, tuple[str, ...]]) -> Iterator[None]:
+    """Other rows of :data:`TABLE` for as long as the context lasts, for all threads.
+
+    Raises:
+        ValueError: there is no such class or backend, or the backend named has no kernels for the class.
+    """
+    for shape_class, names in rows.items():
+        if shape_class not in TABLE:
+            raise ValueError(f"rows: expected classes of choice.TABLE, got {shape_class}")
+        allowed = able(shape_class.primitive, shape_class.kernel)
+        if not names or not set(names) <= set(allowed):
+            raise ValueError(f"rows: expected one or more of {', '.join(allowed)} for {shape_class}, got {names}")
+    before = dict(TABLE)
+    TABLE.update(rows)
+    backend.cache_clear()
+    try:
+        yield
+    finally:
+        TABLE.update(before)
+        backend.cache_clear()
+
+
+def classify(
+    primitive: str, image: tuple[int, ...], weight: tuple[int, ...] = (), result: tuple[int, ...] = ()
+) -> ShapeClass:
+    """The class of a call, by the shapes of the contract: ``x`` (or the image placed), ``weight``, ``out`` (or grad)."""
+    pixels = PIXELS[image[0] * image[1] * image[2] * image[3] >= FEW]
+    if not weight:
+        return ShapeClass(primitive, "", pixels)
+    sizes = set(weight[2:])
+    if sizes == {1}:
+        return ShapeClass(primitive, "1x1" if image[:4] == result[:4] else "pooled 1x1", pixels)
+    return ShapeClass(primitive, "3" if sizes <= {1, 3} else "other", pixels)
+
+
+@functools.lru_cache(maxsize=4096)
+def backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    primitive: str,
+    image: tuple[int, ...],
+    weight: tuple[int, ...] = (),
+    result: tuple[int, ...] = (),
+) -> str:
+    """The name of the backend that runs a call on ``device``, for which ``cuda`` was chosen."""
+    names = TABLE[classify(primitive, image, weight, result)]
+    others = {"triton": triton, "eager": eager}
+    return next((n for n in names if n == "cuda" or others[n].unavailable(device, dtype) is None), "eager")
+
+
+def report() -> list[str]:
+    """The table as lines, rows that agree for few and many pixels together."""
+    lines = []
+    for primitive, kernels in KERNELS.items():
+        for kernel in kernels:
+            rows = {pixels: ", ".join(TABLE[ShapeClass(primitive, kernel, pixels)]) for pixels in PIXELS}
+            label = f"{primitive} {kernel}".rstrip()
+            if rows["few"] == rows["many"]:
+                lines.append(f"{label}: {rows['few']}")
+            else:
+                lines += [f"{label}, {pixels} pixels: {names}" for pixels, names in rows.items()]
+    return lines

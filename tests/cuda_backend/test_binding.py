@@ -1,0 +1,250 @@
+"""The operators of csrc/cuda_binding.cpp, called through torch.ops over the kernels that the runner executes."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import binding
+import building
+import pytest
+import torch
+from blocks import bimodal, keep_clear_of_zero, step
+from emulated import Emulated
+from primitives import Shape, affine, loaded_gradient, make_weight, source
+from tolerances import assert_no_worse, assert_same
+from torch import Tensor
+
+from fused_densenet import FusedDenseBlock, reference, use_backend
+from fused_densenet.backends import choice, cuda
+from fused_densenet.backends.choice import ShapeClass
+from fused_densenet.backends.contract import Gradient, Norm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [
+    (Shape((2, 1, 5, 7), 24, 16, (1, 1, 1)), "contiguous"),
+    (Shape((1, 1, 9, 6), 16, 12, (1, 3, 3)), "channels_last"),
+    (Shape((2, 1, 1, 11), 7, 5, (1, 1, 3)), "strided"),
+    (Shape((1, 3, 4, 5), 8, 4, (3, 3, 3)), "contiguous"),
+]
+
+
+@pytest.fixture(scope="module")
+def operators() -> Any:
+    return binding.load("fused_densenet_emulated", building.kernels())
+
+
+@pytest.fixture
+def backend(operators: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The backend ``cuda`` serving CPU tensors, float32 products in float32."""
+    monkeypatch.setattr(cuda, "_operators", operators)
+    monkeypatch.setattr(cuda, "unavailable", lambda device, dtype: None)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    with use_backend("cuda"):
+        yield cuda
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def forward(backend: Any, x: Tensor, norm: Norm, weight: Tensor, channels: int) -> list[Tensor]:
+    out = torch.full((*x.shape[:4], channels), float("nan"), dtype=x.dtype)
+    mean, var = torch.empty(2, channels)
+    backend.norm_relu_conv(x, norm, weight, out, mean, var)
+    return [out, mean, var]
+
+
+def backward(backend: Any, grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, accumulate: bool) -> list[Tensor]:
+    dx = torch.ones_like(x) if accumulate else torch.full_like(x, float("nan"))
+    dweight = torch.full_like(weight, float("nan"))
+    sums = torch.empty(2, x.shape[4])
+    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, sums[0], sums[1])
+    return [dx, dweight, sums]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
+def test_the_operators_are_the_kernels(backend: Any, shape: Shape, layout: str, dtype: torch.dtype) -> None:
+    """The same bits as the kernels give when they are called directly, which other tests check."""
+    norm = affine(shape.channels, dtype)
+    x = source(torch.randn(*shape.pixels, shape.channels).to(dtype), 8, 1)
+    weight = make_weight(shape, torch.float32 if layout == "contiguous" else dtype, layout)
+    grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
+    direct = Emulated()
+    results = []
+    for each in (backend, direct):
+        placed, mean, var = torch.empty_like(x), *torch.empty(2, shape.channels)
+        each.place(x, placed, mean, var)
+        loaded = torch.empty_like(grad.stored)
+        each.place_backward(grad, loaded)
+        result = [placed, mean, var, loaded, *forward(each, x, norm, weight, shape.out_channels)]
+        for accumulate in (False, True):
+            result += backward(each, grad, x, norm, weight, accumulate)
+        results.append(result)
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(ours, theirs), f"result {i}"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_float32_follows_torchs_switch(backend: Any, precision: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = precision
+    shape, _ = CASES[0]
+    x, norm = torch.randn(*shape.pixels, shape.channels), affine(shape.channels, torch.float32)
+    weight = make_weight(shape, torch.float32, "contiguous")
+    ours, *_ = forward(backend, x, norm, weight, shape.out_channels)
+    for tf32 in (False, True):
+        theirs, *_ = forward(Emulated(tf32=tf32), x, norm, weight, shape.out_channels)
+        assert torch.equal(ours, theirs) == (tf32 == (precision == "tf32"))
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("size", [(2, 16, 2, 8), (2, 10, None, 6)], ids=str)
+def test_a_block_against_the_reference(
+    backend: Any, size: tuple[int, int, int | None, int], memory_efficient: bool
+) -> None:
+    x = bimodal(2, size[1], 4, 5)
+    theirs = reference.DenseBlock(*size)
+    keep_clear_of_zero(theirs, x)
+    ours = FusedDenseBlock(*size, memory_efficient=memory_efficient)
+    ours.load_state_dict(theirs.state_dict())
+    actual = step(ours, x)
+    assert_same(actual, step(theirs.double(), x.double()), "float32 whole block")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_block_in_16_bits(backend: Any, dtype: torch.dtype) -> None:
+    """float32 weights beside 16-bit data; errors no worse than operator by operator."""
+    size = (2, 16, 2, 8)
+    x = bimodal(2, size[1], 6, 7)
+    theirs = reference.DenseBlock(*size)
+    keep_clear_of_zero(theirs, x)
+    ours = FusedDenseBlock(*size)
+    ours.load_state_dict(theirs.state_dict())
+    mine, eager = step(ours, x.to(dtype), autocast=dtype), step(theirs, x.to(dtype), autocast=dtype)
+    assert mine["output"].dtype == dtype
+    assert_no_worse(mine, eager, step(theirs.double(), x.to(dtype).double()))
+
+
+def good() -> dict[str, Any]:
+    """Arguments of the backward operator, which has those of the others too."""
+    vectors = {name: torch.ones(4) for name in ("grad_scale", "slope", "grad_mean", "offset")}
+    images = {name: torch.ones(2, 1, 3, 5, 4) for name in ("stored", "value")}
+    norm = {name: torch.ones(6) for name in ("mean", "scale", "shift", "sum_dz", "sum_dz_centered")}
+    weights = {name: torch.ones(4, 6, 1, 3, 3) for name in ("weight", "dweight")}
+    x = {name: torch.ones(2, 1, 3, 5, 6) for name in ("x", "dx")}
+    return {**vectors, **images, **norm, **weights, **x, "accumulate": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("x", torch.ones(2, 1, 3, 5, 6, dtype=torch.float64), "expected float32, bfloat16 or float16, got Double"),
+        ("x", torch.ones(2, 1, 3, 5, 6, dtype=torch.int64), "expected float32, float64, bfloat16 or float16, got Long"),
+        ("x", torch.ones(2, 3, 5, 6), "expected 5 dimensions"),
+        ("value", torch.ones(2, 1, 3, 5, 4, dtype=torch.bfloat16), "expected dtype Float, got BFloat16"),
+        ("stored", torch.ones(2, 1, 3, 5, 3), "expected 4 channels, got 3"),
+        ("dx", torch.ones(2, 1, 3, 5, 12)[..., ::2], "expected channel stride 1, got 2"),
+        ("weight", torch.ones(4, 6, 1, 2, 3), "expected odd kernel sizes"),
+        ("dweight", torch.ones(4, 6, 1, 1, 3), "expected shape"),
+        ("mean", torch.ones(5), "expected 6 entries, got shape"),
+    ],
+)
+def test_a_bad_argument_is_named(operators: Any, name: str, value: Tensor, said: str) -> None:
+    operators.norm_relu_conv_backward(**good())
+    arguments = {**good(), name: value}
+    before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
+    with pytest.raises(ValueError, match=f"{name}: .*{said}"):
+        operators.norm_relu_conv_backward(**arguments)
+    for key in ("dx", "sum_dz", "sum_dz_centered"):
+        assert torch.equal(arguments[key], before[key]), f"{key} was written"
+
+
+def test_a_launch_that_fails_is_an_exception() -> None:
+    absent = binding.load("fused_densenet_absent", [])
+    x = torch.ones(1, 1, 2, 2, 8)
+    with pytest.raises(RuntimeError, match="fused_densenet: CUDA error 801"):
+        absent.place(x, torch.empty_like(x), None, None)
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    absent = binding.load("fused_densenet_absent", [])
+    x = torch.ones(0, 1, 2, 2, 8)
+    absent.place(x, torch.empty_like(x), None, None)
+
+
+def test_opcheck(operators: Any) -> None:
+    arguments = good()
+    x, stored, out = arguments["x"], arguments["stored"], torch.empty(2, 1, 3, 5, 4)
+    gradient = {key: arguments[f"grad_{key}" if key in ("scale", "mean") else key] for key in Gradient._fields}
+    calls = {
+        "place": ((x, torch.empty_like(x), torch.empty(6), torch.empty(6)), {}),
+        "place_backward": ((), {**gradient, "out": torch.empty_like(stored)}),
+        "norm_relu_conv": ((x, *(arguments[key] for key in Norm._fields), arguments["weight"], out, None, None), {}),
+        "norm_relu_conv_backward": ((), arguments),
+    }
+    for name, (positional, named) in calls.items():
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(operators, name).default, positional, named, test_utils=tests)
+
+
+COST = """
+import timeit, sys, torch
+sys.path[:0] = {path!r}
+import binding, building
+from fused_densenet.backends import cuda
+from fused_densenet.backends.contract import Gradient, Norm
+cuda._operators = binding.load("fused_densenet_empty", [building.HERE / "examples/empty_kernels.cu"])
+x, dx = torch.ones(2, 1, 7, 7, 64), torch.ones(2, 1, 7, 7, 64)
+out, w = torch.ones(2, 1, 7, 7, 32), torch.ones(32, 64, 1, 3, 3)
+norm, sums, v = Norm(*torch.ones(3, 64)), torch.ones(2, 64), list(torch.ones(4, 32))
+grad = Gradient(out, out.clone(), *v)
+calls = dict(
+    place=lambda: cuda.place(x, dx, sums[0], sums[1]),
+    place_backward=lambda: cuda.place_backward(grad, out),
+    norm_relu_conv=lambda: cuda.norm_relu_conv(x, norm, w, out, v[0], v[1]),
+    norm_relu_conv_backward=lambda: cuda.norm_relu_conv_backward(grad, x, norm, w, dx, True, w, sums[0], sums[1]),
+)
+with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+    for name, call in calls.items():
+        print(name, 1e6 * min(timeit.repeat(call, number=500, repeat=30)) / 500)
+"""
+
+
+def test_what_a_call_costs_on_the_host() -> None:
+    """Python, the operator, checks, workspace: with launches that do nothing. The bound holds on a loaded machine."""
+    script = COST.format(path=[str(building.HERE), str(building.HERE.parent)])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    costs = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    print("microseconds per call on the host:", costs)
+    assert len(costs) == 4
+    assert max(costs.values()) < 100
+
+
+class Recorder:
+    """A backend that notes which primitives it ran, and runs them by ``to``."""
+
+    def __init__(self, to: Any) -> None:
+        self._to = to
+        self.ran: list[str] = []
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        self.ran.append(name)
+        return getattr(self._to, name)
+
+
+def test_one_primitive_of_a_block_on_another_backend(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = bimodal(2, 16, 4, 5)
+    theirs = reference.DenseBlock(2, 16, 2, 8)
+    keep_clear_of_zero(theirs, x)
+    ours = FusedDenseBlock(2, 16, 2, 8)
+    ours.load_state_dict(theirs.state_dict())
+    other = Recorder(cuda._OTHERS["eager"])
+    monkeypatch.setitem(cuda._OTHERS, "triton", other)
+    monkeypatch.setattr(choice, "triton", other)
+    with choice.preferring({ShapeClass("norm_relu_conv_backward", "3", "few"): ("triton", "cuda")}):
+        actual = step(ours, x)
+    assert_same(actual, step(theirs.double(), x.double()), "float32 whole block")
+    assert other.ran == ["norm_relu_conv_backward"] * 2

@@ -2,7 +2,6 @@
 
 import cases
 import torch
-from building import CSRC
 from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
 from emulated import Emulated, Executor
 
@@ -20,14 +19,10 @@ CASES = [
     Case(VOLUME, 24, 12, CUBE),
     Case((2, 1, 1, 1), 17, 5, SQUARE),
 ]
-if not (CSRC / "cuda" / "conv3_forward.cu").exists():
-    CASES = [case for case in CASES if case.kernel == ONE]
 
 
 def run(case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int = 4) -> None:
     """The case's forward and backward primitive against float64."""
     dtype, tf32, rounding = ARITHMETIC[arithmetic]
     backend = Emulated(executor, tf32=tf32, multiprocessors=multiprocessors)
-    complete = case.kernel == ONE and (CSRC / "cuda" / "conv1x1_backward.cu").exists()
-    complete |= case.kernel != ONE and (CSRC / "cuda" / "conv3_backward.cu").exists()
-    (cases.run_case if complete else cases.run_forward)(case, dtype, rounding=rounding, backend=backend)
+    cases.run_case(case, dtype, rounding=rounding, backend=backend)

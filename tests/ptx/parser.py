@@ -127,7 +127,7 @@ class Kernel:
                 expanded = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]
                 self.registers.update(dict.fromkeys(expanded, bits))
         elif not statement.startswith("."):
-            self.instructions.append(_instruction(statement, line))
+            self.instructions.append(_instruction(statement, line, self.registers))
 
 
 def _round_up(size: int, align: int) -> int:
@@ -162,7 +162,7 @@ def _statements(body: str, line: int) -> list[tuple[str, int]]:
     return [(statement, number) for statement, number in statements if statement]
 
 
-def _instruction(statement: str, line: int) -> Instruction:
+def _instruction(statement: str, line: int, registers: dict[str, int]) -> Instruction:
     rest, predicate, negated = statement, None, False
     if rest[0] == "@":
         guard, rest = rest[1:].split(None, 1)
@@ -170,24 +170,24 @@ def _instruction(statement: str, line: int) -> Instruction:
     name, _, arguments = rest.partition(" ")
     op, *modifiers = name.split(".")
     modifiers = [m.strip(":") for m in modifiers]
-    operands = [_operand(t) for t in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", arguments)]
+    operands = [_operand(t, registers) for t in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", arguments)]
     return Instruction(op, tuple(modifiers), operands, predicate, negated, statement, line)
 
 
-def _operand(text: str) -> Operand:
+def _operand(text: str, registers: dict[str, int]) -> Operand:
     text = text.strip()
     if text[0] == "{":
-        return Vector(tuple(_operand(t) for t in text[1:-1].split(",")))
+        return Vector(tuple(_operand(t, registers) for t in text[1:-1].split(",")))
     if text[0] == "[":
         parts = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
         if parts is None:
             raise PtxError(f"address {text}")
         return Address(parts[1], int(parts[2] or 0))
     if "|" in text:
-        return Vector(tuple(_operand(t) for t in text.split("|")))
+        return Vector(tuple(_operand(t, registers) for t in text.split("|")))
     if text == "_":
         return Sink()
-    if text[0] == "%":
+    if text[0] == "%" or text in registers:  # inline assembly declares registers of any name
         return Register(text)
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
         return Immediate(int(text[2:], 16))

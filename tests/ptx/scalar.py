@@ -268,7 +268,7 @@ def _registers(operand: Operand) -> list[Operand]:
 
 @instruction("ld")
 def _load(machine: Machine, it: Instruction, active: np.ndarray) -> None:
-    _, size = _type(it.kind)
+    kind, size = _type(it.kind)
     targets = _registers(it.operands[0])
     lanes = np.flatnonzero(active)
     width = size // 8 * len(targets)
@@ -282,9 +282,10 @@ def _load(machine: Machine, it: Instruction, active: np.ndarray) -> None:
         data = machine.local[lanes[:, None], addresses[:, None] + np.arange(width)]
     else:
         data = machine.memory.load(addresses, width, machine.block[lanes])
-    values = np.ascontiguousarray(data).view(UNSIGNED[size]).reshape(lanes.size, len(targets))
+    number = SIGNED[size] if kind == "s" else UNSIGNED[size]  # a wider register is filled with the sign
+    values = np.ascontiguousarray(data).view(number).reshape(lanes.size, len(targets))
     for i, target in enumerate(targets):
-        full = np.zeros(machine.lanes, UNSIGNED[size])
+        full = np.zeros(machine.lanes, number)
         full[lanes] = values[:, i]
         machine.put(target, full, active)
 

@@ -2,14 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_densenet
 from fused_densenet import reference
-from fused_densenet.models import Network
+from fused_densenet.models import Network, cifar_arguments
 
 
 class Published(NamedTuple):
@@ -72,19 +72,6 @@ def _imagenet(name: str) -> Callable[[], nn.Module]:
 
 def _cifar(depth: int, growth_rate: int, bottleneck: bool) -> Callable[[], nn.Module]:
     return lambda: reference.DenseNet(**cifar_arguments(depth, growth_rate, bottleneck))
-
-
-def cifar_arguments(depth: int, growth_rate: int, bottleneck: bool) -> dict[str, Any]:
-    """DenseNet (16 initial maps, no compression) and DenseNet-BC (2k, 0.5) of arXiv 1608.06993, section 4.2."""
-    return {
-        "growth_rate": growth_rate,
-        "block_config": ((depth - 4) // (6 if bottleneck else 3),) * 3,
-        "num_init_features": 2 * growth_rate if bottleneck else 16,
-        "bn_size": 4 if bottleneck else None,
-        "compression": 0.5 if bottleneck else 1.0,
-        "num_classes": 10,
-        "small_inputs": True,
-    }
 
 
 PUBLISHED: dict[str, Published] = {

@@ -10,7 +10,16 @@ from .explanation import explain
 from .fallback import FallbackError, FallbackWarning, strict
 from .functional import dense_block
 from .fusing import fuse, unfuse
-from .models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
+from .models import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+    densenet_bc,
+    densenet_cifar,
+)
 from .modules import FusedDenseBlock, FusedDenseLayer
 from .transition import FusedTransition
 
@@ -35,6 +44,8 @@ __all__ = [
     "densenet169",
     "densenet201",
     "densenet264",
+    "densenet_bc",
+    "densenet_cifar",
     "explain",
     "fuse",
     "reference",

@@ -7,8 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts
 from .modules import CONV, NORM, FusedDenseBlock
 from .transition import FusedTransition
+from .weights import Weights, load_weights
 
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
@@ -105,26 +107,78 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def densenet121(**arguments: Any) -> DenseNet:
-    """DenseNet-121 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s."""
-    return DenseNet(**CONFIGURATIONS["121"] | arguments)
+def densenet121(*, weights: Weights = None, progress: bool = True, **arguments: Any) -> DenseNet:
+    """DenseNet-121 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s, others as :func:`load_weights`'s."""
+    return _build("121", weights, progress, arguments)
 
 
-def densenet161(**arguments: Any) -> DenseNet:
-    """DenseNet-161 (k=48), as torchvision has it; ``arguments`` as :class:`DenseNet`'s."""
-    return DenseNet(**CONFIGURATIONS["161"] | arguments)
+def densenet161(*, weights: Weights = None, progress: bool = True, **arguments: Any) -> DenseNet:
+    """DenseNet-161 (k=48), as torchvision has it; arguments as :func:`densenet121`'s."""
+    return _build("161", weights, progress, arguments)
 
 
-def densenet169(**arguments: Any) -> DenseNet:
-    """DenseNet-169 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s."""
-    return DenseNet(**CONFIGURATIONS["169"] | arguments)
+def densenet169(*, weights: Weights = None, progress: bool = True, **arguments: Any) -> DenseNet:
+    """DenseNet-169 of arXiv 1608.06993, table 1; arguments as :func:`densenet121`'s."""
+    return _build("169", weights, progress, arguments)
 
 
-def densenet201(**arguments: Any) -> DenseNet:
-    """DenseNet-201 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s."""
-    return DenseNet(**CONFIGURATIONS["201"] | arguments)
+def densenet201(*, weights: Weights = None, progress: bool = True, **arguments: Any) -> DenseNet:
+    """DenseNet-201 of arXiv 1608.06993, table 1; arguments as :func:`densenet121`'s."""
+    return _build("201", weights, progress, arguments)
 
 
-def densenet264(**arguments: Any) -> DenseNet:
-    """DenseNet-264 of arXiv 1608.06993, table 1 (k=32); ``arguments`` as :class:`DenseNet`'s."""
-    return DenseNet(**CONFIGURATIONS["264"] | arguments)
+def densenet264(*, weights: Weights = None, progress: bool = True, **arguments: Any) -> DenseNet:
+    """DenseNet-264 of arXiv 1608.06993, table 1 (k=32); arguments as :func:`densenet121`'s."""
+    return _build("264", weights, progress, arguments)
+
+
+def densenet_cifar(depth: int, growth_rate: int, **arguments: Any) -> DenseNet:
+    """DenseNet for 32x32 images (arXiv 1608.06993, section 3): (40, 12), (100, 12) and (100, 24) in table 2.
+
+    Three blocks of ``(depth - 4) / 3`` layers without bottleneck, 16 channels from the stem, no compression, 10 classes.
+
+    Raises:
+        ValueError: ``depth`` is not 4 and a multiple of 3.
+    """
+    return DenseNet(**cifar_arguments(depth, growth_rate, bottleneck=False) | arguments)
+
+
+def densenet_bc(depth: int, growth_rate: int, **arguments: Any) -> DenseNet:
+    """DenseNet-BC for 32x32 images (arXiv 1608.06993, section 3): (100, 12), (250, 24) and (190, 40) in table 2.
+
+    Three blocks of ``(depth - 4) / 6`` bottleneck layers, ``2 * growth_rate`` channels from the stem, compression 0.5,
+    10 classes.
+
+    Raises:
+        ValueError: ``depth`` is not 4 and a multiple of 6.
+    """
+    return DenseNet(**cifar_arguments(depth, growth_rate, bottleneck=True) | arguments)
+
+
+def cifar_arguments(depth: int, growth_rate: int, bottleneck: bool) -> dict[str, Any]:
+    """What :func:`densenet_bc` or :func:`densenet_cifar` give to :class:`DenseNet`."""
+    check_counts({"depth": depth, "growth_rate": growth_rate})
+    per_layer = 6 if bottleneck else 3
+    if depth <= 4 or (depth - 4) % per_layer:
+        raise ValueError(f"depth: expected 4 and a multiple of {per_layer}, got {depth}")
+    return {
+        "growth_rate": growth_rate,
+        "block_config": ((depth - 4) // per_layer,) * 3,
+        "num_init_features": 2 * growth_rate if bottleneck else 16,
+        "bn_size": 4 if bottleneck else None,
+        "compression": 0.5 if bottleneck else 1.0,
+        "num_classes": 10,
+        "small_inputs": True,
+    }
+
+
+def _build(name: str, weights: Weights, progress: bool, arguments: dict[str, Any]) -> DenseNet:
+    if weights is None:
+        return DenseNet(**CONFIGURATIONS[name] | arguments)
+    state = load_weights(weights, f"DenseNet{name}_Weights", progress)
+    classes = state["classifier.weight"].shape[0]
+    if arguments.setdefault("num_classes", classes) != classes:
+        raise ValueError(f"num_classes: expected {classes}, as the weights have, got {arguments['num_classes']}")
+    network = DenseNet(**CONFIGURATIONS[name] | arguments)
+    network.load_state_dict(state)
+    return network

@@ -10,11 +10,14 @@ from tolerances import assert_entries
 from torch import Tensor
 
 from fused_densenet.backends import triton
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, pooled
 
 
 class Case(NamedTuple):
-    """A norm-relu-conv of ``x`` (N, D, H, W, C) with ``K`` outputs; ``accumulate`` and ``weight`` are backward's."""
+    """A norm-relu-conv of ``x`` (N, D, H, W, C) with ``K`` outputs; ``accumulate`` and ``weight`` are backward's.
+
+    ``weights`` is the dtype of the weight, None for that of the data.
+    """
 
     pixels: tuple[int, int, int, int]
     C: int
@@ -22,10 +25,17 @@ class Case(NamedTuple):
     kernel: tuple[int, int, int]
     accumulate: bool = True
     weight: bool = True
+    pool: bool = False
+    weights: torch.dtype | None = torch.float32
+
+    @property
+    def out_pixels(self) -> tuple[int, ...]:
+        return (self.pixels[0], *pooled(self.pixels[1:])) if self.pool else self.pixels
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.pixels))
-        return f"{size}-C{self.C}-K{self.K}-{'x'.join(map(str, self.kernel))}{'' if self.accumulate else '-stored'}"
+        words = ["" if self.accumulate else "-stored", "-pooled" * self.pool, "-narrow" * (self.weights is None)]
+        return f"{size}-C{self.C}-K{self.K}-{'x'.join(map(str, self.kernel))}{''.join(words)}"
 
 
 LINE, IMAGE, VOLUME = (
@@ -46,6 +56,16 @@ CASES = [
     Case(IMAGE, 36, 12, SQUARE),
     Case((2, 1, 1, 1), 17, 5, SQUARE),
     Case((5, 1, 3, 2), 70, 33, (1, 5, 1), weight=False),
+]
+POOLED = [
+    Case((2, 1, 9, 22), 36, 24, ONE, accumulate=False, pool=True),
+    Case(LINE, 70, 33, ONE, pool=True, weights=None),
+    Case((2, 3, 5, 4), 24, 300, ONE, accumulate=False, pool=True),
+    Case((1, 1, 4, 6), 17, 260, ONE, pool=True, weight=False),
+]
+NARROW_WEIGHTS = [
+    Case(LINE, 36, 48, ONE, weights=None),
+    Case(IMAGE, 48, 12, SQUARE, accumulate=False, weights=None),
 ]
 
 
@@ -70,18 +90,18 @@ def run_forward(
     rounding = rounding or dtype
     draw = _Draw(device, torch.Generator().manual_seed(case.C + case.K))
     norm = Norm(draw(case.C), draw.positive(case.C), 0.3 * draw(case.C))
-    buffer = draw(*case.pixels, case.C + case.K + 3).to(dtype)
-    x, out = buffer[..., : case.C], buffer[..., case.C : case.C + case.K]
+    buffer, outputs = _buffers(case, draw, dtype)
+    x, out = buffer[..., : case.C], outputs[..., case.C : case.C + case.K]
     _keep_clear_of_zero(x, norm)
     fan_in = case.C * case.kernel[0] * case.kernel[1] * case.kernel[2]
-    weight = draw(case.K, case.C, *case.kernel) / fan_in**0.5
-    before = buffer.clone()
+    weight = (draw(case.K, case.C, *case.kernel) / fan_in**0.5).to(case.weights or dtype)
+    before = buffer.clone(), outputs.clone()
     out.fill_(torch.nan)
     mean, var = draw.nothing(case.K), draw.nothing(case.K)
     backend.norm_relu_conv(x, norm, weight, out, mean, var)
     _compare_forward(case, x, norm, weight, out, mean, var, rounding)
-    _assert_bits(buffer[..., case.C + case.K :], before[..., case.C + case.K :], "channels behind the output")
-    _assert_bits(x, before[..., : case.C], "the input")
+    _assert_bits(outputs[..., case.C + case.K :], before[1][..., case.C + case.K :], "channels behind the output")
+    _assert_bits(x, before[0][..., : case.C], "the input")
     return _Inputs(draw, x, norm, weight, out, mean, rounding)
 
 
@@ -90,8 +110,8 @@ def run_case(
 ) -> None:
     """:func:`run_forward`, then the backward primitive with the output as its gradient's value."""
     draw, x, norm, weight, out, mean, rounding = run_forward(case, dtype, device, rounding, backend)
-    gradients = draw(*case.pixels, case.C + case.K + 3).to(dtype)
-    stored = gradients[..., case.C : case.C + case.K]
+    gradients, stored_gradients = _buffers(case, draw, dtype)
+    stored = stored_gradients[..., case.C : case.C + case.K]
     grad = Gradient(stored, out, draw.positive(case.K), 0.1 * draw(case.K), mean, 0.1 * draw(case.K))
     before = gradients.clone()
     dx = gradients[..., : case.C]
@@ -104,6 +124,12 @@ def run_case(
         case, grad, x, norm, weight, before[..., : case.C], dx, dweight, sum_dz, sum_dz_centered, rounding
     )
     _assert_bits(gradients[..., case.C :], before[..., case.C :], "gradients of other channels")
+
+
+def _buffers(case: Case, draw: "_Draw", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the input and of the output, one and the same unless the output's images are smaller."""
+    buffer = draw(*case.pixels, case.C + case.K + 3).to(dtype)
+    return buffer, draw(*case.out_pixels, case.C + case.K + 3).to(dtype) if case.pool else buffer
 
 
 @contextlib.contextmanager
@@ -153,10 +179,9 @@ def _activation(x: Tensor, norm: Norm) -> Tensor:
 def _compare_forward(
     case: Case, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor, var: Tensor, dtype: torch.dtype
 ) -> None:
-    padding = [size // 2 for size in case.kernel]
     a = _activation(x, norm)
-    exact = _last(F.conv3d(_first(a), weight.double(), padding=padding))
-    magnitude = _last(F.conv3d(_first(a), weight.double().abs(), padding=padding))
+    exact = _last(_convolve(case, _first(a), weight.double()))
+    magnitude = _last(_convolve(case, _first(a), weight.double().abs()))
     assert_entries(out, exact, magnitude, dtype, "output")
     stored = out.double().reshape(-1, case.K)
     exact_var, exact_mean = torch.var_mean(stored, 0, correction=0)
@@ -177,13 +202,12 @@ def _compare_backward(
     sum_dz_centered: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    padding = [size // 2 for size in case.kernel]
     stored, value, scale, slope, mean, offset = (t.double() for t in grad)
     g = scale * stored + (slope * (value - mean) + offset)
     g_size = (scale * stored).abs() + (slope * (value - mean)).abs() + offset.abs()
     a, centred = _activation(x, norm), x.double() - norm.mean.double()
-    da, dw = _convolution_backward(_first(g), _first(a), weight.double(), padding)
-    da_size, dw_size = _convolution_backward(_first(g_size), _first(a), weight.double().abs(), padding)
+    da, dw = _convolution_backward(case, _first(g), _first(a), weight.double())
+    da_size, dw_size = _convolution_backward(case, _first(g_size), _first(a), weight.double().abs())
     dz, dz_size = da.masked_fill(a <= 0, 0), da_size.masked_fill(a <= 0, 0)
     if case.accumulate:
         s = norm.scale.double()
@@ -198,9 +222,14 @@ def _compare_backward(
     assert_entries(sum_dz_centered, exact, size, dtype, "sum of dz (x - mean)")
 
 
-def _convolution_backward(g: Tensor, a: Tensor, weight: Tensor, padding: list[int]) -> tuple[Tensor, Tensor]:
+def _convolve(case: Case, a: Tensor, weight: Tensor) -> Tensor:
+    out = F.conv3d(a, weight, padding=[size // 2 for size in case.kernel])
+    return F.avg_pool3d(out, [min(size, 2) for size in out.shape[2:]]) if case.pool else out
+
+
+def _convolution_backward(case: Case, g: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     a, weight = a.detach().requires_grad_(), weight.detach().requires_grad_()
-    da, dw = torch.autograd.grad(F.conv3d(a, weight, padding=padding), (a, weight), g)
+    da, dw = torch.autograd.grad(_convolve(case, a, weight), (a, weight), g)
     return _last(da), dw
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -46,6 +47,23 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each backend of the CPU."""
     with use_backend(request.param):
         yield request.param
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes, which share the cores
+        torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["sections"] = dict(report.sections)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What the tests of a process measured goes to the one that prints."""
+    for title, lines in getattr(node, "workeroutput", {}).get("sections", {}).items():
+        report.sections[title] += lines
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,3 +12,4 @@ DenseBlock = _densenet._DenseBlock
 DenseNet = _densenet.DenseNet
 Transition = _densenet._Transition
 densenet121 = _densenet.densenet121
+DenseNet121_Weights = _densenet.DenseNet121_Weights

@@ -1,9 +1,10 @@
 """Every launch that the primitives can make: each kernel with each tile that tuning may choose for a family of GPUs."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -12,8 +13,9 @@ from cases import float32_products
 from fused_densenet.backends import triton as backend
 from fused_densenet.backends.contract import Gradient, Norm
 from fused_densenet.backends.triton import launch, plans, tuning
-from fused_densenet.backends.triton.launch import Kernel
-from fused_densenet.backends.triton.tuning import ShapeClass, Tile
+from fused_densenet.backends.triton.launch import Launch
+from fused_densenet.backends.triton.tiles_on_disk import Tile
+from fused_densenet.backends.triton.tuning import ShapeClass
 
 MATRIX_KERNELS = ("norm_relu_conv", "backward_pointwise", "backward_data", "backward_weight")
 KS = (16, 32, 64, 128, 256)
@@ -27,29 +29,30 @@ DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 
 @dataclass
-class Launch:
-    """One launch: what was asked for in words, the kernel and its arguments."""
+class Recorded:
+    """One launch: what was asked for in words, the launch and its arguments."""
 
     name: str
-    kernel: Kernel
+    launch: Launch
     arguments: tuple[Any, ...]
 
 
 @contextmanager
-def recording() -> Iterator[list[tuple[Kernel, tuple[Any, ...]]]]:
+def recording() -> Iterator[list[tuple[Launch, tuple[Any, ...]]]]:
     """Inside the context the primitives launch nothing; what they would have is collected."""
-    launches: list[tuple[Kernel, tuple[Any, ...]]] = []
-    with mock.patch.object(launch, "execute", lambda kernel, grid, arguments: launches.append((kernel, arguments))):
+    launches: list[tuple[Launch, tuple[Any, ...]]] = []
+    with mock.patch.object(launch, "execute", lambda it, tensors: launches.append((it, (*tensors, *it.numbers)))):
         yield launches
 
 
 @contextmanager
-def tile_in_use(family: str, shape: ShapeClass, tile: Tile) -> Iterator[None]:
+def tile_in_use(family: str, tile: Tile | None) -> Iterator[None]:
+    """As on a GPU of a family, with a tile for all kernels, or the fixed choices."""
     plans.forget()
-    with (
-        mock.patch.object(tuning, "family", return_value=family),
-        mock.patch.dict(tuning._chosen, {(shape, torch.device("cpu")): tile}),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tuning, "family", return_value=family))
+        if tile is not None:
+            stack.enter_context(mock.patch.object(tuning, "tile", return_value=tile))
         yield
     plans.forget()
 
@@ -58,10 +61,46 @@ def arithmetics(family: str) -> tuple[str, ...]:
     return ("half", "ieee") if family == "gfx942" else ("half", "tf32", "ieee")
 
 
-def every_launch(family: str) -> list[Launch]:
+class Variant(NamedTuple):
+    """Of a convolution; the first of each is what a training step of a network has most of."""
+
+    aligned: bool = True
+    accumulate: bool | None = None
+    dweight: bool = True
+    moments: bool = True
+    narrow: bool = False
+    pool: bool = False
+
+    def __str__(self) -> str:
+        words = {"unaligned": not self.aligned, "narrow weights": self.narrow, "pooled": self.pool}
+        words |= {"no moments": not self.moments, "no dweight": not self.dweight}
+        words |= {"stored": self.accumulate is False, "accumulated": self.accumulate is True}
+        return " ".join(word for word, there in words.items() if there)
+
+
+ALIGNED, UNALIGNED = Variant(), Variant(aligned=False)
+VARIANTS: dict[tuple[str, int], list[Variant]] = {
+    ("norm_relu_conv", 32): [Variant(moments=False), Variant(narrow=True)],
+    ("norm_relu_conv", 128): [Variant(moments=False), Variant(narrow=True), Variant(pool=True)],
+    ("norm_relu_conv", 256): [Variant(pool=True), Variant(narrow=True, pool=True)],
+    ("backward_pointwise", 128): [
+        Variant(accumulate=False),
+        Variant(dweight=False),
+        Variant(narrow=True),
+        Variant(pool=True, accumulate=False),
+    ],
+    ("backward_pointwise", 256): [Variant(pool=True, accumulate=False)],
+    ("backward_data", 32): [Variant(accumulate=True), Variant(narrow=True)],
+    ("backward_data", 256): [Variant(pool=True, accumulate=False)],
+    ("backward_weight", 128): [Variant(pool=True)],
+}
+"""By kernel and output channels (tap rows of ``backward_weight``), for 16-bit data and fixed choices."""
+
+
+def every_launch(family: str) -> list[Recorded]:
     """Without repetition. Tensors are 16-byte aligned, as in networks with k a multiple of 8, and in a second round,
     for fixed choices, not aligned, as with k = 12."""
-    found: dict[tuple[Any, ...], Launch] = {}
+    found: dict[tuple[Any, ...], Recorded] = {}
     for arithmetic in arithmetics(family):
         for function in MATRIX_KERNELS:
             if (function, arithmetic) == ("backward_pointwise", "ieee"):
@@ -69,49 +108,54 @@ def every_launch(family: str) -> list[Launch]:
             for k in KS:
                 if function == "backward_weight" and k not in (64, 128):
                     continue
-                for aligned in (True, False):
-                    if not aligned and (arithmetic != "half" or k not in UNALIGNED_KS[function]):
-                        continue
-                    for launched in _of_class(family, function, arithmetic, k, aligned):
-                        kernel = launched.kernel
-                        key = (kernel.function, *kernel.constants.items(), *kernel.options.items(), aligned)
-                        found.setdefault((*key, DTYPES[arithmetic]), launched)
+                variants = [ALIGNED]
+                if arithmetic == "half":
+                    variants += [UNALIGNED] * (k in UNALIGNED_KS[function]) + VARIANTS.get((function, k), [])
+                for variant in variants:
+                    for recorded in _of_class(family, function, arithmetic, k, variant):
+                        it = recorded.launch
+                        key = (it.function, *it.constants.items(), *it.options.items(), variant.aligned)
+                        found.setdefault((*key, DTYPES[arithmetic], variant.narrow), recorded)
     return list(found.values())
 
 
-def _of_class(family: str, function: str, arithmetic: str, k: int, aligned: bool) -> Iterator[Launch]:
-    taps = 1 if function == "backward_pointwise" or (function == "norm_relu_conv" and k > 64) else 9
-    outputs = (k if aligned else k - 4) if function != "backward_weight" else max(k // 9, 1)
-    weight = (outputs, 128 if aligned else 132, 1, *((3, 3) if taps == 9 else (1, 1)))
-    shape = plans.shape_class(function, weight, arithmetic)
-    for tile in tuning.candidates(shape, family)[: None if aligned else 1]:
-        with tile_in_use(family, shape, tile):
-            for kernel, arguments in _step(weight, arithmetic, aligned, accumulate=function != "backward_weight"):
-                name = kernel.function.__name__
-                if name == function or (k == 16 and name not in MATRIX_KERNELS):
-                    yield Launch(f"{name} {arithmetic} k{k}{'' if aligned else ' unaligned'}", kernel, arguments)
+def _of_class(family: str, function: str, arithmetic: str, k: int, variant: Variant) -> Iterator[Recorded]:
+    taps = 1 if function == "backward_pointwise" or (function == "norm_relu_conv" and k > 64) or variant.pool else 9
+    outputs = (k if variant.aligned else k - 4) if function != "backward_weight" else max(k // taps, 1)
+    if variant.pool and function in ("backward_data", "backward_weight"):
+        outputs = 512  # as many as need these kernels in a convolution of size 1
+    weight = (outputs, 128 if variant.aligned else 132, 1, *((3, 3) if taps == 9 else (1, 1)))
+    name = f"{function} {arithmetic} k{k} {variant}".rstrip()
+    step = variant._replace(accumulate=taps == 1) if variant.accumulate is None else variant
+    shape = ShapeClass(function, arithmetic, plans.power(k), taps, 128, 256, variant.pool)
+    for tile in tuning.candidates(shape, family)[: None if variant == ALIGNED else 1]:
+        with tile_in_use(family, tile):
+            for it, arguments in _step(weight, arithmetic, step):
+                kernel = it.function.__name__
+                if kernel == function or (k == 16 and kernel not in MATRIX_KERNELS):
+                    yield Recorded(name.replace(function, kernel), it, arguments)
 
 
-def _step(
-    weight_shape: tuple[int, ...], arithmetic: str, aligned: bool, accumulate: bool
-) -> list[tuple[Kernel, tuple[Any, ...]]]:
+def _step(weight_shape: tuple[int, ...], arithmetic: str, variant: Variant) -> list[tuple[Launch, tuple[Any, ...]]]:
     """What a forward and a backward pass of one convolution launch, on tensors that are never read."""
     k, c = weight_shape[:2]
     dtype = DTYPES[arithmetic]
-    pixels, stride = (2, 1, 9, 11), 448 if aligned else 444
-    offset = 0 if aligned else 4
+    pixels, stride = (2, 1, 10, 12), 960 if variant.aligned else 444
+    half = (2, 1, 5, 6) if variant.pool else pixels
+    offset = 0 if variant.aligned else 4
     buffer, gradients = torch.empty(2, *pixels, stride, dtype=dtype)
-    x, out = buffer[..., offset : offset + c], buffer[..., c : c + k]
+    outputs, stored = torch.empty(2, *half, stride, dtype=dtype)[..., c : c + k]
+    x, dx = buffer[..., offset : offset + c], gradients[..., offset : offset + c]
     norm = Norm(*torch.empty(3, c))
-    weight = torch.empty(weight_shape)
-    dx, stored = gradients[..., offset : offset + c], gradients[..., c : c + k]
-    mean, var = torch.empty(2, k)
-    grad = Gradient(stored, out, *torch.empty(4, k))
+    weight = torch.empty(weight_shape, dtype=dtype if variant.narrow else torch.float32)
+    moments = torch.empty(2, k) if variant.moments else (None, None)
+    grad = Gradient(stored, outputs, *torch.empty(4, k))
+    dweight = torch.empty_like(weight) if variant.dweight else None
     with float32_products("tf32" if arithmetic == "tf32" else "ieee"), recording() as launches:
-        backend.place(x, out[..., :1].expand_as(x), mean, var)
+        backend.place(x, x, *torch.empty(2, c))
         backend.place_backward(Gradient(dx, x, *norm, norm.mean), x)
-        backend.norm_relu_conv(x, norm, weight, out, mean, var)
+        backend.norm_relu_conv(x, norm, weight, outputs, *moments)
         backend.norm_relu_conv_backward(
-            grad, x, norm, weight, dx, accumulate, torch.empty(weight_shape), *torch.empty(2, c)
+            grad, x, norm, weight, dx, bool(variant.accumulate), dweight, *torch.empty(2, c)
         )
     return launches

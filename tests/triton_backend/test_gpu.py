@@ -1,5 +1,6 @@
 """The same cases with real launches, and what only a GPU can show: graph capture, autotuning, offsets beyond 2**31."""
 
+import pathlib
 from collections.abc import Callable
 
 import cases
@@ -10,7 +11,7 @@ from cases import CASES, LINE, ONE, Case
 from fused_densenet import FusedDenseBlock, use_backend
 from fused_densenet.backends import triton as backend
 from fused_densenet.backends.contract import Norm
-from fused_densenet.backends.triton import plans, tuning
+from fused_densenet.backends.triton import plans, tiles_on_disk, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -65,12 +66,18 @@ def test_captured_in_a_graph(step: Callable[[], list[torch.Tensor]]) -> None:
         assert torch.equal(first, second)
 
 
-def test_autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuned(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setattr(tuning, "AUTOTUNE", True)
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cases.run_case(Case(LINE, 96, 128, ONE), torch.bfloat16, device="cuda")
     assert {shape.kernel for shape, _ in tuning._chosen} == {"norm_relu_conv", "backward_pointwise"}
     plans.forget()
+    [file] = (tmp_path / "fused_densenet").iterdir()
+    assert {shape.partition("kernel='")[2].partition("'")[0] for shape in tiles_on_disk.read(file)} == {
+        "norm_relu_conv",
+        "backward_pointwise",
+    }
 
 
 def test_offsets_beyond_32_bits() -> None:

@@ -20,14 +20,12 @@ Row = tuple[str, str, Resources]
 def compile_share(share: int) -> list[Row]:
     rows = []
     numbered = [(target, launch) for target in TARGETS for launch in launches.every_launch(target)]
-    for target, launch in numbered[share::PROCESSES]:
-        kernel = launch.kernel
-        compiled = compile_kernel(
-            kernel.function, *launch.arguments, target=target, **kernel.constants, **kernel.options
-        )
-        blocks = " ".join(str(v) for n, v in kernel.constants.items() if n.startswith("BLOCK"))
-        tile = f"{blocks} | {kernel.options['num_warps']} {kernel.options['num_stages']}"
-        rows.append((target, f"{launch.name} [{tile}]", resources(compiled)))
+    for target, recorded in numbered[share::PROCESSES]:
+        it = recorded.launch
+        compiled = compile_kernel(it.function, *recorded.arguments, target=target, **it.constants, **it.options)
+        blocks = " ".join(str(v) for n, v in it.constants.items() if n.startswith("BLOCK"))
+        tile = f"{blocks} | {it.options['num_warps']} {it.options['num_stages']}"
+        rows.append((target, f"{recorded.name} [{tile}]", resources(compiled)))
     return rows
 
 
@@ -38,7 +36,7 @@ def table() -> list[Row]:
         rows = [row for rows in pool.map(compile_share, range(PROCESSES)) for row in rows]
     rows.sort(key=lambda row: (list(TARGETS).index(row[0]), row[1]))
     lines = [
-        f"{target:6} {name:56} {used.registers:3} registers {used.shared:6} B shared {used.stack} B stack"
+        f"{target:6} {name:66} {used.registers:3} registers {used.shared:6} B shared {used.stack} B stack"
         f" {used.tensor_instructions:3} matrix instructions"
         for target, name, used in rows
     ]

@@ -13,7 +13,7 @@ from ptx.parser import Kernel as PtxKernel
 from triton_offline import compile_kernel
 
 from fused_densenet.backends.triton import launch, plans, tuning
-from fused_densenet.backends.triton.launch import Grid, Kernel
+from fused_densenet.backends.triton.launch import Grid, Launch
 
 _parsed = functools.lru_cache(PtxKernel)
 
@@ -55,9 +55,10 @@ def executing_ptx(target: str, change: Callable[[str], str] = str) -> Iterator[l
     """Inside the context the backend's kernels run as PTX for ``target``; collects (kernel, machine) of each launch."""
     machines = []
 
-    def execute(kernel: Kernel, grid: Grid, arguments: tuple[Any, ...]) -> None:
-        constants = {**kernel.constants, **kernel.options}
-        machines.append((kernel.function.__name__, run(kernel.function, grid, arguments, target, constants, change)))
+    def execute(it: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        constants = {**it.constants, **it.options}
+        arguments = (*tensors, *it.numbers)
+        machines.append((it.function.__name__, run(it.function, it.grid, arguments, target, constants, change)))
 
     plans.forget()
     with mock.patch.object(launch, "execute", execute), mock.patch.object(tuning, "family", return_value=target):

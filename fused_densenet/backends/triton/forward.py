@@ -3,25 +3,25 @@
 import triton
 import triton.language as tl
 
-from .operands import at, normalise, position, tile_moments
+from .operands import at, normalise, pooled_activation, position, tile_moments, window_start
 
 
 @triton.jit(do_not_specialize=["pixels", "D", "H", "W"])
 def norm_relu_conv(
     x,
-    x_stride,
     mean,
     scale,
     shift,
     weight,
+    out,
+    moments,
+    x_stride,
+    out_stride,
     weight_k,
     weight_c,
     weight_d,
     weight_h,
     weight_w,
-    out,
-    out_stride,
-    moments,
     pixels,
     D,
     H,
@@ -31,6 +31,7 @@ def norm_relu_conv(
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    POOL: tl.constexpr,
     PRECISION: tl.constexpr,
     MOMENTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -40,40 +41,47 @@ def norm_relu_conv(
     """``out[p, k] = sum over taps and c of relu(norm(x[p + tap, c])) * weight[k, c, tap]``.
 
     A program computes a tile of BLOCK_P pixels by BLOCK_K channels, and leaves its mean and M2 in ``moments``
-    (tiles of pixels, 2, K).
+    (tiles of pixels, 2, K). Where POOL, the pixels of ``out`` are windows of KD by KH by KW pixels of ``x``, and the
+    convolution, of size 1, is of their means of relu(norm(x)).
     """
-    TAPS: tl.constexpr = KD * KH * KW
+    TAPS: tl.constexpr = 1 if POOL else KD * KH * KW
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_k = k < K
     tile = tl.program_id(1)
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     valid = p < pixels
-    depth, height, width = position(p, D, H, W)
+    if POOL:
+        first = window_start(p, D, H, W, KD, KH, KW)
+    else:
+        depth, height, width = position(p, D, H, W)
     acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     for step in range(0, tl.cdiv(C, BLOCK_C) * TAPS):
-        tap = step % TAPS
-        dd = tap // (KH * KW) - KD // 2
-        hh = tap // KW % KH - KH // 2
-        ww = tap % KW - KW // 2
-        inside = valid
-        if TAPS > 1:
-            inside = inside & (depth + dd >= 0) & (depth + dd < D) & (height + hh >= 0) & (height + hh < H)
-            inside = inside & (width + ww >= 0) & (width + ww < W)
         c = step // TAPS * BLOCK_C + tl.arange(0, BLOCK_C)
         in_c = c < C
-        source = p.to(tl.int64) + ((dd * H + hh) * W + ww)
-        a = normalise(
-            tl.load(x + at(source, x_stride, c), mask=inside[:, None] & in_c[None, :], other=0.0),
-            tl.load(mean + c, mask=in_c, other=0.0),
-            tl.load(scale + c, mask=in_c, other=0.0),
-            tl.load(shift + c, mask=in_c, other=0.0),
-        )
-        a = tl.maximum(a, 0.0)
-        if TAPS > 1:
-            a = tl.where(inside[:, None], a, 0.0)
-        tap_offset = (dd + KD // 2) * weight_d + (hh + KH // 2) * weight_h + (ww + KW // 2) * weight_w
+        x_mean = tl.load(mean + c, mask=in_c, other=0.0)
+        x_scale = tl.load(scale + c, mask=in_c, other=0.0)
+        x_shift = tl.load(shift + c, mask=in_c, other=0.0)
+        if POOL:
+            mask = valid[:, None] & in_c[None, :]
+            a = pooled_activation(x, x_stride, first, c, mask, x_mean, x_scale, x_shift, H, W, KD, KH, KW)
+            w_at = weight
+        else:
+            tap = step % TAPS
+            dd = tap // (KH * KW) - KD // 2
+            hh = tap // KW % KH - KH // 2
+            ww = tap % KW - KW // 2
+            inside = valid
+            if TAPS > 1:
+                inside = inside & (depth + dd >= 0) & (depth + dd < D) & (height + hh >= 0) & (height + hh < H)
+                inside = inside & (width + ww >= 0) & (width + ww < W)
+            source = p.to(tl.int64) + ((dd * H + hh) * W + ww)
+            values = tl.load(x + at(source, x_stride, c), mask=inside[:, None] & in_c[None, :], other=0.0)
+            a = tl.maximum(normalise(values, x_mean, x_scale, x_shift), 0.0)
+            if TAPS > 1:
+                a = tl.where(inside[:, None], a, 0.0)
+            w_at = weight + ((dd + KD // 2) * weight_d + (hh + KH // 2) * weight_h + (ww + KW // 2) * weight_w)
         w = tl.load(
-            weight + tap_offset + (c * weight_c)[:, None] + (k * weight_k)[None, :],
+            w_at + (c * weight_c)[:, None] + (k * weight_k)[None, :],
             mask=in_c[:, None] & in_k[None, :],
             other=0.0,
         )
@@ -115,7 +123,7 @@ def merge_moments(
         row = i + lane
         mask = (row < rows)[:, None] & in_k[None, :]
         n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
-        row_mean = tl.load(moments + (row * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
+        row_mean = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
         shift += tl.where(mask, n[:, None] * (row_mean - origin[None, :]), 0.0)
     centre = origin + tl.sum(shift, 0) / total
     m2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -123,8 +131,8 @@ def merge_moments(
         row = i + lane
         mask = (row < rows)[:, None] & in_k[None, :]
         n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
-        row_mean = tl.load(moments + (row * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
-        row_m2 = tl.load(moments + (row * 2 * K)[:, None] + (K + k)[None, :], mask=mask, other=0.0)
+        row_mean = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
+        row_m2 = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + (K + k)[None, :], mask=mask, other=0.0)
         delta = row_mean - centre[None, :]
         m2 += tl.where(mask, row_m2 + n[:, None] * delta * delta, 0.0)
     tl.store(mean + k, centre, mask=in_k)

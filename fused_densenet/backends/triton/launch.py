@@ -1,41 +1,75 @@
 """Launches a kernel at little cost on the host.
 
-Triton's own launch works out at every call how each argument specialises the kernel. Here the compiled kernel is kept
-under the few properties that decide it, and called directly.
+Triton's own launch works out at every call how each argument specialises the kernel. Here numbers are known when a launch
+is planned, so that of a call only the alignment of the tensors is left: the compiled kernel is kept under it, and its
+launch in C is given addresses, which it does not look up again.
 """
 
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
+from triton import knobs
 from triton.runtime import driver
 
 Grid = tuple[int, int, int]
+Number = int | None
+Constants = dict[str, int | bool | str]
 
 
-class Kernel:
-    """One kernel with all its compile-time arguments; ``kernel(grid, *arguments)`` launches it."""
+class Launch:
+    """A kernel with its grid, its numbers (last of its arguments) and its compile-time arguments (after those).
 
-    def __init__(self, function: Any, warps: int, stages: int, **constants: Any) -> None:
+    ``launch(*tensors)`` runs it on the device of the first tensor, on its current stream. The dtypes of the tensors are
+    always the same.
+    """
+
+    __slots__ = ("_compiled", "_rest", "constants", "function", "grid", "numbers", "options")
+
+    def __init__(
+        self, function: Any, grid: Grid, numbers: tuple[Number, ...], warps: int, stages: int, **constants: Any
+    ) -> None:
         self.function = function
-        self.constants = constants
+        self.grid = grid
+        self.numbers = numbers
+        self.constants: Constants = constants
         self.options = {"num_warps": warps, "num_stages": stages}
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self._rest = (*numbers, *constants.values())
+        self._compiled: dict[tuple[int, ...], Any] = {}
 
-    def __call__(self, grid: Grid, *arguments: Any) -> None:
-        execute(self, grid, arguments)
+    def __call__(self, *tensors: Tensor | None) -> None:
+        execute(self, tensors)
+
+    def run(self, tensors: tuple[Tensor | None, ...]) -> None:
+        if not isinstance(self.function, triton.JITFunction):  # the interpreter
+            self.function[self.grid](*tensors, *self.numbers, **self.constants)
+            return
+        first = tensors[0]
+        assert first is not None
+        device = first.get_device()
+        active = driver.active
+        if device >= 0 and device != active.get_current_device():
+            with torch.get_device_module(first.device).device(device):
+                self.run(tensors)
+            return
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        key = (device, *[address & 15 for address in addresses])
+        compiled = self._compiled.get(key)
+        runtime = knobs.runtime
+        if compiled is None:
+            arguments = (*tensors, *self.numbers)
+            self._compiled[key] = self.function[self.grid](*arguments, **self.constants, **self.options)
+        elif runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler
+            compiled[self.grid](*tensors, *self._rest)
+        else:
+            stream = active.get_current_stream(device)
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(*self.grid, stream, function, metadata, None, None, None, *addresses, *self._rest)
 
 
-def launch(kernel: Kernel, grid: Grid, arguments: tuple[Any, ...]) -> None:
-    if not isinstance(kernel.function, triton.JITFunction):  # the interpreter
-        kernel.function[grid](*arguments, **kernel.constants)
-        return
-    properties = [a if a.__class__ is int or a is None else a.data_ptr() & 15 for a in arguments]
-    key = (driver.active.get_current_device(), *properties)
-    compiled = kernel.compiled.get(key)
-    if compiled is None:
-        kernel.compiled[key] = kernel.function[grid](*arguments, **kernel.constants, **kernel.options)
-    else:
-        compiled[grid](*arguments, *kernel.constants.values())
+def launch(it: Launch, tensors: tuple[Tensor | None, ...]) -> None:
+    it.run(tensors)
 
 
 execute = launch

@@ -35,6 +35,37 @@ def position(pixels, D, H, W):
 
 
 @triton.jit
+def window_start(pixels, D, H, W, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+    """The first pixel of (N, D, H, W) in the window of PD by PH by PW pixels that each pooled pixel stands for."""
+    first = pixels.to(tl.int64)
+    if PD * PH * PW > 1:
+        width, height, depth = W // PW, H // PH, D // PD
+        rows = pixels // width
+        slices = rows // height
+        slice = slices // depth * D + slices % depth * PD
+        first = (slice * H + rows % height * PH).to(tl.int64) * W + pixels % width * PW
+    return first
+
+
+@triton.jit
+def window_step(t, H, W, PH: tl.constexpr, PW: tl.constexpr):
+    """From a window's first pixel to its ``t``-th."""
+    return (t // (PH * PW) * H + t // PW % PH) * W + t % PW
+
+
+@triton.jit
+def pooled_activation(
+    x, x_stride, first, c, mask, mean, scale, shift, H, W, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
+):
+    """Means of relu(norm(x)) over windows that begin at ``first``."""
+    a = tl.zeros(mask.shape, tl.float32)
+    for t in tl.static_range(PD * PH * PW):
+        values = tl.load(x + at(first + window_step(t, H, W, PH, PW), x_stride, c), mask=mask, other=0.0)
+        a += tl.maximum(normalise(values, mean, scale, shift), 0.0)
+    return a * (1.0 / (PD * PH * PW))
+
+
+@triton.jit
 def tile_moments(values, valid, n):
     """Mean and M2 per column over the ``n`` valid rows: a corrected two-pass, no difference of large squares."""
     first = tl.sum(tl.where(valid[:, None], values, 0.0), 0) / n

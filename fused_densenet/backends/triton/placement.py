@@ -9,12 +9,12 @@ from .operands import at, gradient, tile_moments
 @triton.jit(do_not_specialize=["image_pixels", "tiles_per_image"])
 def place(
     x,
+    out,
+    moments,
     x_image,
     x_pixel,
     x_channel,
-    out,
     out_stride,
-    moments,
     image_pixels,
     C,
     tiles_per_image,
@@ -22,7 +22,10 @@ def place(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``out = x`` for pixels of ``x`` at one stride within an image; moments as ``norm_relu_conv`` leaves them."""
+    """``out = x`` for pixels of ``x`` at one stride within an image; moments as ``norm_relu_conv`` leaves them.
+
+    Without ``out`` the moments alone.
+    """
     tile = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
@@ -32,8 +35,9 @@ def place(
     valid = p < image_pixels
     mask = valid[:, None] & in_c[None, :]
     values = tl.load(x + image * x_image + at(p, x_pixel, c.to(tl.int64) * x_channel), mask=mask, other=0.0)
-    values = values.to(out.dtype.element_ty)
-    tl.store(out + at(image * image_pixels + p, out_stride, c), values, mask=mask)
+    if out is not None:
+        values = values.to(out.dtype.element_ty)
+        tl.store(out + at(image * image_pixels + p, out_stride, c), values, mask=mask)
     if MOMENTS:
         n = tl.minimum(image_pixels - start, BLOCK_P).to(tl.float32)
         tile_mean, tile_m2 = tile_moments(values.to(tl.float32), valid, n)
@@ -45,14 +49,14 @@ def place(
 @triton.jit(do_not_specialize=["image_pixels", "tiles_per_image"])
 def place_backward(
     stored,
-    stored_stride,
     value,
-    value_stride,
     scale,
     slope,
     mean,
     offset,
     out,
+    stored_stride,
+    value_stride,
     out_image,
     out_pixel,
     out_channel,

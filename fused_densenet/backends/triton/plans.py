@@ -1,164 +1,299 @@
-"""Which kernel with which tile and grid serves a shape; worked out once per shape and kept.
+"""Which kernels with which tiles and grids serve a primitive's arguments; worked out once for each and kept.
 
 Sums are never added where they arise: every tile of pixels leaves its moments or sums in a row of a workspace, and the
-weight gradient's pixels are split between a few programs per multiprocessor, each with a share in a workspace. Both are
+weight gradient's pixels are split between a few programs per multiprocessor, each with a share in the workspace. Both are
 added in a fixed order.
 """
 
 import functools
-from typing import NamedTuple
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from . import backward, forward, placement, tuning
-from .launch import Grid, Kernel
-from .tuning import ShapeClass, Tile
+from .launch import Launch
+from .tiles_on_disk import Tile
+from .tuning import ShapeClass
 
 Size = tuple[int, ...]
 _kept = functools.lru_cache(maxsize=4096)
 
 
-class Plan(NamedTuple):
-    """``sizes`` are the kernel's last arguments; ``rows`` its tiles of pixels, ``splits`` the shares of the weight
-    gradient."""
+class Problem(NamedTuple):
+    """A convolution: everything that decides its kernels but for their tiles.
 
-    kernel: Kernel
-    grid: Grid
-    sizes: Size
-    rows: int
-    splits: int = 0
+    Attributes:
+        x, out, weight: shapes; ``out`` is the gradient's in backward, and says whether to pool.
+        arithmetic: as in :class:`tuning.ShapeClass`.
+    """
+
+    x: Size
+    x_strides: Size
+    out: Size
+    out_strides: Size
+    weight: Size
+    weight_strides: Size
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    arithmetic: str
+    device: torch.device
+
+    @property
+    def pixels(self) -> int:
+        """Of the output."""
+        return math.prod(self.out[:4])
+
+    @property
+    def pool(self) -> bool:
+        return self.out[1:4] != self.x[1:4]
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.weight[2:])
+
+    def window(self) -> Size:
+        return tuple(1 if out == size else 2 for out, size in zip(self.out[1:4], self.x[1:4], strict=True))
+
+    def sizes(self) -> Size:
+        return (self.pixels, *self.x[1:4], self.weight[1], self.weight[0])
+
+    def shape_class(self, kernel: str) -> ShapeClass:
+        k, c = self.weight[:2]
+        rows = k * self.taps if kernel == "backward_weight" else k
+        pixels = 4 ** math.ceil(math.log(max(self.pixels, 1), 4))
+        return ShapeClass(kernel, self.arithmetic, power(rows), self.taps, power(c), pixels, self.pool)
+
+    def tile(self, kernel: str) -> Tile:
+        return tuning.tile(self.shape_class(kernel), self.device)
+
+    def constants(self) -> dict[str, Any]:
+        kd, kh, kw = self.window() if self.pool else self.weight[2:]
+        precision = "tf32" if self.arithmetic == "tf32" else "ieee"
+        return {"KD": kd, "KH": kh, "KW": kw, "POOL": self.pool, "PRECISION": precision}
+
+    def blocks(self, tile: Tile) -> dict[str, Any]:
+        return {"BLOCK_P": tile.p, "BLOCK_C": min(tile.c, power(self.weight[1])), "BLOCK_K": tile.k}
+
+
+@dataclass(slots=True)
+class Place:
+    """``copy(x, out, moments)``, then ``merge(moments, mean, var)`` where moments are wanted."""
+
+    copy: Launch
+    workspace: Size
+    merge: Launch
+
+
+@dataclass(slots=True)
+class Forward:
+    """``product(x, *norm, weight, out, moments)``, then ``merge`` as in :class:`Place`."""
+
+    product: Launch
+    workspace: Size
+    merge: Launch
+
+
+@dataclass(slots=True)
+class Backward:
+    """``data(*grad, x, *norm, weight, dx, partials)``, ``weight(*grad, x, *norm, partials)`` unless the former does it
+    or nothing of the kind is wanted, ``add(partials, dweight, sum_dz, sum_dz_centered)``.
+
+    Attributes:
+        workspace: values of ``partials``.
+        rest: (dimension, start, length) of the pixels that odd sizes leave without a window, where ``dx`` is zero.
+    """
+
+    data: Launch
+    weight: Launch | None
+    add: Launch
+    workspace: Size
+    rest: list[tuple[int, int, int]]
 
 
 @_kept
-def place(images: int, pixels: int, channels: int, moments: bool) -> Plan:
-    block_p, block_c = 128, min(_power(channels), 32)
-    tiles = triton.cdiv(pixels, block_p)
-    kernel = Kernel(placement.place, 8, 1, MOMENTS=moments, BLOCK_P=block_p, BLOCK_C=block_c)
-    return Plan(kernel, (images * tiles, triton.cdiv(channels, block_c), 1), (pixels, channels, tiles), images * tiles)
+def place(
+    x: Size, x_strides: Size, out_stride: int | None, dtypes: tuple[torch.dtype, torch.dtype | None], moments: bool
+) -> Place | None:
+    """``out_stride`` between pixels, or None. None if pixels of ``x`` have no single stride within an image."""
+    found = images(x, x_strides)
+    if found is None:
+        return None
+    count, pixels, strides = found
+    channels = x[4]
+    blocks = {"BLOCK_P": 128, "BLOCK_C": min(power(channels), 32)}
+    tiles = triton.cdiv(pixels, 128)
+    grid = (count * tiles, triton.cdiv(channels, blocks["BLOCK_C"]), 1)
+    numbers = (*strides, out_stride or 0, pixels, channels, tiles)
+    copy = Launch(placement.place, grid, numbers, 8, 1, MOMENTS=moments, **blocks)
+    rows = count * tiles
+    return Place(copy, (rows, 2, channels), _merge(rows, tiles, 128, pixels, channels))
 
 
 @_kept
-def place_backward(images: int, pixels: int, channels: int) -> Plan:
-    block_p, block_c = 128, min(_power(channels), 32)
-    tiles = triton.cdiv(pixels, block_p)
-    kernel = Kernel(placement.place_backward, 8, 1, BLOCK_P=block_p, BLOCK_C=block_c)
-    return Plan(kernel, (images * tiles, triton.cdiv(channels, block_c), 1), (pixels, channels, tiles), images * tiles)
+def place_backward(
+    out: Size, out_strides: Size, stored: Size, value: Size, dtypes: tuple[torch.dtype, torch.dtype]
+) -> Launch | None:
+    """``stored`` and ``value`` are strides. None as :func:`place`."""
+    found = images(out, out_strides)
+    if found is None:
+        return None
+    count, pixels, strides = found
+    channels = out[4]
+    blocks = {"BLOCK_P": 128, "BLOCK_C": min(power(channels), 32)}
+    tiles = triton.cdiv(pixels, 128)
+    grid = (count * tiles, triton.cdiv(channels, blocks["BLOCK_C"]), 1)
+    numbers = (pixel_stride(out, stored), pixel_stride(out, value), *strides, pixels, channels, tiles)
+    return Launch(placement.place_backward, grid, numbers, 8, 1, **blocks)
 
 
 @_kept
-def merge_moments(channels: int) -> tuple[Kernel, Grid]:
-    kernel = Kernel(forward.merge_moments, 8, 1, BLOCK_R=512, BLOCK_K=8)
-    return kernel, (triton.cdiv(channels, 8), 1, 1)
+def norm_relu_conv(problem: Problem, moments: bool, tile: Tile | None = None) -> Forward:
+    """Here and below ``tile`` is None for the one in use."""
+    tile = tile or problem.tile("norm_relu_conv")
+    k = problem.weight[0]
+    rows = triton.cdiv(problem.pixels, tile.p)
+    product = Launch(
+        forward.norm_relu_conv,
+        (triton.cdiv(k, tile.k), rows, 1),
+        (_x_stride(problem), pixel_stride(problem.out, problem.out_strides), *problem.weight_strides, *problem.sizes()),
+        tile.warps,
+        tile.stages,
+        **problem.constants(),
+        MOMENTS=moments,
+        **problem.blocks(tile),
+    )
+    return Forward(product, (rows, 2, k), _merge(rows, rows, tile.p, problem.pixels, k))
 
 
-@_kept
-def add_partials(weight: Size, weight_needed: bool) -> tuple[Kernel, Grid]:
-    block, values, channels = 256, weight[0] * taps(weight) * weight[1] if weight_needed else 0, weight[1]
-    blocks = {"BLOCK_S": 16, "BLOCK": block, "BLOCK_R": 512, "BLOCK_C": 8}
-    kernel = Kernel(backward.add_partials, 8, 1, KH=weight[3], KW=weight[4], **blocks)
-    return kernel, (triton.cdiv(values, block) + triton.cdiv(2 * channels, 8), 1, 1)
-
-
-@_kept
-def norm_relu_conv(
-    x: Size, weight: Size, arithmetic: str, moments: bool, device: torch.device, tile: Tile | None = None
-) -> Plan:
-    """Here and below ``tile`` is None for the one in use, and ``arithmetic`` that of :class:`tuning.ShapeClass`."""
-    tile = tile or tuning.tile(shape_class("norm_relu_conv", weight, arithmetic), device)
-    k_tiles = triton.cdiv(weight[0], tile.k)
-    constants = {**_convolution(weight, arithmetic), "MOMENTS": moments, **_blocks(tile, weight)}
-    kernel = Kernel(forward.norm_relu_conv, tile.warps, tile.stages, **constants)
-    rows = triton.cdiv(_pixels(x), tile.p)
-    return Plan(kernel, (k_tiles, rows, 1), _sizes(x, weight), rows)
-
-
-def has_pointwise(weight: Size, arithmetic: str) -> bool:
+def has_pointwise(problem: Problem) -> bool:
     """Whether one kernel does the whole backward of the convolution."""
-    return taps(weight) == 1 and weight[0] <= 256 and arithmetic != "ieee"
+    return problem.taps == 1 and problem.weight[0] <= 256 and problem.arithmetic != "ieee"
+
+
+def kernels_of_backward(problem: Problem, weight_needed: bool) -> list[str]:
+    if has_pointwise(problem):
+        return ["backward_pointwise"]
+    return ["backward_data", *(["backward_weight"] if weight_needed else [])]
 
 
 @_kept
-def backward_pointwise(
-    x: Size,
-    weight: Size,
-    arithmetic: str,
+def norm_relu_conv_backward(
+    problem: Problem,
+    value: Size,
+    dx: Size,
     accumulate: bool,
-    weight_needed: bool,
-    device: torch.device,
-    tile: Tile | None = None,
-) -> Plan:
-    tile = tile or tuning.tile(shape_class("backward_pointwise", weight, arithmetic), device)
-    flags = {"PRECISION": _precision(arithmetic), "ACCUMULATE": accumulate, "WEIGHT": weight_needed}
-    constants = {**flags, **_blocks(tile, weight)}
-    kernel = Kernel(backward.backward_pointwise, tile.warps, tile.stages, **constants)
-    c_tiles = triton.cdiv(weight[1], constants["BLOCK_C"])
-    tiles, splits = _split(_pixels(x), tile.p, 2 * tuning.multiprocessors(device) // c_tiles)
-    rows = triton.cdiv(_pixels(x), tile.p)
-    return Plan(kernel, (c_tiles, splits, 1), (*_sizes(x, weight), tiles), rows, splits)
+    dweight: Size | None,
+    tiles: tuple[tuple[str, Tile], ...] = (),
+) -> Backward:
+    """``value`` and ``dx`` are strides, as ``dweight``, which is None where none is wanted; ``tiles`` by kernel."""
+    chosen = dict(tiles)
+    k, c = problem.weight[:2]
+    stored = pixel_stride(problem.out, problem.out_strides)
+    strides = (stored, pixel_stride(problem.out, value), _x_stride(problem), pixel_stride(problem.x, dx))
+    values = k * c * problem.taps if dweight is not None else 0
+    name = "backward_pointwise" if has_pointwise(problem) else "backward_data"
+    tile = chosen.get(name) or problem.tile(name)
+    rows = triton.cdiv(problem.pixels, tile.p)
+    c_tiles = triton.cdiv(c, problem.blocks(tile)["BLOCK_C"])
+    weights_at = triton.cdiv(rows * 2 * c, 16) * 16
+    weight, splits = None, 0
+    if has_pointwise(problem):
+        constants = {**problem.constants(), "ACCUMULATE": accumulate, "WEIGHT": dweight is not None}
+        del constants["POOL"]
+        share, splits = _split(problem.pixels, tile.p, 2 * tuning.multiprocessors(problem.device) // c_tiles)
+        numbers: Size = (*strides, *problem.weight_strides[:2], weights_at, *problem.sizes(), share)
+        grid = (c_tiles, splits, 1)
+    else:
+        constants = {**problem.constants(), "ACCUMULATE": accumulate}
+        numbers, grid = (*strides, *problem.weight_strides, *problem.sizes()), (c_tiles, rows, 1)
+        if dweight is not None:
+            weight_tile = chosen.get("backward_weight") or problem.tile("backward_weight")
+            weight, splits = _backward_weight(problem, strides[:3], weights_at, weight_tile)
+    function = getattr(backward, name)
+    data = Launch(function, grid, numbers, tile.warps, tile.stages, **constants, **problem.blocks(tile))
+    blocks = {"KH": problem.weight[3], "KW": problem.weight[4]}
+    blocks |= {"BLOCK_S": 16, "BLOCK": 256, "BLOCK_R": 512, "BLOCK_C": 8}
+    add = Launch(
+        backward.add_partials,
+        (triton.cdiv(values, 256) + triton.cdiv(2 * c, 8), 1, 1),
+        (weights_at, values, splits, rows, *(dweight or (0,) * 5), c, k),
+        8,
+        1,
+        **blocks,
+    )
+    return Backward(data, weight, add, (weights_at + splits * values,), _rest(problem) if not accumulate else [])
 
 
-@_kept
-def backward_data(
-    x: Size, weight: Size, arithmetic: str, accumulate: bool, device: torch.device, tile: Tile | None = None
-) -> Plan:
-    tile = tile or tuning.tile(shape_class("backward_data", weight, arithmetic), device)
-    constants = {**_convolution(weight, arithmetic), "ACCUMULATE": accumulate, **_blocks(tile, weight)}
-    kernel = Kernel(backward.backward_data, tile.warps, tile.stages, **constants)
-    c_tiles = triton.cdiv(weight[1], constants["BLOCK_C"])
-    rows = triton.cdiv(_pixels(x), tile.p)
-    return Plan(kernel, (c_tiles, rows, 1), _sizes(x, weight), rows)
+def _backward_weight(problem: Problem, strides: Size, weights_at: int, tile: Tile) -> tuple[Launch, int]:
+    k, c = problem.weight[:2]
+    blocks = problem.blocks(tile)
+    n_tiles, c_tiles = triton.cdiv(problem.taps * k, tile.k), triton.cdiv(c, blocks["BLOCK_C"])
+    programs = 2 * tuning.multiprocessors(problem.device) // (n_tiles * c_tiles)
+    share, splits = _split(problem.pixels, tile.p, programs)
+    launch = Launch(
+        backward.backward_weight,
+        (n_tiles, c_tiles, splits),
+        (*strides, weights_at, *problem.sizes(), share),
+        tile.warps,
+        tile.stages,
+        **problem.constants(),
+        **blocks,
+    )
+    return launch, splits
 
 
-@_kept
-def backward_weight(x: Size, weight: Size, arithmetic: str, device: torch.device, tile: Tile | None = None) -> Plan:
-    tile = tile or tuning.tile(shape_class("backward_weight", weight, arithmetic), device)
-    constants = {**_convolution(weight, arithmetic), **_blocks(tile, weight)}
-    kernel = Kernel(backward.backward_weight, tile.warps, tile.stages, **constants)
-    n_tiles, c_tiles = triton.cdiv(taps(weight) * weight[0], tile.k), triton.cdiv(weight[1], constants["BLOCK_C"])
-    tiles, splits = _split(_pixels(x), tile.p, 2 * tuning.multiprocessors(device) // (n_tiles * c_tiles))
-    return Plan(kernel, (n_tiles, c_tiles, splits), (*_sizes(x, weight), tiles), 0, splits)
+def _merge(rows: int, rows_per_image: int, row_pixels: int, pixels: int, channels: int) -> Launch:
+    numbers = (rows, rows_per_image, row_pixels, pixels, channels)
+    return Launch(forward.merge_moments, (triton.cdiv(channels, 8), 1, 1), numbers, 8, 1, BLOCK_R=512, BLOCK_K=8)
 
 
-def shape_class(kernel: str, weight: Size, arithmetic: str) -> ShapeClass:
-    if kernel == "backward_weight":
-        return ShapeClass(kernel, arithmetic, max(64, _power(weight[0] * taps(weight))), taps(weight))
-    return ShapeClass(kernel, arithmetic, _power(weight[0]), taps(weight))
-
-
-def taps(weight: Size) -> int:
-    return weight[2] * weight[3] * weight[4]
+def _rest(problem: Problem) -> list[tuple[int, int, int]]:
+    sizes = zip((1, 2, 3), problem.x[1:4], problem.window(), strict=True)
+    return [(dim, size - 1, 1) for dim, size, window in sizes if window == 2 and size % 2]
 
 
 def forget() -> None:
     """Drops what is kept: the tiles in use changed."""
-    for plan in (norm_relu_conv, backward_pointwise, backward_data, backward_weight):
+    for plan in (place, place_backward, norm_relu_conv, norm_relu_conv_backward):
         plan.cache_clear()
 
 
-def _convolution(weight: Size, arithmetic: str) -> dict[str, int | str]:
-    return {"KD": weight[2], "KH": weight[3], "KW": weight[4], "PRECISION": _precision(arithmetic)}
-
-
-def _precision(arithmetic: str) -> str:
-    return "tf32" if arithmetic == "tf32" else "ieee"
-
-
-def _blocks(tile: Tile, weight: Size) -> dict[str, int]:
-    return {"BLOCK_P": tile.p, "BLOCK_C": min(tile.c, _power(weight[1])), "BLOCK_K": tile.k}
-
-
-def _power(size: int) -> int:
+def power(size: int) -> int:
     """The next power of two, at least 16, the least side of a matrix product's tile."""
     return max(16, triton.next_power_of_2(size))
 
 
-def _pixels(x: Size) -> int:
-    return x[0] * x[1] * x[2] * x[3]
+def pixel_stride(shape: Size, strides: Size) -> int:
+    """The stride between neighbouring pixels of ``(N, D, H, W, C)``."""
+    for dim in (3, 2, 1, 0):
+        if shape[dim] > 1:
+            return strides[dim]
+    return shape[4]
 
 
-def _sizes(x: Size, weight: Size) -> Size:
-    return (_pixels(x), x[1], x[2], x[3], weight[1], weight[0])
+def _x_stride(problem: Problem) -> int:
+    return pixel_stride(problem.x, problem.x_strides)
+
+
+def images(shape: Size, strides: Size) -> tuple[int, int, tuple[int, int, int]] | None:
+    """(images, pixels of each, strides of image, pixel and channel), or None if pixels have no single stride.
+
+    All pixels count as one image where they have one stride.
+    """
+    pixels = math.prod(shape[1:4])
+    step, seen = None, 1
+    for dim in (3, 2, 1, 0):
+        if shape[dim] == 1:
+            continue
+        if step is None:
+            step = strides[dim]
+        elif strides[dim] != step * seen:
+            return None if dim > 0 else (shape[0], pixels, (strides[0], step, strides[4]))
+        seen *= shape[dim]
+    return 1, shape[0] * pixels, (0, step or 0, strides[4])
 
 
 def _split(pixels: int, block: int, programs: int) -> tuple[int, int]:

@@ -3,58 +3,60 @@
 Nothing here waits for the device or allocates by the data's values, so a block can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 
-from ..contract import Gradient, Norm, uses_tf32
+from ..contract import Gradient, Norm
 from . import plans, tuning
-from .plans import Plan
-from .tuning import Tile
+from .plans import Problem
+from .tiles_on_disk import Tile
 
 
-def place(x: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
-    layout = _images(x)
-    if layout is None:
-        x = x.contiguous()
-        layout = _images(x)
-        assert layout is not None
-    images, pixels, strides = layout
-    plan = plans.place(images, pixels, x.shape[4], mean is not None)
-    moments = _workspace(x, plan.rows, 2) if mean is not None else None
-    plan.kernel(plan.grid, x, *strides, out, _pixel_stride(out), moments, *plan.sizes)
-    if moments is not None:
-        _merge_moments(moments, mean, var, plan, pixels)
+def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:
+    if not x.numel():
+        return
+    stride, dtype = (None, None) if out is None else (plans.pixel_stride(out.shape, out.stride()), out.dtype)
+    plan = plans.place(x.shape, x.stride(), stride, (x.dtype, dtype), mean is not None)
+    if plan is None:
+        place(x.contiguous(), out, mean, var)
+    elif mean is not None:
+        moments = _workspace(plan.workspace, x)
+        plan.copy(x, out, moments)
+        plan.merge(moments, mean, var)
+    elif out is not None:
+        plan.copy(x, out, None)
 
 
 def place_backward(grad: Gradient, out: Tensor) -> None:
-    layout = _images(out)
-    if layout is None:
+    if not out.numel():
+        return
+    stored = grad.stored
+    launch = plans.place_backward(
+        out.shape, out.stride(), stored.stride(), grad.value.stride(), (stored.dtype, out.dtype)
+    )
+    if launch is None:
         contiguous = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         place_backward(grad, contiguous)
         out.copy_(contiguous)
-        return
-    images, pixels, strides = layout
-    plan = plans.place_backward(images, pixels, out.shape[4])
-    plan.kernel(plan.grid, *_loaded(grad), out, *strides, *plan.sizes)
+    else:
+        launch(*grad, out)
 
 
 def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
-    arithmetic = _arithmetic(x)
-
-    def run(tile: Tile | None = None) -> tuple[Plan, Tensor | None]:
-        plan = plans.norm_relu_conv(x.shape, weight.shape, arithmetic, mean is not None, x.device, tile)
-        moments = _workspace(out, plan.rows, 2) if mean is not None else None
-        operands = (x, _pixel_stride(x), *norm, weight, *weight.stride(), out, _pixel_stride(out), moments)
-        plan.kernel(plan.grid, *operands, *plan.sizes)
-        return plan, moments
-
-    _tune("norm_relu_conv", weight, arithmetic, run)
-    plan, moments = run()
-    if moments is not None:
-        _merge_moments(moments, mean, var, plan, plan.sizes[0])
+    if not out.numel():
+        return
+    problem = _problem(x, out, weight)
+    if tuning.AUTOTUNE:
+        _tune_forward(problem, x, norm, weight, out, mean)
+    plan = plans.norm_relu_conv(problem, mean is not None)
+    if mean is None:
+        plan.product(x, *norm, weight, out, None)
+    else:
+        moments = _workspace(plan.workspace, x)
+        plan.product(x, *norm, weight, out, moments)
+        plan.merge(moments, mean, var)
 
 
 def norm_relu_conv_backward(
@@ -68,108 +70,81 @@ def norm_relu_conv_backward(
     sum_dz: Tensor,
     sum_dz_centered: Tensor,
 ) -> None:
-    arithmetic = _arithmetic(x)
-    operands = (*_loaded(grad), x, _pixel_stride(x), *norm)
-    rows = weight.shape[0] * plans.taps(weight.shape) if dweight is not None else 0
-    shapes = (x.shape, weight.shape, arithmetic)
-
-    def run_pointwise(tile: Tile | None = None, dx: Tensor = dx) -> tuple[Tensor, Tensor | None]:
-        plan = plans.backward_pointwise(*shapes, accumulate, dweight is not None, x.device, tile)
-        sums = _workspace(x, plan.rows, 2)
-        weights = _workspace(x, plan.splits, rows) if dweight is not None else None
-        target = (weight, *weight.stride()[:2], dx, _pixel_stride(dx), weights, sums)
-        plan.kernel(plan.grid, *operands, *target, *plan.sizes)
-        return sums, weights
-
-    def run_data(tile: Tile | None = None, dx: Tensor = dx) -> Tensor:
-        plan = plans.backward_data(*shapes, accumulate, x.device, tile)
-        sums = _workspace(x, plan.rows, 2)
-        target = (weight, *weight.stride(), dx, _pixel_stride(dx), sums)
-        plan.kernel(plan.grid, *operands, *target, *plan.sizes)
-        return sums
-
-    def run_weight(tile: Tile | None = None) -> Tensor:
-        plan = plans.backward_weight(*shapes, x.device, tile)
-        weights = _workspace(x, plan.splits, rows)
-        plan.kernel(plan.grid, *operands, weights, *plan.sizes)
-        return weights
-
-    if plans.has_pointwise(weight.shape, arithmetic):
-        _tune("backward_pointwise", weight, arithmetic, run_pointwise, dx)
-        sums, weights = run_pointwise()
-    else:
-        _tune("backward_data", weight, arithmetic, run_data, dx)
-        sums, weights = run_data(), None
-        if dweight is not None:
-            _tune("backward_weight", weight, arithmetic, run_weight)
-            weights = run_weight()
-    splits = 0 if weights is None else weights.shape[0]
-    strides = (0,) * 5 if dweight is None else dweight.stride()
-    kernel, grid = plans.add_partials(weight.shape, dweight is not None)
-    outputs = (dweight, *strides, sum_dz, sum_dz_centered)
-    kernel(grid, weights, sums, rows * x.shape[4], splits, sums.shape[0], *outputs, x.shape[4], weight.shape[0])
-
-
-def _tune(kernel: str, weight: Tensor, arithmetic: str, run: Callable[..., Any], dx: Tensor | None = None) -> None:
-    """Tunes a kernel if that is wanted, on a copy of ``dx``, which runs would accumulate into."""
-    if not tuning.AUTOTUNE:
+    stored = grad.stored
+    if not stored.numel():
+        for result in (dweight, sum_dz, sum_dz_centered, None if accumulate else dx):
+            if result is not None:
+                result.zero_()
         return
-    shape = plans.shape_class(kernel, weight.shape, arithmetic)
-    if tuning.wanted(shape, weight.device):
-        copy = () if dx is None else (dx.clone(),)
-        tuning.tune(shape, weight.device, lambda tile: run(tile, *copy))
+    problem = _problem(x, stored, weight)
+    strides = grad.value.stride(), dx.stride(), accumulate, None if dweight is None else dweight.stride()
+    if tuning.AUTOTUNE:
+        _tune_backward(problem, strides, grad, x, norm, weight, dx)
+    plan = plans.norm_relu_conv_backward(problem, *strides)
+    partials = _workspace(plan.workspace, x)
+    for rest in plan.rest:
+        dx.narrow(*rest).zero_()
+    plan.data(*grad, x, *norm, weight, dx, partials)
+    if plan.weight is not None:
+        plan.weight(*grad, x, *norm, partials)
+    plan.add(partials, dweight, sum_dz, sum_dz_centered)
+
+
+def _problem(x: Tensor, out: Tensor, weight: Tensor) -> Problem:
+    dtype = x.dtype
+    arithmetic = "half" if dtype is not torch.float32 else _arithmetic_of_float32()
+    return Problem(
+        x.shape,
+        x.stride(),
+        out.shape,
+        out.stride(),
+        weight.shape,
+        weight.stride(),
+        dtype,
+        weight.dtype,
+        arithmetic,
+        x.device,
+    )
+
+
+def _arithmetic_of_float32() -> str:
+    """By torch's switch for convolutions; TF32 is NVIDIA's."""
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if precision == "tf32" and torch.version.hip is None else "ieee"
+
+
+def _workspace(size: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def _tune_forward(problem: Problem, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None) -> None:
+    def run(tile: Tile) -> None:
+        plan = plans.norm_relu_conv(problem, mean is not None, tile)
+        plan.product(x, *norm, weight, out, None if mean is None else _workspace(plan.workspace, x))
+
+    if tuning.tune(problem.shape_class("norm_relu_conv"), problem.device, run):
         plans.forget()
 
 
-def _merge_moments(moments: Tensor, mean: Tensor | None, var: Tensor | None, plan: Plan, pixels: int) -> None:
-    kernel, grid = plans.merge_moments(moments.shape[2])
-    row_pixels = plan.kernel.constants["BLOCK_P"]
-    rows_per_image = -(-pixels // row_pixels)
-    kernel(grid, moments, mean, var, plan.rows, rows_per_image, row_pixels, pixels, moments.shape[2])
+def _tune_backward(
+    problem: Problem, strides: tuple, grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, dx: Tensor
+) -> None:
+    """On a copy of ``dx``, which runs would accumulate into."""
+    copy: list[Tensor] = []
 
+    def run(kernel: str, tile: Tile) -> None:
+        if not copy:
+            copy.append(torch.empty_strided(dx.shape, dx.stride(), dtype=dx.dtype, device=dx.device).copy_(dx))
+        plan = plans.norm_relu_conv_backward(problem, *strides, ((kernel, tile),))
+        partials = _workspace(plan.workspace, x)
+        if kernel != "backward_weight":
+            plan.data(*grad, x, *norm, weight, copy[0], partials)
+        elif plan.weight is not None:
+            plan.weight(*grad, x, *norm, partials)
 
-def _loaded(grad: Gradient) -> tuple[Any, ...]:
-    stored, value, *vectors = grad
-    return (stored, _pixel_stride(stored), value, _pixel_stride(value), *vectors)
-
-
-def _workspace(like: Tensor, shares: int, values: int) -> Tensor:
-    """``values`` for each channel of ``like``, from each of ``shares`` tiles or programs."""
-    return torch.empty((shares, values, like.shape[4]), dtype=torch.float32, device=like.device)
-
-
-def _arithmetic(x: Tensor) -> str:
-    """float32 follows torch's switch for convolutions; TF32 is NVIDIA's."""
-    if x.dtype != torch.float32:
-        return "half"
-    return "tf32" if uses_tf32(x) else "ieee"
-
-
-def _pixel_stride(x: Tensor) -> int:
-    """The stride between neighbouring pixels of ``(N, D, H, W, C)``."""
-    shape, stride = x.shape, x.stride()
-    for dim in (3, 2, 1, 0):
-        if shape[dim] > 1:
-            return stride[dim]
-    return shape[4]
-
-
-def _images(x: Tensor) -> tuple[int, int, tuple[int, int, int]] | None:
-    """(images, pixels of each, strides of image, pixel and channel), or None if pixels have no single stride.
-
-    All pixels count as one image where they have one stride.
-    """
-    images, pixels = x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]
-    strides = x.stride()
-    step, count = None, 1
-    for dim in (3, 2, 1, 0):
-        if x.shape[dim] == 1:
-            continue
-        if step is None:
-            step = strides[dim]
-        elif strides[dim] != step * count:
-            if dim > 0:
-                return None
-            return images, pixels, (strides[0], step, strides[4])
-        count *= x.shape[dim]
-    return 1, images * pixels, (0, step or 0, strides[4])
+    tuned = False
+    for kernel in plans.kernels_of_backward(problem, strides[-1] is not None):
+        shape = problem.shape_class(kernel)
+        tuned |= tuning.tune(shape, problem.device, functools.partial(run, kernel))
+    if tuned:
+        plans.forget()

@@ -1,28 +1,24 @@
 """Tile sizes of the kernels for each class of shapes: a fixed choice, and the candidates that autotuning tries.
 
 With FUSED_DENSENET_AUTOTUNE=1 in the environment the candidates are timed at the first call of each shape class and
-the fastest is kept for the process; otherwise, and while a CUDA graph is captured, the first candidate is taken. Another
-tile adds in another order, so only fixed choices give the same bits in every process.
+the fastest is kept, in the process and on disk (:mod:`.tiles_on_disk`); otherwise, and while a CUDA graph is captured, the
+first candidate is taken. That is the default: another tile adds in another order, so only fixed choices give the same
+bits on every machine of a kind and in every process, and the first step does not compile and time what it discards.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from triton.runtime.errors import OutOfResources
+
+from . import tiles_on_disk
+from .tiles_on_disk import Tile
 
 AUTOTUNE = os.environ.get("FUSED_DENSENET_AUTOTUNE", "0") not in ("", "0")
-
-
-class Tile(NamedTuple):
-    """What one program computes at a time: ``p`` pixels, ``c`` input channels, ``k`` output channels (or tap rows)."""
-
-    p: int
-    c: int
-    k: int
-    warps: int
-    stages: int
 
 
 class ShapeClass(NamedTuple):
@@ -33,12 +29,18 @@ class ShapeClass(NamedTuple):
         arithmetic: "half" (bfloat16 and float16), "tf32" or "ieee".
         k: output channels (tap rows in ``backward_weight``), rounded up to a power of two.
         taps: taps of the convolution.
+        c: input channels, rounded up to a power of two.
+        pixels: of the output, rounded up to a power of four.
+        pool: whether windows are averaged on load.
     """
 
     kernel: str
     arithmetic: str
     k: int
     taps: int
+    c: int
+    pixels: int
+    pool: bool
 
 
 Choices = dict[int, list[Tile]]
@@ -124,18 +126,32 @@ def tile(shape: ShapeClass, device: torch.device) -> Tile:
     return _chosen.get((shape, device)) or candidates(shape, family(device))[0]
 
 
-def wanted(shape: ShapeClass, device: torch.device) -> bool:
-    """Whether to tune now: asked for, not done yet, and no CUDA graph being captured."""
-    return (shape, device) not in _chosen and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+def tune(shape: ShapeClass, device: torch.device, run: Callable[[Tile], None]) -> bool:
+    """Times ``run`` with every candidate and keeps the fastest, for this process and on disk; whether the tile changed.
+
+    Does nothing where that is done, here or by an earlier process, and while a CUDA graph is captured. A candidate that
+    does not fit a GPU's shared memory or registers is left out.
+    """
+    if (shape, device) in _chosen or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return False
+    before = tile(shape, device)
+    choices = candidates(shape, family(device))
+    file = tiles_on_disk.file(device)
+    found = tiles_on_disk.read(file).get(str(shape))
+    if found not in choices:
+        found = min(choices, key=lambda choice: _fastest(functools.partial(run, choice), device))
+        tiles_on_disk.write(file, str(shape), found)
+    _chosen[shape, device] = found
+    return found != before
 
 
-def tune(shape: ShapeClass, device: torch.device, run: Callable[[Tile], None]) -> None:
-    """Times ``run`` with every candidate and keeps the fastest."""
-    times = {}
-    for candidate in candidates(shape, family(device)):
-        run(candidate)
-        times[candidate] = min(_milliseconds(functools.partial(run, candidate), device) for _ in range(5))
-    _chosen[shape, device] = min(times, key=lambda candidate: times[candidate])
+def _fastest(run: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds of the fastest of a few runs; infinity where the kernel does not fit."""
+    try:
+        run()
+    except OutOfResources:
+        return math.inf
+    return min(_milliseconds(run, device) for _ in range(5))
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:

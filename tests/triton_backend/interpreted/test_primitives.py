@@ -1,14 +1,76 @@
 """Every kernel under the interpreter, its accesses checked, against autograd in float64."""
 
+import pathlib
+
 import cases
 import pytest
 import torch
 import triton_cpu
-from cases import CASES, Case
+from cases import CASES, NARROW_WEIGHTS, ONE, POOLED, Case
+
+from fused_densenet.backends import triton
+from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.triton import plans, tiles_on_disk, tuning
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *POOLED, *NARROW_WEIGHTS], ids=str)
 def test_norm_relu_conv(case: Case, dtype: torch.dtype) -> None:
     with triton_cpu.watch():
         cases.run_case(case, dtype)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_pooled_by_either_kernel(precision: str) -> None:
+    """In IEEE float32 the data gradient and the weight gradient are kernels of their own."""
+    with triton_cpu.watch(), cases.float32_products(precision):
+        cases.run_case(POOLED[0], torch.float32)
+
+
+def test_moments_without_a_copy() -> None:
+    x = torch.randn(3, 5, 7, 20).permute(0, 2, 3, 1)[:, None]
+    mean, var = torch.full((2, 5), torch.nan)
+    with triton_cpu.watch():
+        triton.place(x, None, mean, var)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 1, 2, 3), correction=0)
+    torch.testing.assert_close((mean.double(), var.double()), (exact_mean, exact_var), rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_loaded_in_place() -> None:
+    buffer, value = torch.randn(2, 1, 6, 7, 20), torch.randn(2, 1, 6, 7, 12)
+    stored, before = buffer[..., 3:15], buffer.clone()
+    grad = Gradient(stored, value, *torch.randn(4, 12))
+    scale, slope, mean, offset = grad[2:]
+    expected = scale * stored + (slope * (value - mean) + offset)
+    with triton_cpu.watch():
+        triton.place_backward(grad, stored)
+    torch.testing.assert_close(stored, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(buffer[..., :3], before[..., :3]) and torch.equal(buffer[..., 15:], before[..., 15:])
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    x, out, vectors = torch.empty(0, 1, 4, 4, 16), torch.empty(0, 1, 4, 4, 8), torch.randn(4, 8)
+    norm, weight = Norm(*torch.randn(3, 16)), torch.randn(8, 16, 1, 1, 1)
+    dweight, sums = torch.full_like(weight, torch.nan), torch.full((2, 16), torch.nan)
+    with triton_cpu.watch() as watch:
+        triton.place(x, x, *torch.empty(2, 16))
+        triton.norm_relu_conv(x, norm, weight, out, *torch.empty(2, 8))
+        grad = Gradient(out, out, *vectors)
+        triton.norm_relu_conv_backward(grad, x, norm, weight, x, True, dweight, *sums)
+        triton.place_backward(grad, out)
+    assert not watch.launches
+    assert not dweight.any() and not sums.any()
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], POOLED[3]], ids=str)
+def test_tuning_leaves_the_results_alone(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Candidates run, and accumulate, into a copy."""
+    monkeypatch.setattr(tuning, "AUTOTUNE", True)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_milliseconds", lambda work, device: -sum(work.args[-1]))
+    monkeypatch.setattr(tiles_on_disk, "file", lambda device: tmp_path / "tiles.json")
+    cases.run_case(case, torch.bfloat16)
+    tuned = {shape.kernel for shape, _ in tuning._chosen}
+    backward = {"backward_data", "backward_weight"} if case.kernel != ONE else {"backward_pointwise"}
+    assert tuned == {"norm_relu_conv", *(backward if case.weight else {"backward_data"})}
+    plans.forget()

@@ -1,0 +1,69 @@
+"""Microseconds of Python in each primitive, counted up to the launch in C, on kernels that are really compiled.
+
+Processor time of this thread, so that other work on the machine does not count; the median of many calls.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import report
+import torch
+from triton_offline import offline
+
+from fused_densenet.backends import triton as backend
+from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.triton import plans
+
+LIMIT = 30.0
+BATCHES, CALLS = 40, 50
+
+
+def microseconds(call: Callable[[], None]) -> float:
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(BATCHES):
+        start = time.thread_time_ns()
+        for _ in range(CALLS):
+            call()
+        times.append((time.thread_time_ns() - start) / CALLS / 1e3)
+    return statistics.median(times)
+
+
+def calls() -> dict[str, Callable[[], None]]:
+    """The primitives of a training step of DenseNet-121, in bfloat16 with float32 weights, some of them pooled."""
+    pixels, c, k, growth = (2, 1, 14, 14), 256, 128, 32
+    buffer, gradients = torch.empty(2, *pixels, 512, dtype=torch.bfloat16)
+    y, dy = torch.empty(2, *pixels, k, dtype=torch.bfloat16)
+    x, dx, new, dnew = buffer[..., :c], gradients[..., :c], buffer[..., c : c + growth], gradients[..., c : c + growth]
+    wide, narrow = Norm(*torch.empty(3, c)), Norm(*torch.empty(3, k))
+    pointwise, spatial = torch.empty(k, c, 1, 1, 1), torch.empty(growth, k, 1, 3, 3)
+    grad_y, grad_new = Gradient(dy, y, *torch.empty(4, k)), Gradient(dnew, new, *torch.empty(4, growth))
+    grad_x, moments, sums, sums_y = Gradient(dx, x, *torch.empty(4, c)), torch.empty(2, k), *torch.empty(2, 2, c)
+    first = torch.empty(pixels[0], c, *pixels[1:], dtype=torch.bfloat16).permute(0, 2, 3, 4, 1)
+    dpointwise, dspatial = torch.empty_like(pointwise), torch.empty_like(spatial)
+    return {
+        "place": lambda: backend.place(first, x, *sums),
+        "place_backward": lambda: backend.place_backward(grad_x, first),
+        "1x1 forward": lambda: backend.norm_relu_conv(x, wide, pointwise, y, *moments),
+        "3x3 forward": lambda: backend.norm_relu_conv(y, narrow, spatial, new, *moments[:, :growth]),
+        "3x3 backward": lambda: backend.norm_relu_conv_backward(
+            grad_new, y, narrow, spatial, dy, False, dspatial, *sums_y[:, :k]
+        ),
+        "1x1 backward": lambda: backend.norm_relu_conv_backward(
+            grad_y, x, wide, pointwise, dx, True, dpointwise, *sums
+        ),
+    }
+
+
+@pytest.mark.parametrize("primitive", calls())
+def test_python_of_a_call(primitive: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    plans.forget()
+    with offline("sm_90"):
+        cost = microseconds(calls()[primitive])
+    plans.forget()
+    report.sections["Microseconds of Python in a call"].append(f"{primitive:16} {cost:5.1f}")
+    assert cost < LIMIT

@@ -1,0 +1,139 @@
+"""Launches that go past Triton's own binder give a kernel what the binder would, and the right kernel."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+import triton_offline
+from triton import knobs
+from triton_offline import offline
+
+from fused_densenet.backends import triton as backend
+from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.triton import plans
+from fused_densenet.backends.triton.launch import Launch
+
+_launches: list[tuple[Any, tuple[Any, ...]]] = []  # one list, as triton keeps launchers with the kernels it compiled
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+    """Inside, kernels are compiled for sm_80; collects (source, arguments) of every launch in C."""
+
+    def launcher(driver: Any, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: _launches.append((source, arguments))
+
+    _launches.clear()
+    monkeypatch.setattr(triton_offline._Driver, "launcher_cls", launcher)
+    plans.forget()
+    with offline("sm_80"):
+        yield _launches
+    plans.forget()
+
+
+def step(dtype: torch.dtype, weights: torch.dtype, channels: int = 32, offset: int = 0) -> None:
+    """A convolution, forward and backward."""
+    buffer = torch.empty(2, 1, 4, 4, offset + channels + 16, dtype=dtype)
+    x, out = buffer[..., offset : offset + channels], buffer[..., offset + channels :]
+    norm, weight = Norm(*torch.empty(3, channels)), torch.empty(16, channels, 1, 1, 1, dtype=weights)
+    backend.norm_relu_conv(x, norm, weight, out, *torch.empty(2, 16))
+    grad = Gradient(out, out, *torch.empty(4, 16))
+    dweight = torch.empty_like(weight)
+    backend.norm_relu_conv_backward(grad, x, norm, weight, x, True, dweight, *torch.empty(2, channels))
+
+
+NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def test_each_dtype_has_its_kernel(launched: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Shapes and addresses alike, dtypes not: twice each, so that the second finds the first one's kernels."""
+    for dtype, weights in [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float16,) * 2] * 2:
+        launched.clear()
+        step(dtype, weights)
+        signatures = {source.fn.__name__: source.signature for source, _ in launched}
+        assert len(launched) == len(signatures) == 4
+        for name in ("norm_relu_conv", "backward_pointwise"):
+            assert signatures[name]["x"] == NAMES[dtype] and signatures[name]["weight"] == NAMES[weights]
+        assert signatures["add_partials"]["dweight"] == NAMES[weights]
+
+
+@pytest.mark.parametrize(("channels", "offset"), [(32, 0), (32, 1), (17, 0)])
+def test_the_arguments_are_those_of_the_binder(
+    launched: list[tuple[Any, tuple[Any, ...]]], channels: int, offset: int
+) -> None:
+    """The first launch goes through the binder, the second does not."""
+    for _ in range(2):
+        step(torch.bfloat16, torch.float32, channels, offset)
+    first, second = launched[:4], launched[4:]
+    assert len(second) == 4
+    for (source, bound), (again, ours) in zip(first, second, strict=True):
+        assert source is again
+        assert bound[:4] == ours[:4]  # grid and stream
+        for theirs, mine, kind in zip(bound[9:], ours[9:], source.signature.values(), strict=True):
+            if isinstance(theirs, torch.Tensor):
+                assert type(mine) is int and mine % 16 == theirs.data_ptr() % 16
+            elif kind != "constexpr":
+                assert mine == theirs
+            else:
+                assert mine == (0 if theirs is None else theirs)
+
+
+@triton.jit
+def _copy(x, out, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+
+def test_a_profiler_hears_of_every_launch(launched: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    it = Launch(_copy, (1, 1, 1), (16,), 4, 1, BLOCK=16)
+    tensors = torch.empty(2, 16)
+    it(*tensors)
+    it(*tensors)
+    assert launched[-1][1][7:9] == (None, None)
+    hook = launched.append
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        it(*tensors)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert launched[-1][1][7] is knobs.runtime.launch_enter_hook
+
+
+class _Tensor:
+    """Of a GPU that is not there."""
+
+    device = torch.device("cuda", 1)
+
+    def get_device(self) -> int:
+        return 1
+
+    def data_ptr(self) -> int:
+        return 4096
+
+
+def test_the_device_of_the_tensors_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+    seen = []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device_: SimpleNamespace(device=device))
+    active = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda index: 100 + index)
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    it = Launch(_copy, (3, 1, 1), (16,), 4, 1, BLOCK=16)
+    it._compiled[1, 0, 0] = SimpleNamespace(
+        function="function", packed_metadata="metadata", run=lambda *arguments: seen.append((current[0], arguments))
+    )
+    it(_Tensor(), _Tensor())
+    it(_Tensor(), _Tensor())
+    launch = (1, (3, 1, 1, 101, "function", "metadata", None, None, None, 4096, 4096, 16, 16))
+    assert seen == [launch, launch] and current == [0]

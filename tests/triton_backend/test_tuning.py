@@ -1,0 +1,120 @@
+"""Which tile is taken: the fixed choice, or the fastest, which is kept for the process and on disk."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from fused_densenet.backends.triton import tiles_on_disk, tuning
+from fused_densenet.backends.triton.tiles_on_disk import Tile
+from fused_densenet.backends.triton.tuning import ShapeClass
+
+SHAPE = ShapeClass("norm_relu_conv", "half", 128, 1, 256, 4096, False)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def file(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
+    """Where choices are kept."""
+    path = tmp_path / "fused_densenet" / "tiles.json"
+    monkeypatch.setattr(tiles_on_disk, "file", lambda device: path)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+    """Runs a candidate; the last one is the fastest. ``run.tiles`` are those that were run."""
+    choices = tuning.candidates(SHAPE, "sm_90")
+
+    def run(tile: Tile) -> None:
+        run.tiles.append(tile)
+
+    run.tiles = []
+    monkeypatch.setattr(tuning, "_milliseconds", lambda work, device: len(choices) - choices.index(work.args[0]))
+    return run
+
+
+def test_the_fixed_choice_is_the_default() -> None:
+    assert not tuning.AUTOTUNE
+    assert tuning.tile(SHAPE, CPU) == tuning.candidates(SHAPE, "sm_90")[0]
+
+
+def test_the_fastest_is_kept(file: pathlib.Path, run: Callable[[Tile], None]) -> None:
+    choices = tuning.candidates(SHAPE, "sm_90")
+    assert len(choices) > 1
+    assert tuning.tune(SHAPE, CPU, run)
+    assert tuning.tile(SHAPE, CPU) == choices[-1] and run.tiles == choices
+    assert not tuning.tune(SHAPE, CPU, run) and run.tiles == choices
+    tuning._chosen.clear()  # another process
+    assert tuning.tune(SHAPE, CPU, run) and run.tiles == choices
+    assert tuning.tile(SHAPE, CPU) == choices[-1]
+
+
+def test_choices_of_other_shapes_stay(file: pathlib.Path, run: Callable[[Tile], None]) -> None:
+    other = SHAPE._replace(pixels=64)
+    for shape in (SHAPE, other):
+        tuning.tune(shape, CPU, run)
+    assert tiles_on_disk.read(file).keys() == {str(SHAPE), str(other)}
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "{", '{"a": 3}', '{"a": [1, 2, 3, 4, 5, 6]}'])
+def test_a_file_that_is_something_else_counts_for_nothing(
+    content: str, file: pathlib.Path, run: Callable[[Tile], None]
+) -> None:
+    file.parent.mkdir()
+    file.write_text(content)
+    assert tuning.tune(SHAPE, CPU, run)
+    assert json.loads(file.read_text())[str(SHAPE)] == list(tuning.tile(SHAPE, CPU))
+
+
+def test_a_choice_that_is_no_candidate_is_made_again(file: pathlib.Path, run: Callable[[Tile], None]) -> None:
+    tiles_on_disk.write(file, str(SHAPE), Tile(1024, 1024, 128, 8, 5))
+    tuning.tune(SHAPE, CPU, run)
+    assert tuning.tile(SHAPE, CPU) in tuning.candidates(SHAPE, "sm_90")
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[Tile], None]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tiles_on_disk, "file", lambda device: tmp_path / "file" / "tiles.json")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    assert tuning.tune(SHAPE, CPU, run)
+
+
+def test_a_candidate_that_does_not_fit_is_left_out(file: pathlib.Path, run: Callable[[Tile], None]) -> None:
+    choices = tuning.candidates(SHAPE, "sm_90")
+
+    def only_the_first_fits(tile: Tile) -> None:
+        if tile != choices[0]:
+            raise OutOfResources(200000, 100000, "shared memory")
+
+    assert not tuning.tune(SHAPE, CPU, only_the_first_fits)
+    assert tuning.tile(SHAPE, CPU) == choices[0]
+    assert tuning._fastest(lambda: only_the_first_fits(choices[-1]), CPU) == math.inf
+
+
+def test_nothing_is_tuned_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch, file: pathlib.Path, run: Callable[[Tile], None]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not tuning.tune(SHAPE, torch.device("cuda", 0), run)
+    assert not run.tiles and not file.exists()
+
+
+def test_a_file_for_each_gpu_and_version(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ["GPU A", "GPU B", "GPU A"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names.pop(0))
+    a, b, again = (tiles_on_disk.file(torch.device("cuda", 0)) for _ in range(3))
+    assert a == again != b and a.parent == tmp_path / "fused_densenet"
+    monkeypatch.setattr(tiles_on_disk, "__version__", "0.0.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU A")
+    assert tiles_on_disk.file(torch.device("cuda", 0)) != a

@@ -9,53 +9,62 @@ import torch
 from torch import Tensor, nn
 
 from .backends import choose, rejected
-from .fallback import fallback_reasons, quiet, structure_and_hook_reasons, uses_batch_stats
-from .fusing import survey
+from .fallback import quiet, uses_batch_stats
 from .modules import FusedDenseBlock
+from .recognition import Finding, survey
 
 
 @dataclass
-class BlockReport:
-    """What :func:`explain` found out about one dense block.
+class Report:
+    """What :func:`explain` found out about one dense block or transition.
 
     Attributes:
         name: of the module in the network; "" for the network itself.
-        fused: whether the module is a FusedDenseBlock that runs, or would run, fused.
+        kind: "dense block" or "transition".
+        fused: whether the module runs, or would run, fused.
         backend: name of the backend that would run; None where nothing runs fused or no input was given.
         mode: what it would keep and which statistics it would use, in words; None as ``backend``.
         reasons: everything that keeps it from running fused; where it does, why each faster backend does not run.
     """
 
     name: str
+    kind: str
     fused: bool
     backend: str | None = None
     mode: str | None = None
     reasons: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        state = "fused" if self.fused else "operator by operator"
-        line = ", ".join([state, *([f"backend {self.backend}"] if self.backend else []), *filter(None, [self.mode])])
-        return "\n    - ".join([f"{self.name or '(the module itself)'}: {line}", *self.reasons])
+        words = [
+            "fused" if self.fused else "operator by operator",
+            self.backend and f"backend {self.backend}",
+            self.mode,
+        ]
+        line = f"{self.name or '(the module itself)'}: {', '.join(filter(None, words))}"
+        return "\n    - ".join([line, *self.reasons])
 
 
 @dataclass
 class Explanation:
-    """The reports of a network's dense blocks, in order; printed, one paragraph for each."""
+    """The reports of a network's dense blocks and transitions, each in order; printed, one paragraph for each."""
 
-    blocks: list[BlockReport]
+    blocks: list[Report]
+    transitions: list[Report]
 
     def __str__(self) -> str:
-        fused = sum(block.fused for block in self.blocks)
-        lines = [f"{fused} of {len(self.blocks)} dense blocks run fused", *map(str, self.blocks)]
-        return "\n".join(lines)
+        counts = [
+            f"{sum(report.fused for report in reports)} of {len(reports)} {name}"
+            for name, reports in (("dense blocks", self.blocks), ("transitions", self.transitions))
+        ]
+        return "\n".join([f"{' and '.join(counts)} run fused", *map(str, self.blocks + self.transitions)])
 
 
 def explain(module: nn.Module, *inputs: Any) -> Explanation:
-    """What would run for each dense block of ``module``: backend, mode, and every reason against something faster.
+    """What would run for each dense block and transition of ``module``, and every reason against something faster.
 
     With ``inputs``, ``module(*inputs)`` is run once under the autocast, gradient and train or eval mode of the call; its
     buffers, the random numbers and the warnings of later calls are left as they are. Without, what is known without an
-    input is told: which blocks :func:`fuse` replaced or would replace, and what is in the way of the others.
+    input is told: what :func:`fuse` replaced or would replace, and what is in the way of the rest.
 
     Args:
         module: a network or a block, before or after :func:`fuse`.
@@ -67,27 +76,30 @@ def explain(module: nn.Module, *inputs: Any) -> Explanation:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    findings = survey(module)
-    reports = []
+    explanation = Explanation([], [])
     with contextlib.ExitStack() as stack:
-        for finding in findings:
-            block = finding.module
-            if isinstance(block, FusedDenseBlock):
-                reasons = structure_and_hook_reasons(block.parts(), block.layer_class)
-                report = BlockReport(finding.name, not reasons, reasons=reasons)
-                if inputs:
-                    report.fused, report.reasons = False, ["this input does not reach it"]
-                    handle = block.register_forward_pre_hook(lambda block, args, r=report: _fill(r, block, *args))
-                    stack.callback(handle.remove)
-            else:
-                reasons = finding.reasons or ["fused_densenet.fuse would replace it, and was not called"]
-                report = BlockReport(finding.name, False, reasons=reasons)
-            reports.append(report)
+        for finding in survey(module):
+            report = _standing_report(finding)
+            (explanation.blocks if report.kind == "dense block" else explanation.transitions).append(report)
+            if inputs and finding.fused:
+                report.fused, report.reasons = False, ["this input does not reach it"]
+                handle = finding.module.register_forward_pre_hook(lambda m, args, r=report: _fill(r, m, *args))
+                stack.callback(handle.remove)
         if inputs:
             stack.enter_context(_without_traces(inputs))
             buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
             torch.func.functional_call(module, buffers, inputs)
-    return Explanation(reports)
+    return explanation
+
+
+def _standing_report(finding: Finding) -> Report:
+    """What is known without an input."""
+    kind = "dense block" if finding.fused_class is FusedDenseBlock else "transition"
+    if finding.fused:
+        reasons = finding.module.fallback_reasons()
+        return Report(finding.name, kind, not reasons, reasons=reasons)
+    reasons = finding.reasons or ["fused_densenet.fuse would replace it, and was not called"]
+    return Report(finding.name, kind, False, reasons=reasons)
 
 
 @contextlib.contextmanager
@@ -97,26 +109,24 @@ def _without_traces(inputs: tuple[Any, ...]) -> Iterator[None]:
         yield
 
 
-def _fill(report: BlockReport, block: FusedDenseBlock, x: Tensor) -> None:
-    layers = block.parts()
-    report.reasons = fallback_reasons(x, layers, block.layer_class)
+def _fill(report: Report, module: Any, x: Tensor) -> None:
+    report.reasons = module.fallback_reasons(x)
     report.fused = not report.reasons
-    if not report.fused:
-        return
-    report.backend = choose(x.device, x.dtype)
-    report.reasons = [f"not {name}: {reason}" for name, reason in rejected(x.device, x.dtype, report.backend)]
-    report.mode = _mode(block, x)
+    if report.fused:
+        report.backend = choose(x.device, x.dtype)
+        report.reasons = [f"not {name}: {reason}" for name, reason in rejected(x.device, x.dtype, report.backend)]
+        report.mode = _mode(module, x)
 
 
-def _mode(block: FusedDenseBlock, x: Tensor) -> str:
-    layers = block.parts()
-    from_batch = {uses_batch_stats(stage.norm) for parts in layers for stage in parts.stages}
-    statistics = {frozenset({True}): "batch statistics", frozenset({False}): "running statistics"}.get(
-        frozenset(from_batch), "batch statistics in some norms, running ones in others"
-    )
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *block.parameters())):
+def _mode(module: Any, x: Tensor) -> str:
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    from_batch = {uses_batch_stats(norm) for norm in norms}
+    statistics = "batch statistics" if True in from_batch else "running statistics"
+    if len(from_batch) == 2:
+        statistics = "batch statistics in some norms, running ones in others"
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *module.parameters())):
         return f"inference with {statistics}"
-    if len(layers[0].stages) == 1:
+    if not isinstance(module, FusedDenseBlock) or len(module.parts()[0].stages) == 1:
         return f"for backward, with {statistics}"
-    kept = "bottlenecks computed again (memory_efficient)" if block.memory_efficient else "bottlenecks kept"
+    kept = "bottlenecks computed again (memory_efficient)" if module.memory_efficient else "bottlenecks kept"
     return f"for backward, with {statistics}, {kept}"

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_block_arguments, check_image, check_parameters
-from .fallback import announce, fallback_reasons, statistics_groups, uses_batch_stats
+from .fallback import (
+    announce,
+    fallback_reasons,
+    statistics_groups,
+    structure_and_hook_reasons,
+    uses_batch_stats,
+)
 from .functional import BatchMoments, dense_block
 from .layers import LayerParts, take_apart
 from .schedule import NormReluConv
@@ -151,6 +157,12 @@ class FusedDenseBlock(nn.ModuleDict):
     def parts(self) -> list[LayerParts]:
         """Its layers, taken apart."""
         return [take_apart(layer) for layer in self._modules.values() if layer is not None]
+
+    def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
+        """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
+        if x is None:
+            return structure_and_hook_reasons(self.parts(), self.layer_class)
+        return fallback_reasons(x, self.parts(), self.layer_class)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes the keys of torchvision's first checkpoints (``norm.1`` for ``norm1``) as well."""

@@ -107,11 +107,15 @@ class FusedTransition(nn.Sequential):
         pool = modules.get("pool")
         return TransitionParts(modules, take_stage(modules, ""), None if isinstance(pool, nn.Identity) else pool)
 
-    def fallback_reasons(self, x: Tensor) -> list[str]:
-        """Why it cannot run fused on ``x``; empty if it can."""
+    def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
+        """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
         parts = self.parts()
         structure = parts.structure_reasons() + interceptions([(n, m) for n, m in parts.modules.items() if m])
-        return context_reasons(x) + (structure or dtype_reasons(x, parts.stage.conv.weight.dtype))
+        return (
+            structure
+            if x is None
+            else context_reasons(x) + (structure or dtype_reasons(x, parts.stage.conv.weight.dtype))
+        )
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:
         return super().forward(x)

@@ -1,0 +1,149 @@
+"""Finds the dense blocks and transitions of a network, by structure and by class; no package is imported for it."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backends import use_backend
+from .fallback import strict
+from .layers import structure_reasons, take_apart
+from .modules import FusedDenseBlock
+from .swapping import swap
+from .transition import FusedTransition
+
+_PACKAGES = {
+    "torchvision.models.densenet": {"_DenseBlock", "_DenseLayer", "_Transition"},
+    "timm.models.densenet": {"DenseBlock", "DenseLayer", "DenseTransition"},
+    "monai.networks.nets.densenet": {"_DenseBlock", "_DenseLayer", "_Transition"},
+    "torchxrayvision.models": {"_DenseBlock", "_DenseLayer", "_Transition"},
+}
+"""Classes whose ``forward`` is known, by module; a module of any other class is tried on a small input."""
+
+_CALL_PARTS_OF_TRANSITIONS = {("segmentation_models_pytorch.encoders.densenet", "DenseNetEncoder")}
+
+
+@dataclass
+class Finding:
+    """A module that is a dense block or a transition, or looks like one.
+
+    Attributes:
+        name: in the model that was searched.
+        module: the module itself.
+        fused_class: what it would run as, FusedDenseBlock or FusedTransition.
+        reasons: what keeps it from being replaced; empty if nothing does.
+    """
+
+    name: str
+    module: Any
+    fused_class: type[nn.Module]
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def fused(self) -> bool:
+        return isinstance(self.module, self.fused_class)
+
+
+def survey(model: nn.Module) -> list[Finding]:
+    """Every dense block and transition of ``model``, fused or not, and everything that looks like one."""
+    findings = list(_candidates(model))
+    return [f for f in findings if not any(_is_inside(other.name, f.name) for other in findings)]
+
+
+def _candidates(model: nn.Module) -> Iterator[Finding]:
+    callers = []
+    for name, module in model.named_modules():
+        if (type(module).__module__, type(module).__name__) in _CALL_PARTS_OF_TRANSITIONS:
+            callers.append(name)
+        if isinstance(module, FusedDenseBlock | FusedTransition):
+            kind = FusedDenseBlock if isinstance(module, FusedDenseBlock) else FusedTransition
+            yield Finding(name, module, kind)
+        elif _consists_of_layers(module):
+            yield Finding(name, module, FusedDenseBlock, _obstacles(module, FusedDenseBlock, _block_reasons))
+        elif re.search("dense_?block", _class_name(module), re.IGNORECASE):
+            reasons = ["it does not consist of denselayer1, denselayer2, ..."]
+            yield Finding(name, module, FusedDenseBlock, reasons)
+        elif _looks_like_transition(module):
+            reasons = ["its owner calls its parts one by one"]
+            if not any(_is_inside(name, caller) for caller in callers):
+                reasons = _obstacles(module, FusedTransition, _transition_reasons)
+            yield Finding(name, module, FusedTransition, reasons)
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and name.startswith(f"{outer}." if outer else "")
+
+
+def _class_name(module: nn.Module) -> str:
+    scripted = getattr(module, "original_name", None)
+    return scripted if isinstance(scripted, str) else type(module).__name__
+
+
+def _consists_of_layers(module: nn.Module) -> bool:
+    names = module._modules.keys()
+    return bool(names) and all(re.fullmatch(r"denselayer\d+", name) for name in names)
+
+
+def _looks_like_transition(module: nn.Module) -> bool:
+    return "Transition" in _class_name(module) and {"norm", "conv"} <= module._modules.keys()
+
+
+def _obstacles(
+    module: nn.Module, fused_class: type[nn.Module], structure: Callable[[nn.Module], tuple[list[str], list[type]]]
+) -> list[str]:
+    """Why a module that looks like one of ``fused_class`` cannot be fused."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return ["it is scripted; fuse the network before torch.jit.script"]
+    reasons, classes = structure(module)
+    if module._parameters or module._buffers:
+        reasons.append("it has parameters or buffers of its own")
+    if "forward" in module.__dict__:
+        reasons.append("its forward was replaced")
+    if not reasons and not all(cls.__name__ in _PACKAGES.get(cls.__module__, ()) for cls in classes):
+        reasons += _trial(module, fused_class)
+    return reasons
+
+
+def _block_reasons(block: nn.Module) -> tuple[list[str], list[type]]:
+    """What is wrong with the structure, and the classes whose ``forward`` matters."""
+    layers = [take_apart(layer) for layer in block.children()]
+    layer_class = type(layers[0].layer)
+    return structure_reasons(layers, layer_class), [type(block), layer_class]
+
+
+def _transition_reasons(transition: nn.Module) -> tuple[list[str], list[type]]:
+    return FusedTransition.parts(transition).structure_reasons(), [type(transition)]  # type: ignore[arg-type]
+
+
+def _trial(module: nn.Module, fused_class: type[nn.Module]) -> list[str]:
+    """Compares a copy's own ``forward`` with the fused one in float64, in training and in eval mode."""
+    kind = type(module).__name__
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            own = copy.deepcopy(module).to("cpu", torch.float64)
+            for part in own.modules():
+                for hooks in (part._forward_hooks, part._forward_pre_hooks):
+                    hooks.clear()
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    for tensor in (part.weight, part.bias, part.running_mean, part.running_var):
+                        if tensor is not None:
+                            tensor.uniform_(0.5, 1.5)
+            fused = copy.deepcopy(own)
+            swap(fused, fused_class)
+            weight = next(p for p in own.parameters() if p.dim() > 1)
+            x = torch.randn(2, weight.shape[1], *[4] * (weight.dim() - 2), dtype=torch.float64, device="cpu")
+            for training in (True, False):
+                results = []
+                for part in (own, fused):
+                    torch.manual_seed(0)
+                    with use_backend("eager"), strict():
+                        results.append([part.train(training)(x.clone()), *part.buffers()])
+                if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(*results, strict=True)):
+                    return [f"the forward of {kind} computes something else than a {fused_class.__name__}"]
+    except Exception as error:  # it is somebody else's code: whatever it raises, it cannot be fused
+        return [f"the forward of {kind} could not be tried: {type(error).__name__}: {error}"]
+    return []

@@ -16,7 +16,16 @@ from tolerances import assert_largest, assert_same
 from torch import Tensor, nn
 
 import fused_densenet
-from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, fuse, strict, unfuse
+from fused_densenet import (
+    FallbackError,
+    FallbackWarning,
+    FusedDenseBlock,
+    FusedTransition,
+    explain,
+    fuse,
+    strict,
+    unfuse,
+)
 
 SIZE = (3, 8, 2, 4, 0.0)
 
@@ -59,6 +68,9 @@ def test_identity_of_everything() -> None:
     assert all(module is model.get_submodule(name) for name, module in modules.items())
     assert list(model.state_dict()) == keys
     assert isinstance(blocks(model)[0], peers.DenseBlock)
+    assert isinstance(model.features.transition1, FusedTransition) and isinstance(
+        model.features.transition1, peers.Transition
+    )
     assert unfuse(model) is model
     assert [type(m) for m in model.modules()] == classes
     assert [set(vars(m)) for m in model.modules()] == attributes
@@ -322,6 +334,46 @@ def test_what_cannot_be_fused(name: str, caplog: pytest.LogCaptureFixture) -> No
         fuse(model)
     assert isinstance(model["good"], FusedDenseBlock) and type(model["odd"]) is kind
     assert re.search(f"not fused: odd: .*{reason}", caplog.text)
+
+
+class _Transition(nn.Sequential):
+    """A transition as another package might write it; ``scale`` is what sets it apart."""
+
+    def __init__(self, scale: float = 1, pool: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm, self.relu = nn.BatchNorm3d(6), nn.ReLU(inplace=True)
+        self.conv = nn.Conv3d(6, 5, 1, bias=False)
+        self.pool = pool or nn.AvgPool3d(2)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * super().forward(input)
+
+
+def test_transition_of_an_unknown_class() -> None:
+    theirs = _Transition().double()
+    ours = fuse(copy.deepcopy(theirs))
+    assert isinstance(ours, FusedTransition) and isinstance(ours[1], nn.ReLU)
+    x = torch.randn(2, 6, 4, 5, 7, dtype=torch.float64)
+    with strict():
+        assert_same_step(results(ours, x), results(theirs, x))
+    copied = fuse(copy.deepcopy(ours))
+    assert isinstance(copied, FusedTransition) and type(unfuse(copied)) is _Transition
+
+
+@pytest.mark.parametrize(
+    ("transition", "reason"),
+    [
+        (_Transition(scale=2), "the forward of _Transition computes something else than a FusedTransition"),
+        (_Transition(pool=nn.MaxPool3d(2)), "pool is no average pooling of window and stride 2: MaxPool3d"),
+    ],
+)
+def test_transition_that_cannot_be_fused(transition: nn.Module, reason: str) -> None:
+    model = nn.ModuleList([transition])
+    fuse(model, strict=True)  # which is about dense blocks
+    assert type(model[0]) is _Transition
+    (report,) = explain(model).transitions
+    assert (report.name, report.fused) == ("0", False) and report.reasons[0].startswith(reason)
 
 
 def test_around_a_block_is_no_block() -> None:

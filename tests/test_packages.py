@@ -25,6 +25,8 @@ def test_one_step(name: str) -> None:
     keys = list(theirs.state_dict())
     assert fuse(ours, strict=True) is ours
     assert all(isinstance(block, FusedDenseBlock) for block in dense_blocks(ours, name))
+    transitions = {type(m).__name__ for n, m in ours.named_modules() if re.search(r"transition\d$", n)}
+    assert transitions == {"_Transition" if name.startswith("segmentation") else "FusedTransition"}
     with strict():
         assert_same_step(step(ours, x), step(theirs, x))
         assert_largest(ours.eval()(x), theirs.eval()(x), "float64 whole block", "output in eval mode")
@@ -130,7 +132,7 @@ def test_timms_activation_dropped_by_torch() -> None:
     model = fuse(timm.create_model("densenet121"))
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
     x = torch.randn(1, 3, 64, 64)
-    with pytest.warns(FallbackWarning, match=r"norm1 is followed by no activation"):
+    with pytest.warns(FallbackWarning, match=r"norm1? is followed by no activation"):
         out = model(x)
     assert torch.equal(out, unfuse(model)(x))
     kept = timm.layers.convert_sync_batchnorm(fuse(timm.create_model("densenet121"))).eval()
@@ -162,4 +164,6 @@ def test_segmentation_networks() -> None:
         expected = model(x)
         assert_largest(fuse(model, strict=True)(x), expected, "float32 whole block", "mask")
         names = [f"encoder.features.denseblock{i}" for i in (1, 2, 3, 4)]
-        assert [(block.name, block.fused) for block in explain(model, x).blocks] == [(name, True) for name in names]
+        explanation = explain(model, x)
+    assert [(block.name, block.fused) for block in explanation.blocks] == [(name, True) for name in names]
+    assert [report.reasons for report in explanation.transitions] == [["its owner calls its parts one by one"]] * 3

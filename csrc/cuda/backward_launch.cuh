@@ -9,11 +9,11 @@ namespace fused_densenet {
 
 // For what the larger tiles have no room for, or too few blocks.
 template <Arithmetic A>
-using SmallBackward = BackwardConfig<A, 32, 64, 2, 4, 14>;
+using SmallBackward = BackwardConfig<A, 32, 64, 2, 4, 14, true>;
 
 template <class C>
 int launch_backward(const Backward& f, const BackwardPlan& plan, float* weights, float* sums, void* stream) {
-  const dim3 grid(static_cast<unsigned>(divide_up(f.shape.in, C::channels)), static_cast<unsigned>(plan.splits),
+  const dim3 grid(static_cast<unsigned>(ceil_div(f.shape.in, C::channels)), static_cast<unsigned>(plan.splits),
                   plan.data ? 1 : static_cast<unsigned>(plan.passes()));
   return launch_kernel(backward_kernel<C>, grid, dim3(C::threads), static_cast<size_t>(plan.shared), stream, f, plan,
                        weights, sums);
@@ -59,7 +59,7 @@ class BackwardLaunches {
     BackwardPlan& plan = plans_[count_];
     bool large = f_.shape.in > Small::channels || Large::channels <= Small::channels;
     large = large && make_plan(plan, f_, data, weight, Large::tile, device_) &&
-            plan.count * divide_up(f_.shape.in, Large::channels) >= device_.multiprocessors;
+            plan.count * ceil_div(f_.shape.in, Large::channels) >= device_.multiprocessors;
     if (!large && !make_plan(plan, f_, data, weight, Small::tile, device_)) return false;
     const auto access = [](const Pixels& p) { return access_of(p.data, p.ld * Small::tile.element); };
     plan.stored_access = access(f_.grad.stored);

@@ -58,6 +58,10 @@ CASES = [
     Case(Shape((1, 3, 4, 5), 20, 40, CUBE), 2, True, True, "contiguous", True),
     Case(Shape((3, 1, 1, 37), 33, 20, ROW), 4, True, True, "strided", True, 3, 1),
     Case(Shape((1, 1, 11, 3), 9, 5, (1, 5, 7)), 1, False),
+    Case(Shape((2, 1, 9, 11), 150, 75, POINT, pool=True), 2, True, True, "contiguous", True),
+    Case(Shape((1, 1, 14, 6), 64, 512, POINT, pool=True), 3, False, True, "channels_last", False, 0, 8),
+    Case(Shape((2, 3, 4, 7), 20, 12, POINT, pool=True), 132, False, True, "contiguous", False, 1, 0),
+    Case(Shape((3, 1, 1, 13), 33, 16, POINT, pool=True), 1, True, False),
     Case(Shape((1, 1, 1, 1), 5, 3, POINT), 132, False, True, "contiguous", True, 1, 1),
     Case(Shape((1, 1, 1, 1), 24, 12, SQUARE), 132),
 ]
@@ -121,7 +125,7 @@ def test_backward(case: Case, arithmetic: str) -> None:
     operands = problem.grad, problem.x, problem.norm, problem.weight
     exact, magnitude = exact_backward(*operands, case.shape.pool), backward_magnitude(*operands, case.shape.pool)
     if tf32:
-        theirs, their_dx = exact_of_tf32(*operands), None
+        theirs, their_dx = exact_of_tf32(*operands, case.shape.pool), None
     else:
         _, theirs, their_dx = operators(*operands, case.shape.pool)
     results = {
@@ -151,19 +155,21 @@ def test_backward(case: Case, arithmetic: str) -> None:
         guarded.check(name)
 
 
-def exact_of_tf32(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor) -> Derivatives:
+def exact_of_tf32(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool) -> Derivatives:
     """What is left of the results where only the operands of products are rounded, to 10 bits of mantissa."""
     z = torch.addcmul(norm.shift, x - norm.mean, norm.scale)
-    a, g = (_tf32(t).permute(0, 4, 1, 2, 3) for t in (z.relu(), load(grad).float()))
-    a, w = a.requires_grad_(), _tf32(weight).requires_grad_()
-    out = F.conv3d(a, w, padding=[size // 2 for size in weight.shape[2:]])
-    da, dweight = torch.autograd.grad(out, [a, w], g)
+    a = z.relu().double().permute(0, 4, 1, 2, 3).requires_grad_()
+    averaged = F.avg_pool3d(a, [min(size, 2) for size in a.shape[2:]]) if pool else a
+    left, w = _tf32(averaged.detach()).requires_grad_(), _tf32(weight).requires_grad_()
+    out = F.conv3d(left, w, padding=[size // 2 for size in weight.shape[2:]])
+    da, dweight = torch.autograd.grad(out, [left, w], _tf32(load(grad)).permute(0, 4, 1, 2, 3))
+    (da,) = torch.autograd.grad(averaged, a, da) if pool else (da,)
     dz = da.permute(0, 2, 3, 4, 1).masked_fill(z <= 0, 0)
     return Derivatives(dz, dweight, dz.sum((0, 1, 2, 3)), (dz * (x.double() - norm.mean)).sum((0, 1, 2, 3)))
 
 
 def _tf32(x: Tensor) -> Tensor:
-    return (x.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32).double()
+    return (x.float().contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32).double()
 
 
 @all_arithmetic

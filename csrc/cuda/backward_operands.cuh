@@ -1,0 +1,268 @@
+// What a block of the backward kernel has in shared memory, and how it gets there.
+#pragma once
+
+#include "backward_plan.cuh"
+#include "gradient.cuh"
+#include "shifted_product.cuh"
+
+namespace fused_densenet {
+
+template <Arithmetic A_, int Pixels, int Channels, int WarpsM, int WarpsN, int RowTiles, bool AddsPasses>
+struct BackwardConfig {
+  static constexpr Arithmetic A = A_;
+  using T = typename Product<A>::T;
+  static constexpr int channels = Channels, warps_m = WarpsM, warps_n = WarpsN, row_tiles = RowTiles;
+  static constexpr int threads = 32 * WarpsM * WarpsN;
+  static constexpr int m_tiles = Pixels / (16 * WarpsM), n_tiles = Channels / (8 * WarpsN);
+  static constexpr int ld = Channels + 8;
+  static constexpr BackwardTile tile{sizeof(T), Pixels, Channels, WarpsM, 16 * WarpsM * RowTiles, AddsPasses};
+  static_assert(Channels % 16 == 0 && m_tiles * 16 * WarpsM == Pixels && n_tiles % 2 == 0);
+};
+
+// The part of the (tap, output) rows that is in shared memory.
+struct Pass {
+  int first_output, outputs, first_tap, taps, groups;  // outputs: a multiple of eight
+};
+
+template <class C>
+struct BackwardOperands {
+  using T = typename C::T;
+  static constexpr int kSize = Chunk<T>::size;
+
+  const Backward& f;
+  const BackwardPlan& plan;
+  const int first_channel, channels;  // of x; what the block owns
+  Matrix<T> weight, g, a;             // rows: channels of x; the box's gradient with halo; its pixels
+  T *raw, *x_data, *dx_data;
+  float* g_vectors;
+  float* sums;  // (warps_m, 2, channels), each entry one lane's
+  Vectors x_vectors;
+  int *halo_pixels, *box_pixels;  // where a box's rows are in memory: two boxes' gradients, three boxes' x
+  int* row_of;                    // the row of g under each pixel, before a tap's shift
+  Group* groups;
+
+  __device__ BackwardOperands(const Backward& f, const BackwardPlan& plan, unsigned char* shared)
+      : f(f),
+        plan(plan),
+        first_channel(blockIdx.x * C::channels),
+        channels(clamp(f.shape.in - first_channel, 0, C::channels)) {
+    const auto at = [shared](int offset) { return reinterpret_cast<T*>(shared + offset); };
+    weight = {at(plan.weight_at), plan.weight_ld};
+    g = {at(plan.gradient_at), plan.gradient_ld};
+    a = {at(plan.activation_at), C::ld};
+    raw = at(plan.raw_at);
+    x_data = at(plan.x_at);
+    dx_data = at(plan.dx_at);
+    g_vectors = reinterpret_cast<float*>(shared + plan.vectors_at);
+    x_vectors = {g_vectors + 4 * plan.pass_outputs, C::channels};
+    sums = x_vectors.data + Vectors::kCount * C::channels;
+    halo_pixels = reinterpret_cast<int*>(shared + plan.tables_at);
+    box_pixels = halo_pixels + 2 * plan.halo.volume();
+    row_of = box_pixels + 3 * plan.x_rows();
+    groups = reinterpret_cast<Group*>(row_of + C::tile.pixels);
+  }
+
+  __device__ Matrix<T> x(int buffer) const { return {x_data + buffer * plan.x_rows() * C::ld, C::ld}; }
+  __device__ Matrix<T> dx(int buffer) const {
+    return {dx_data + (f.accumulate ? buffer * plan.x_rows() * C::ld : 0), C::ld};
+  }
+  __device__ const int* gradient_pixels(int buffer) const { return halo_pixels + buffer * plan.halo.volume(); }
+  __device__ const int* x_pixels(int slot) const { return box_pixels + slot * plan.x_rows(); }
+
+  // body(row, first column) for chunks of 16 bytes; a thread keeps its column.
+  template <class Body>
+  __device__ void for_each_chunk(int rows, int chunks, Body body) const {
+    const int step = C::threads / chunks, column = threadIdx.x % chunks * kSize;
+    if (static_cast<int>(threadIdx.x) >= step * chunks) return;
+    for (int row = threadIdx.x / chunks; row < rows; row += step) body(row, column);
+  }
+  __device__ int x_chunks() const { return (channels + kSize - 1) / kSize; }
+
+  __device__ Pass pass_of(int i) const {
+    Pass p;
+    const int taps = plan.kernel.volume(), outputs = (static_cast<int>(f.shape.out) + 7) / 8 * 8;
+    p.first_tap = i % plan.tap_passes * plan.pass_taps;
+    p.taps = min(taps - p.first_tap, plan.pass_taps);
+    p.first_output = i / plan.tap_passes * plan.pass_outputs;
+    p.outputs = min(outputs - p.first_output, plan.pass_outputs);
+    p.groups = p.taps * (p.outputs / 8);
+    return p;
+  }
+
+  __device__ void load_gradient_vectors(const Pass& pass) {
+    const void* const from[4] = {f.grad.scale, f.grad.slope, f.grad.mean, f.grad.offset};
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      for (int k = threadIdx.x; k < pass.outputs; k += C::threads) {
+        const int output = pass.first_output + k;
+        g_vectors[v * plan.pass_outputs + k] = output < f.shape.out ? static_cast<const float*>(from[v])[output] : 0;
+      }
+    }
+  }
+
+  __device__ void locate_rows() {
+    for (int p = threadIdx.x; p < C::tile.pixels; p += C::threads) {
+      row_of[p] = p < plan.box.volume() ? index_in(plan.halo, place_in(plan.box, p)) : 0;
+    }
+  }
+
+  // The pixels of a box, window by window, and of its gradient with the halo, kOutside where there are none.
+  __device__ void locate(int tile, int buffer, int slot) {
+    const Box &box = plan.box, &kernel = plan.kernel, &window = plan.window;
+    const Box tile_at = place_in(plan.tiles, tile);
+    const int halo_rows = plan.halo.volume();
+    for (int i = threadIdx.x; i < halo_rows + plan.x_rows(); i += C::threads) {
+      const bool is_x = i >= halo_rows;
+      const int row = is_x ? (i - halo_rows) % plan.rows : i;
+      const bool exists = !is_x || row < box.volume();
+      Box at = place_in(is_x ? box : plan.halo, row), image = plan.image;
+      at = {tile_at.n * box.n + at.n, tile_at.d * box.d + at.d - (is_x ? 0 : kernel.d / 2),
+            tile_at.h * box.h + at.h - (is_x ? 0 : kernel.h / 2), tile_at.w * box.w + at.w - (is_x ? 0 : kernel.w / 2)};
+      if (window.volume() > 1) {
+        at = place_in(plan.windows, at.w);
+        if (is_x) {
+          const Box in_window = place_in(window, (i - halo_rows) / plan.rows);
+          at = {at.n, at.d * window.d + in_window.d, at.h * window.h + in_window.h, at.w * window.w + in_window.w};
+        } else {
+          image = {image.n, image.d / window.d, image.h / window.h, image.w / window.w};
+        }
+      }
+      const bool inside = exists && at.n < image.n && at.d >= 0 && at.d < image.d && at.h >= 0 && at.h < image.h &&
+                          at.w >= 0 && at.w < image.w;
+      int* const table = is_x ? box_pixels + slot * plan.x_rows() - halo_rows : halo_pixels + buffer * halo_rows;
+      table[i] = inside ? index_in(image, at) : kOutside;
+    }
+  }
+
+  // The pass's groups and, for the data gradient, its weights: rows are channels of x, columns taps by outputs.
+  __device__ void load_pass(const Pass& pass) {
+    const int kw = plan.kernel.w, kh = plan.kernel.h, of_tap = pass.outputs / 8;
+    for (int j = threadIdx.x; j < pass.groups + (pass.groups & 1); j += C::threads) {
+      const int i = min(j, pass.groups - 1);  // the last step's second half may be its first again
+      const Box tap = place_in(plan.kernel, pass.first_tap + i / of_tap);
+      const Box shift{0, plan.kernel.d - 1 - tap.d, kh - 1 - tap.h, kw - 1 - tap.w};
+      groups[j] = Group::of(index_in(plan.halo, shift), i % of_tap * 8);
+    }
+    if (!plan.data) return;
+    // A thread keeps its channel of x and takes rows (k, tap), taps first: neighbours in memory whatever the layout.
+    // Loads are issued in batches, because a store to shared memory keeps the next load behind it.
+    constexpr int step = C::threads / C::channels, batch = 8;
+    const Weight& w = f.weight;
+    const int c = threadIdx.x % C::channels, rows = pass.taps * pass.outputs;
+    const int64_t from_channel = (first_channel + c) * w.stride_in;
+    int k = threadIdx.x / C::channels / pass.taps, tap = threadIdx.x / C::channels % pass.taps;
+    for (int row = threadIdx.x / C::channels; row < rows; row += step * batch) {
+      float values[batch];
+      int columns[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        const int output = pass.first_output + k, t = pass.first_tap + tap;
+        columns[i] = k < pass.outputs ? tap * pass.outputs + k : -1;
+        values[i] = 0;
+        if (c < channels && k < pass.outputs && output < f.shape.out) {
+          const int64_t from = output * w.stride_out + from_channel + t / (kw * kh) * w.stride_tap[0] +
+                               t / kw % kh * w.stride_tap[1] + t % kw * w.stride_tap[2];
+          values[i] = w.is_float ? __ldg(static_cast<const float*>(w.data) + from)
+                                 : as_float(__ldg(static_cast<const T*>(w.data) + from));
+        }
+        k += step / pass.taps, tap += step % pass.taps;
+        if (tap >= pass.taps) tap -= pass.taps, ++k;
+      }
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        if (columns[i] >= 0) *weight.at(c, columns[i]) = Product<C::A>::number(values[i]);
+      }
+    }
+    if (pass.groups & 1) {
+      for (int i = threadIdx.x; i < C::channels * 8; i += C::threads) {
+        *weight.at(i / 8, 8 * pass.groups + i % 8) = Product<C::A>::number(0);
+      }
+    }
+  }
+
+  __device__ void fetch_gradient(const Pass& pass, int buffer) {
+    const int* const pixels = gradient_pixels(buffer);
+    const Pixels &stored = f.grad.stored, &value = f.grad.value;
+    const int outputs = static_cast<int>(f.shape.out) - pass.first_output, rows = plan.halo.volume();
+    T* const raw_value = raw + rows * plan.pass_outputs;
+    for_each_chunk(rows, pass.outputs / kSize, [&](int row, int column) {
+      const int64_t p = pixels[row];
+      if (p == kOutside) return;
+      const int to = row * plan.pass_outputs + column, from = pass.first_output + column;
+      copy_numbers(raw + to, static_cast<const T*>(stored.data) + p * stored.ld + from, outputs - column,
+                   plan.stored_access);
+      copy_numbers(raw_value + to, static_cast<const T*>(value.data) + p * value.ld + from, outputs - column,
+                   plan.value_access);
+    });
+  }
+
+  // x and, where it is added to, the old dx.
+  __device__ void fetch_x(int buffer, int slot) {
+    const int* const pixels = x_pixels(slot);
+    const Matrix<T> to = x(buffer), old_to = dx(buffer);
+    const bool old_too = plan.data && f.accumulate;
+    for_each_chunk(plan.x_rows(), x_chunks(), [&](int row, int column) {
+      const int64_t p = pixels[row];
+      if (p == kOutside) return;
+      const int from = first_channel + column, count = channels - column;
+      copy_numbers(to.at(row, column), static_cast<const T*>(f.x.data) + p * f.x.ld + from, count, plan.x_access);
+      if (old_too) {
+        copy_numbers(old_to.at(row, column), static_cast<const T*>(f.dx.data) + p * f.dx.ld + from, count,
+                     plan.dx_access);
+      }
+    });
+  }
+
+  __device__ void transform_gradient(const Pass& pass, int buffer) {
+    const int* const pixels = gradient_pixels(buffer);
+    const int chunks = pass.outputs / kSize, column = threadIdx.x % chunks * kSize, ld = plan.pass_outputs;
+    const int rows = plan.halo.volume();
+    float scale[kSize], slope[kSize], mean[kSize], offset[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float* const vector = g_vectors + column + i;
+      scale[i] = vector[0], slope[i] = vector[ld], mean[i] = vector[2 * ld], offset[i] = vector[3 * ld];
+    }
+    for_each_chunk(rows, chunks, [&](int row, int) {
+      Chunk<T> out;
+      const bool inside = pixels[row] != kOutside;
+      const T* const from = raw + row * ld + column;
+      const Chunk<T> stored = *reinterpret_cast<const Chunk<T>*>(from);
+      const Chunk<T> value = *reinterpret_cast<const Chunk<T>*>(from + rows * ld);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const float loaded = load_gradient(as_float(stored.element[i]), as_float(value.element[i]), scale[i], slope[i],
+                                           mean[i], offset[i]);
+        out.element[i] = Product<C::A>::number(inside ? loaded : 0.0f);
+      }
+      *reinterpret_cast<Chunk<T>*>(g.at(row, column)) = out;
+    });
+  }
+
+  // The activation, averaged over windows; zero where there is no gradient (without a halo, rows of g are pixels).
+  __device__ void transform_x(int buffer, int slot) {
+    const int* const pixels = plan.kernel.volume() == 1 ? gradient_pixels(buffer) : x_pixels(slot);
+    const int column = threadIdx.x % x_chunks() * kSize, window = plan.window.volume(), count = plan.box.volume();
+    const float share = 1.0f / static_cast<float>(window);
+    const Affine<C::A> affine(x_vectors, column);
+    const Matrix<T> from = x(buffer);
+    for_each_chunk(plan.rows, x_chunks(), [&](int row, int) {
+      float sum[kSize] = {};
+      if (row < count && pixels[row] != kOutside) {
+        for (int w = 0; w < window; ++w) {
+          const Chunk<T> in = *reinterpret_cast<const Chunk<T>*>(from.at(w * plan.rows + row, column));
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            sum[i] += relu(normalised(as_float(in.element[i]), affine.mean[i], affine.scale[i], affine.shift[i]));
+          }
+        }
+      }
+      Chunk<T> out;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) out.element[i] = Product<C::A>::number(sum[i] * share);
+      *reinterpret_cast<Chunk<T>*>(a.at(row, column)) = out;
+    });
+  }
+};
+
+}  // namespace fused_densenet

@@ -250,12 +250,13 @@ def build_cuda(library: Path, folder: Path) -> None:
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
     compile_kernel = architectures(wanted)
     compile_binding.append(f"-DFD_ARCHITECTURES={':'.join(wanted.replace(';', ' ').split())}")
-    # torch's CUDA libraries, where there are any, come with libtorch.
-    link = [f"-L{site / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-Xlinker=--as-needed", "-ltorch_cpu"]
+    # torch's CUDA libraries, where there are any, come with libtorch, of which itself nothing is used. nvcc would put
+    # -l before the linker's own options.
+    link = [f"-L{site / 'lib'}", "-Xlinker=--no-undefined,--no-as-needed,-ltorch,-ltorch_cpu,--as-needed"]
     rules = {
         "binding": f"$nvcc {shlex.join([*compile_all, *compile_binding])} -MF $out.d -c $in -o $out",
         "kernel": f"$nvcc {shlex.join([*compile_all, *compile_kernel])} -MF $out.d -c $in -o $out",
-        "link": f"$nvcc -shared -Xlinker=--no-undefined -cudart=static $in -o $out {shlex.join(link)}",
+        "link": f"$nvcc -shared -cudart=static $in -o $out {shlex.join(link)}",
     }
     lines = [f"nvcc = {find_nvcc()} -ccbin {os.environ['CXX']}"]
     for name, command in rules.items():

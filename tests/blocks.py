@@ -57,11 +57,11 @@ def step(block: nn.Module, x: Tensor, *, steps: int = 1, autocast: torch.dtype |
     for _ in range(steps):
         block.zero_grad()
         x = x.detach().requires_grad_()
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             out = block(x)
         generator = torch.Generator().manual_seed(1)
         dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-        out.backward(dout.to(out.dtype))
+        out.backward(dout.to(out))
     assert x.grad is not None
     result = {"output": out.detach(), "input's gradient": x.grad}
     for name, parameter in block.named_parameters():

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..contract import Gradient, Norm
+from ..contract import Gradient, Norm, uses_tf32
 from . import plans, tuning
 from .plans import Problem
 from .tiles_on_disk import Tile
@@ -92,7 +92,7 @@ def norm_relu_conv_backward(
 
 def _problem(x: Tensor, out: Tensor, weight: Tensor) -> Problem:
     dtype = x.dtype
-    arithmetic = "half" if dtype is not torch.float32 else _arithmetic_of_float32()
+    arithmetic = "half" if dtype is not torch.float32 else "tf32" if uses_tf32(x) else "ieee"
     return Problem(
         x.shape,
         x.stride(),
@@ -105,12 +105,6 @@ def _problem(x: Tensor, out: Tensor, weight: Tensor) -> Problem:
         arithmetic,
         x.device,
     )
-
-
-def _arithmetic_of_float32() -> str:
-    """By torch's switch for convolutions; TF32 is NVIDIA's."""
-    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if precision == "tf32" and torch.version.hip is None else "ieee"
 
 
 def _workspace(size: tuple[int, ...], like: Tensor) -> Tensor:

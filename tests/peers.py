@@ -13,3 +13,4 @@ DenseNet = _densenet.DenseNet
 Transition = _densenet._Transition
 densenet121 = _densenet.densenet121
 DenseNet121_Weights = _densenet.DenseNet121_Weights
+WeightsEnum = _densenet.WeightsEnum

@@ -132,7 +132,9 @@ def norm_relu_reasons(norm: Any, activations: Sequence[nn.Module], norm_name: st
     elif type(norm._modules.get("drop", _IDENTITY)) is not nn.Identity:
         reasons.append(f"{norm_name} contains a {type(norm.drop).__name__}")
     if not activations:
-        reasons.append(f"{norm_name} is followed by no activation")
+        lost = type(norm) is nn.SyncBatchNorm
+        hint = " (torch's convert_sync_batchnorm drops that of timm's norms, timm.layers' keeps it)" if lost else ""
+        reasons.append(f"{norm_name} is followed by no activation{hint}")
     return reasons + [f"{relu_name} is a {type(a).__name__}" for a in activations if type(a) is not nn.ReLU]
 
 

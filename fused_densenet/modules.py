@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .fallback import (
 )
 from .functional import BatchMoments, dense_block
 from .layers import LayerParts, take_apart
+from .recording import exports_operators, one_call, refuse_script
 from .schedule import NormReluConv
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -127,7 +128,12 @@ class FusedDenseBlock(nn.ModuleDict):
         self.memory_efficient = memory_efficient
 
     def forward(self, init_features: Tensor) -> Tensor:
-        check_image(init_features, "init_features", self.num_input_features, self.spatial_dims)
+        if isinstance(init_features, torch.fx.Proxy):
+            return one_call(self, init_features)
+        if exports_operators():
+            return self._operator_by_operator(init_features)
+        if not torch.jit.is_tracing():  # to which sizes are tensors
+            check_image(init_features, "init_features", self.num_input_features, self.spatial_dims)
         layers = self.parts()
         reasons = fallback_reasons(init_features, layers, self.layer_class)
         if reasons:
@@ -164,6 +170,9 @@ class FusedDenseBlock(nn.ModuleDict):
             return structure_and_hook_reasons(self.parts(), self.layer_class)
         return fallback_reasons(x, self.parts(), self.layer_class)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes the keys of torchvision's first checkpoints (``norm.1`` for ``norm1``) as well."""
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -188,9 +197,14 @@ def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:
     return NormReluConv(weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
 
 
-@torch.no_grad()
 def update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
-    """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased."""
+    """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased.
+
+    The moments take no part in differentiation, so there is no gradient to switch off (torch.export could not record it).
+    Not where a checkpoint computes the block again, which is in the middle of a backward pass: it has been done.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
     unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for norm, mean, var in zip(norms, moments.mean, moments.var, strict=True):

@@ -1,7 +1,7 @@
 """``FusedTransition``: torchvision's transition by signature, state_dict and result; one fused operator inside."""
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .functional import BatchMoments
 from .layers import Stage, interceptions, stage_reasons, take_stage
 from .modules import CONV, NORM, norm_relu_conv_of, update_running
 from .ranks import sync_group
+from .recording import exports_operators, one_call, refuse_script
 from .schedule import NormReluConv
 from .statistics import BatchStatistics, frozen_statistics, statistics_of
 from .transition_op import transition as transition_op
@@ -80,9 +81,13 @@ class FusedTransition(nn.Sequential):
         super().__init__(parts)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return one_call(self, input)
+        if exports_operators():
+            return self._operator_by_operator(input)
         parts = self.parts()
         conv, norm, pool = parts.stage.conv, parts.stage.norm, parts.pool is not None
-        if not parts.structure_reasons():
+        if not torch.jit.is_tracing() and not parts.structure_reasons():
             check_image(input, "input", norm.num_features, conv.weight.dim() - 2)
         reasons = self.fallback_reasons(input)
         if reasons:
@@ -100,6 +105,9 @@ class FusedTransition(nn.Sequential):
             mean, var = statistics.moments
             update_running([norm], BatchMoments([mean], [var], statistics.pixels))
         return out
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script()
 
     def parts(self) -> TransitionParts:
         """Its modules, taken apart."""

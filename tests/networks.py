@@ -1,10 +1,12 @@
-"""What two networks produce in one step, compared where batch norms make some gradients cancel to nothing."""
+"""A small network, and what two of them produce in one step, compared where batch norms make gradients cancel."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import peers
 import torch
 from tolerances import assert_same, tolerance
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def assert_same_step(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -20,3 +22,17 @@ def assert_same_step(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
         torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
     rest = expected.keys() - set(gradients)
     assert_same({n: actual[n] for n in rest}, {n: expected[n] for n in rest}, "float64 whole block")
+
+
+def torchvisions(**options: Any) -> nn.Module:
+    """A small torchvision DenseNet in float64 for 32x32 images, its norms not at their initial ones and zeros."""
+    network = peers.DenseNet(8, (2, 2), 16, bn_size=2, num_classes=5, **options).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return network
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 32, 32, dtype=torch.float64)

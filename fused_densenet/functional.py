@@ -59,7 +59,7 @@ def dense_block(
     batch_stats = [c.batch_stats for c in convolutions]
     gammas = [c.gamma for c in convolutions]
     betas = [c.beta for c in convolutions]
-    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate, drop_channels) if drop_rate > 0 else []
+    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate, drop_channels) if drop_rate > 0 else None
     keep_scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
     running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
@@ -91,10 +91,10 @@ def dense_block(
     return out, moments
 
 
-def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> list[Tensor]:
+def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> Tensor:
     draw = torch.feature_dropout if drop_channels else F.dropout
     masks = []
     for weight in growth_weights:
         ones = x.new_ones((x.shape[0], weight.shape[0], *x.shape[2:]))
         masks.append(draw(ones, drop_rate, True) != 0)
-    return masks
+    return torch.cat(masks, dim=1)

@@ -4,7 +4,8 @@
 given is modified, so autograd, ``torch.compile`` and ``torch.export`` see an ordinary function. Norms' parameters and
 convolution weights come as flat lists, one entry per norm-relu-conv in the order of execution: ``per_layer`` is 2 for
 bottleneck layers, 1 for plain ones. ``running`` holds (running_mean, running_var) of the norms that use them, those
-with ``batch_stats`` False, in order. ``group`` names the process group whose ranks share their batch statistics.
+with ``batch_stats`` False, in order. ``keep`` is dropout's mask for the new feature maps of all layers,
+``(N, layers * growth_rate, *spatial)``. ``group`` names the process group whose ranks share their batch statistics.
 """
 
 import math
@@ -29,7 +30,7 @@ def dense_block(
     gammas: list[Tensor],
     betas: list[Tensor],
     running: list[Tensor],
-    keep: list[Tensor],
+    keep: Tensor | None,
     eps: list[float],
     batch_stats: list[bool],
     per_layer: int,
@@ -52,7 +53,7 @@ def _(
     gammas: list[Tensor],
     betas: list[Tensor],
     running: list[Tensor],
-    keep: list[Tensor],
+    keep: Tensor | None,
     eps: list[float],
     batch_stats: list[bool],
     per_layer: int,
@@ -78,7 +79,7 @@ def dense_block_backward(
     gammas: list[Tensor],
     betas: list[Tensor],
     running: list[Tensor],
-    keep: list[Tensor],
+    keep: Tensor | None,
     eps: list[float],
     batch_stats: list[bool],
     per_layer: int,
@@ -109,7 +110,7 @@ def _(
     gammas: list[Tensor],
     betas: list[Tensor],
     running: list[Tensor],
-    keep: list[Tensor],
+    keep: Tensor | None,
     eps: list[float],
     batch_stats: list[bool],
     per_layer: int,
@@ -128,22 +129,22 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.backend, ctx.group = inputs
-    ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running, keep)]
-    ctx.save_for_backward(*output, *weights, *gammas, *betas, *running, *keep)
+    ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running)]
+    ctx.save_for_backward(*output, *weights, *gammas, *betas, *running, keep)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing: list[Any] = [[None] * length for length in ctx.lengths]
-    constants = [None] * (len(ctx.needs_input_grad) - 6)
+    constants = [None] * (len(ctx.needs_input_grad) - 5)
     if dout is None:
         return (None, *nothing, *constants)
     tensors = ctx.saved_tensors  # read once: hooks unpack at every reading
-    saved, lists = tensors[:5], _split(tensors[5:], ctx.lengths)
+    saved, lists, keep = tensors[:5], _split(tensors[5:-1], ctx.lengths), tensors[-1]
     x_needed, weight_needed, gamma_needed, beta_needed = ctx.needs_input_grad[:4]
     gradients = dense_block_backward(
-        dout, *saved, *lists, *ctx.constants, ctx.backend, ctx.group, [bool(needed) for needed in weight_needed]
+        dout, *saved, *lists, keep, *ctx.constants, ctx.backend, ctx.group, [bool(needed) for needed in weight_needed]
     )
     dx, parameters = gradients[0], gradients[1:]
     return (
@@ -161,8 +162,8 @@ dense_block.register_autograd(_backward, setup_context=_setup_context)
 
 def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     dout, buffer, _, _, _, _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.group, _ = inputs
-    ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running, keep)]
-    ctx.save_for_backward(dout, buffer, *weights, *gammas, *betas, *running, *keep)
+    ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running)]
+    ctx.save_for_backward(dout, buffer, *weights, *gammas, *betas, *running, keep)
     ctx.set_materialize_grads(False)
 
 
@@ -173,8 +174,8 @@ def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
     the buffer is zero elsewhere.
     """
     refuse_synchronised(ctx.group)
-    dout, buffer, *rest = ctx.saved_tensors
-    weights, gammas, betas, running, keep = _split(rest, ctx.lengths)
+    dout, buffer, *rest, keep = ctx.saved_tensors
+    weights, gammas, betas, running = _split(rest, ctx.lengths)
     channels = gammas[0].shape[0]
     lengths = ctx.lengths[:3]
 
@@ -196,8 +197,7 @@ def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
         *[None] * 4,
         *lists_out,
         [None] * ctx.lengths[3],
-        [None] * ctx.lengths[4],
-        *[None] * (len(ctx.needs_input_grad) - 11),
+        *[None] * (len(ctx.needs_input_grad) - 10),
     )
 
 
@@ -224,7 +224,7 @@ def _layers(
     gammas: Sequence[Tensor],
     betas: Sequence[Tensor],
     running: Sequence[Tensor],
-    keep: Sequence[Tensor],
+    keep: Tensor | None,
     eps: Sequence[float],
     batch_stats: Sequence[bool],
     per_layer: int,
@@ -235,10 +235,10 @@ def _layers(
     for i, weight in enumerate(weights):
         mean, var = (None, None) if batch_stats[i] else next(frozen)
         convolutions.append(NormReluConv(weight, gammas[i], betas[i], mean, var, eps[i], batch_stats[i]))
-    return [
-        Layer(convolutions[i : i + per_layer], keep[i // per_layer] if keep else None, keep_scale)
-        for i in range(0, len(convolutions), per_layer)
-    ]
+    by_layer = [convolutions[i : i + per_layer] for i in range(0, len(convolutions), per_layer)]
+    growth = [layer[-1].weight.shape[0] for layer in by_layer]
+    masks = [None] * len(growth) if keep is None else keep.split(growth, dim=1)
+    return [Layer(layer, mask, keep_scale) for layer, mask in zip(by_layer, masks, strict=True)]
 
 
 def _split(tensors: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:

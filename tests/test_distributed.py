@@ -8,11 +8,16 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from blocks import bimodal, keep_clear_of_zero, step
-from tolerances import tolerance
+from networks import images, torchvisions
+from tolerances import assert_same, tolerance
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict
+from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, fuse, strict
 
 SIZE = (4, 16, 4, 8)  # layers, features, bn_size, growth_rate
 VARIANTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -123,10 +128,78 @@ def second_order(rank: int) -> None:
     block = sync(FusedDenseBlock(*SIZE))
     x = torch.randn(2, SIZE[1], 4, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"neither a fused block nor torch's SyncBatchNorm"):
+    with pytest.raises(RuntimeError, match=r"neither a fused module nor torch's SyncBatchNorm"):
         gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize("check", [one_value, modes, groups, second_order])
 def test_synchronised_block(check: Callable[[int], None]) -> None:
     processes.run(check)
+
+
+def train(network: nn.Module, batches: list[Tensor]) -> None:
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
+    for x in batches:
+        optimizer.zero_grad()
+        target = (1000 * x[:, 0, 0, 0]).long() % 5  # whatever batch an image is in
+        F.cross_entropy(network(x), target).backward()
+        optimizer.step()
+
+
+def own_batches(rank: int, count: int = 3) -> list[Tensor]:
+    return list(torch.stack([images(3) for _ in range(2 * count)])[rank::2])
+
+
+def data_parallel(rank: int, options: dict[str, Any]) -> None:
+    theirs = torchvisions()
+    ours = fuse(copy.deepcopy(theirs))
+    batches = own_batches(rank)
+    with strict():
+        for network in (theirs, ours):
+            train(nn.parallel.DistributedDataParallel(network, **options), batches)
+    assert_same(ours.state_dict(), theirs.state_dict(), "float64 whole block")
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
+def test_distributed_data_parallel(options: dict[str, Any]) -> None:
+    processes.run(data_parallel, options)
+
+
+def data_parallel_synchronised(rank: int, memory_efficient: bool) -> None:
+    """Equal shares and a mean over the batch: the averaged gradients are those of one process with everything."""
+    block = FusedDenseBlock(*SIZE, memory_efficient=memory_efficient)
+    pool = nn.AdaptiveAvgPool2d(1)
+    network = nn.Sequential(nn.Conv2d(3, SIZE[1], 7, 4), block, pool, nn.Flatten(), nn.Linear(48, 5)).double()
+    whole = copy.deepcopy(network)
+    shares = [own_batches(0), own_batches(1)]
+    train(whole, [torch.cat(pair) for pair in zip(*shares, strict=True)])
+    parallel = nn.parallel.DistributedDataParallel(network)
+    sync(network)  # only now: for torch's own implementation, DistributedDataParallel refuses the CPU
+    with strict():
+        train(parallel, shares[rank])
+    assert_same(network.state_dict(), whole.state_dict(), "float64 whole block")
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_synchronised_under_distributed_data_parallel(memory_efficient: bool) -> None:
+    processes.run(data_parallel_synchronised, memory_efficient)
+
+
+def fully_sharded(rank: int) -> None:
+    theirs = torchvisions()
+    ours = fuse(copy.deepcopy(theirs))
+    mesh = init_device_mesh("cpu", (2,))
+    for block in [module for module in ours.modules() if isinstance(module, FusedDenseBlock)]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    batches = own_batches(rank)
+    train(nn.parallel.DistributedDataParallel(theirs), batches)
+    with strict():
+        train(ours, batches)
+    assert all(isinstance(parameter, DTensor) for parameter in ours.parameters())
+    gathered = {name: parameter.full_tensor() for name, parameter in ours.named_parameters()}
+    assert_same(gathered, dict(theirs.named_parameters()), "float64 whole block")
+
+
+def test_fully_shard() -> None:
+    processes.run(fully_sharded)

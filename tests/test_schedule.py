@@ -46,8 +46,7 @@ class Case:
                 self.batch_stats.append(batch)
                 if not batch:
                     self.running += [torch.randn(source, **draw), 0.5 + torch.rand(source, **draw)]
-        masks = [torch.rand(2, growth, *spatial, **draw) > 0.3 for _ in range(layers)]
-        self.keep = masks if self.dropout else []
+        self.keep = torch.rand(2, layers * growth, *spatial, **draw) > 0.3 if self.dropout else None
 
     @property
     def tensors(self) -> list[Tensor]:

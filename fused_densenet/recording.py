@@ -8,7 +8,8 @@ from torch import nn
 
 def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
     """What ``torch.fx.symbolic_trace`` records of a fused module: one call of it."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
 
 def exports_operators() -> bool:

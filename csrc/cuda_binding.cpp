@@ -148,7 +148,6 @@ struct Cuda {
     run(problem, data, tf32, forward_workspace, forward);
   }
   static void run(const Backward& problem, const Argument& data, bool tf32) {
-    if (problem.shape.window() != 1) refuse<WrongValue>(data, "expected no pooling, whose backward has no CUDA kernel");
     run(problem, data, tf32, backward_workspace, backward);
   }
 

@@ -33,15 +33,8 @@ KERNELS = {
     "norm_relu_conv_backward": ("1x1", "pooled 1x1", "3", "other"),
 }
 
-
-def able(primitive: str, kernel: str) -> tuple[str, ...]:
-    """The backends that have kernels for a class: those for CUDA do not go back through pooling."""
-    pooled_backward = (primitive, kernel) == ("norm_relu_conv_backward", "pooled 1x1")
-    return ("triton", "eager") if pooled_backward else ("cuda", "triton", "eager")
-
-
 TABLE: dict[ShapeClass, tuple[str, ...]] = {
-    ShapeClass(primitive, kernel, pixels): able(primitive, kernel)
+    ShapeClass(primitive, kernel, pixels): ("cuda", "triton", "eager")
     for primitive, kernels in KERNELS.items()
     for kernel in kernels
     for pixels in PIXELS
@@ -54,14 +47,13 @@ def preferring(rows: Mapping[ShapeClass, tuple[str, ...]]) -> Iterator[None]:
     """Other rows of :data:`TABLE` for as long as the context lasts, for all threads.
 
     Raises:
-        ValueError: there is no such class or backend, or the backend named has no kernels for the class.
+        ValueError: there is no such class or backend.
     """
     for shape_class, names in rows.items():
         if shape_class not in TABLE:
             raise ValueError(f"rows: expected classes of choice.TABLE, got {shape_class}")
-        allowed = able(shape_class.primitive, shape_class.kernel)
-        if not names or not set(names) <= set(allowed):
-            raise ValueError(f"rows: expected one or more of {', '.join(allowed)} for {shape_class}, got {names}")
+        if not names or not set(names) <= {"cuda", "triton", "eager"}:
+            raise ValueError(f"rows: expected one or more of cuda, triton, eager for {shape_class}, got {names}")
     before = dict(TABLE)
     TABLE.update(rows)
     backend.cache_clear()

@@ -26,6 +26,7 @@ CASES = [
     (Shape((1, 1, 9, 6), 16, 12, (1, 3, 3)), "channels_last"),
     (Shape((2, 1, 1, 11), 7, 5, (1, 1, 3)), "strided"),
     (Shape((1, 3, 4, 5), 8, 4, (3, 3, 3)), "contiguous"),
+    (Shape((2, 3, 5, 4), 16, 8, (1, 1, 1), pool=True), "contiguous"),
 ]
 
 
@@ -46,9 +47,9 @@ def backend(operators: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.backends.cudnn.conv.fp32_precision = before
 
 
-def forward(backend: Any, x: Tensor, norm: Norm, weight: Tensor, channels: int) -> list[Tensor]:
-    out = torch.full((*x.shape[:4], channels), float("nan"), dtype=x.dtype)
-    mean, var = torch.empty(2, channels)
+def forward(backend: Any, x: Tensor, norm: Norm, weight: Tensor, shape: Shape) -> list[Tensor]:
+    out = torch.full((*shape.out_pixels, shape.out_channels), float("nan"), dtype=x.dtype)
+    mean, var = torch.empty(2, shape.out_channels)
     backend.norm_relu_conv(x, norm, weight, out, mean, var)
     return [out, mean, var]
 
@@ -68,7 +69,7 @@ def test_the_operators_are_the_kernels(backend: Any, shape: Shape, layout: str, 
     norm = affine(shape.channels, dtype)
     x = source(torch.randn(*shape.pixels, shape.channels).to(dtype), 8, 1)
     weight = make_weight(shape, torch.float32 if layout == "contiguous" else dtype, layout)
-    grad = loaded_gradient(shape.pixels, shape.out_channels, dtype)
+    grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
     direct = Emulated()
     results = []
     for each in (backend, direct):
@@ -76,7 +77,7 @@ def test_the_operators_are_the_kernels(backend: Any, shape: Shape, layout: str, 
         each.place(x, placed, mean, var)
         loaded = torch.empty_like(grad.stored)
         each.place_backward(grad, loaded)
-        result = [placed, mean, var, loaded, *forward(each, x, norm, weight, shape.out_channels)]
+        result = [placed, mean, var, loaded, *forward(each, x, norm, weight, shape)]
         for accumulate in (False, True):
             result += backward(each, grad, x, norm, weight, accumulate)
         results.append(result)
@@ -90,9 +91,9 @@ def test_float32_follows_torchs_switch(backend: Any, precision: str) -> None:
     shape, _ = CASES[0]
     x, norm = torch.randn(*shape.pixels, shape.channels), affine(shape.channels, torch.float32)
     weight = make_weight(shape, torch.float32, "contiguous")
-    ours, *_ = forward(backend, x, norm, weight, shape.out_channels)
+    ours, *_ = forward(backend, x, norm, weight, shape)
     for tf32 in (False, True):
-        theirs, *_ = forward(Emulated(tf32=tf32), x, norm, weight, shape.out_channels)
+        theirs, *_ = forward(Emulated(tf32=tf32), x, norm, weight, shape)
         assert torch.equal(ours, theirs) == (tf32 == (precision == "tf32"))
 
 

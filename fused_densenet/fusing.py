@@ -51,6 +51,8 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
             swap(finding.module, finding.fused_class)
         if memory_efficient is not None and isinstance(finding.module, FusedDenseBlock):
             finding.module.memory_efficient = memory_efficient
+    if not findings:
+        _logger.warning("%s: no dense block was found", type(model).__name__)
     for kind in (FusedDenseBlock, FusedTransition):
         count = sum(f.fused for f in findings if f.fused_class is kind)
         _logger.info("%s: %d %s", type(model).__name__, count, kind.__name__)

@@ -84,12 +84,12 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _consists_of_layers(module: nn.Module) -> bool:
-    names = module._modules.keys()
+    names = [name for name, _ in module.named_children()]
     return bool(names) and all(re.fullmatch(r"denselayer\d+", name) for name in names)
 
 
 def _looks_like_transition(module: nn.Module) -> bool:
-    return "Transition" in _class_name(module) and {"norm", "conv"} <= module._modules.keys()
+    return "Transition" in _class_name(module) and {"norm", "conv"} <= dict(module.named_children()).keys()
 
 
 def _obstacles(

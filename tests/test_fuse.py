@@ -376,6 +376,33 @@ def test_transition_that_cannot_be_fused(transition: nn.Module, reason: str) -> 
     assert (report.name, report.fused) == ("0", False) and report.reasons[0].startswith(reason)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_network() -> None:
+    model = torch.jit.script(network().float().eval())
+    with pytest.raises(FallbackError, match=r"denseblock1: it is scripted; fuse the network before"):
+        fuse(model, strict=True)
+    assert {r.reasons[0] for r in explain(fuse(model)).transitions} == {
+        "it is scripted; fuse the network before torch.jit.script"
+    }
+
+
+def test_network_without_dense_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with caplog.at_level(logging.WARNING, "fused_densenet"):
+        assert fuse(model, strict=True) is model
+    assert "Sequential: no dense block was found" in caplog.text
+
+
+def test_wrapped_network() -> None:
+    """What holds a reference to a block, like a wrapper around the network, has the fused one."""
+    model = network()
+    held = model.features.denseblock1
+    wrapped = nn.DataParallel(model)
+    fuse(wrapped)
+    assert isinstance(held, FusedDenseBlock) and held is wrapped.module.features.denseblock1
+    assert len(blocks(torch.optim.swa_utils.AveragedModel(model))) == 2
+
+
 def test_around_a_block_is_no_block() -> None:
     kind = type("DenseBlockWithTransition", (nn.Sequential,), {})
     model = kind(peers.DenseBlock(*SIZE), peers.Transition(20, 10))

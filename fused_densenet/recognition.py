@@ -103,9 +103,18 @@ def _obstacles(
         reasons.append("it has parameters or buffers of its own")
     if "forward" in module.__dict__:
         reasons.append("its forward was replaced")
-    if not reasons and not all(cls.__name__ in _PACKAGES.get(cls.__module__, ()) for cls in classes):
+    if not reasons and not all(map(_is_known, classes)):
         reasons += _trial(module, fused_class)
     return reasons
+
+
+def _is_known(cls: type) -> bool:
+    """Whether ``cls`` is a package's own, with the ``forward`` that the package gave it."""
+    forward = vars(cls).get("forward")
+    return cls.__name__ in _PACKAGES.get(cls.__module__, ()) and getattr(forward, "__module__", "") in (
+        cls.__module__,
+        "",
+    )
 
 
 def _block_reasons(block: nn.Module) -> tuple[list[str], list[type]]:

@@ -51,7 +51,7 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
     """A class that runs as ``fused`` and is in everything else ``original``."""
     attributes = {
         "__reduce_ex__": _reduce,
-        "_operator_by_operator": original.forward,
+        "_operator_by_operator": lambda module, x: original.forward(module, x),  # as it is at the time of the call
         "forward": fused.forward,
         "made_of": (original, fused, layer_class),
         "original_class": original,

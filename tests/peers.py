@@ -9,6 +9,7 @@ sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torc
 from torchvision.models import densenet as _densenet  # noqa: E402
 
 DenseBlock = _densenet._DenseBlock
+DenseLayer = _densenet._DenseLayer
 DenseNet = _densenet.DenseNet
 Transition = _densenet._Transition
 densenet121 = _densenet.densenet121

@@ -376,6 +376,18 @@ def test_transition_that_cannot_be_fused(transition: nn.Module, reason: str) -> 
     assert (report.name, report.fused) == ("0", False) and report.reasons[0].startswith(reason)
 
 
+@pytest.mark.parametrize("patched", [peers.DenseBlock, peers.DenseLayer, peers.Transition])
+def test_class_that_was_patched(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known class may not do what its package gave it to do."""
+    whole = patched.forward
+    monkeypatch.setattr(patched, "forward", lambda module, x: 2 * whole(module, x))
+    explanation = explain(fuse(network()))
+    for kind, reports in (("Block", explanation.blocks), ("Transition", explanation.transitions)):
+        expected = kind in patched.__name__ or (kind, patched) == ("Block", peers.DenseLayer)
+        assert all(("computes something else" in " ".join(r.reasons)) == expected for r in reports)
+        assert all(report.fused != expected for report in reports)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_network() -> None:
     model = torch.jit.script(network().float().eval())

@@ -203,6 +203,17 @@ inline Shape shape_of(const Argument& x, const Argument& w, const Argument& resu
   return s;
 }
 
+// Whether `result` holds the maxima of x's windows of 3 with stride 2; its sizes are right, too, where they are x's
+// own.
+inline bool check_maxima(const Argument& result, const Argument& x) {
+  Shape image = image_of(x);
+  const int64_t* r = result.sizes;
+  const bool pools = result.dim == 5 && (r[1] != image.d || r[2] != image.h || r[3] != image.w);
+  if (pools) image.d = (image.d + 1) / 2, image.h = (image.h + 1) / 2, image.w = (image.w + 1) / 2;
+  check_image(result, x, x.channels(), image);
+  return pools;
+}
+
 inline Gradient gradient(const Argument& stored, const Argument& value, const Argument& scale, const Argument& slope,
                          const Argument& mean, const Argument& offset, const Argument& like, int64_t channels,
                          const Shape& image) {

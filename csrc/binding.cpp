@@ -63,6 +63,12 @@ struct Cpu {
   static void run(const Backward& problem, const Argument& data, bool) {
     run(problem, data, &Kernels::backward_workspace, &Kernels::backward);
   }
+  static void run(const NormReluPool& problem, const Argument& data, bool) {
+    run(problem, data, &Kernels::norm_relu_pool_workspace, &Kernels::norm_relu_pool);
+  }
+  static void run(const NormReluPoolBackward& problem, const Argument& data, bool) {
+    run(problem, data, &Kernels::norm_relu_pool_backward_workspace, &Kernels::norm_relu_pool_backward);
+  }
 
  private:
   template <class Problem>
@@ -103,6 +109,8 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("place_backward", Translated<&Operators::place_backward>::call);
   m.impl("norm_relu_conv", Translated<&Operators::norm_relu_conv>::call);
   m.impl("norm_relu_conv_backward", Translated<&Operators::norm_relu_conv_backward>::call);
+  m.impl("norm_relu_pool", Translated<&Operators::norm_relu_pool>::call);
+  m.impl("norm_relu_pool_backward", Translated<&Operators::norm_relu_pool_backward>::call);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

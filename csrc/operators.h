@@ -86,6 +86,38 @@ struct Operators {
         vector(argument(sum_dz_centered, "sum_dz_centered"), x, x.channels())};
     Binding::run(problem, x, tf32);
   }
+
+  static void norm_relu_pool(const Tensor& x_, const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                             const Tensor& out_) {
+    const Argument x = argument(x_, "x"), out = argument(out_, "out");
+    check_data(x, x);
+    Binding::check(x);
+    const bool pools = check_maxima(out, x);
+    const NormReluPool problem{image_of(x), pools, pixels(x),
+                               norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
+                               pixels(out)};
+    Binding::run(problem, x, false);
+  }
+
+  static void norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& mean, const Tensor& scale,
+                                      const Tensor& shift, const Tensor& dx_, const Tensor& sum_dz,
+                                      const Tensor& sum_dz_centered) {
+    const Argument x = argument(x_, "x"), grad = argument(grad_, "grad"), dx = argument(dx_, "dx");
+    check_data(x, x);
+    Binding::check(x);
+    check_image(dx, x, x.channels(), image_of(x));
+    const bool pools = check_maxima(grad, x);
+    const NormReluPoolBackward problem{
+        image_of(x),
+        pools,
+        pixels(grad),
+        pixels(x),
+        norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
+        pixels(dx),
+        vector(argument(sum_dz, "sum_dz"), x, x.channels()),
+        vector(argument(sum_dz_centered, "sum_dz_centered"), x, x.channels())};
+    Binding::run(problem, x, false);
+  }
 };
 
 }  // namespace fused_densenet

@@ -75,6 +75,24 @@ struct Backward {
   void *sum_dz, *sum_dz_centered;
 };
 
+// The activations of x, or their maxima over windows of 3, stride 2, one pixel of padding.
+struct NormReluPool {
+  Shape shape;  // `in` channels
+  bool pools;
+  Pixels x;
+  Norm norm;
+  Pixels out;
+};
+
+struct NormReluPoolBackward {
+  Shape shape;
+  bool pools;
+  Pixels grad, x;
+  Norm norm;
+  Pixels dx;
+  void *sum_dz, *sum_dz_centered;
+};
+
 // An image in any strides (n, d, h, w, c) beside pixels of our own.
 struct Strided {
   void* data;

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checks import check_counts
 from .modules import CONV, NORM, FusedDenseBlock
+from .stem import FusedFeatures
 from .transition import FusedTransition
 from .weights import Weights, load_weights
 
@@ -29,7 +30,7 @@ class Network(nn.Module):
             stem["norm0"] = norm(num_init_features)
             stem["relu0"] = nn.ReLU(inplace=True)
             stem["pool0"] = MAX_POOL[spatial_dims](kernel_size=3, stride=2, padding=1)
-        self.features = nn.Sequential(stem)
+        self.features = FusedFeatures(stem)
         self.spatial_dims = spatial_dims
 
     def finish(self, num_features: int, num_classes: int) -> None:

@@ -191,10 +191,15 @@ class FusedDenseBlock(nn.ModuleDict):
 
 
 def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:
-    weight, gamma, beta = conv.weight, norm.weight, norm.bias
-    gamma = weight.new_ones(weight.shape[1]) if gamma is None else gamma
-    beta = weight.new_zeros(weight.shape[1]) if beta is None else beta
-    return NormReluConv(weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
+    gamma, beta = affine_of(norm, conv.weight)
+    return NormReluConv(conv.weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
+
+
+def affine_of(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm's weight and bias; ones and zeros, of the dtype of ``like``, where it has none."""
+    gamma = like.new_ones(norm.num_features) if norm.weight is None else norm.weight
+    beta = like.new_zeros(norm.num_features) if norm.bias is None else norm.bias
+    return gamma, beta
 
 
 def update_running(norms: Sequence[Any], moments: BatchMoments) -> None:

@@ -233,12 +233,15 @@ def convolution_backward(
     rstd = torch.rsqrt((var if convolution.batch_stats else _running(convolution)[1]) + convolution.eps)
     dgamma = (sums[1] * rstd).to(convolution.gamma.dtype)
     dbeta = sums[0].to(convolution.beta.dtype)
-    if convolution.batch_stats:
-        owed = sums * (norm.scale / pixels)
-        owed[1] *= rstd * rstd
-    else:
-        owed = torch.zeros_like(sums)
+    owed = owed_by(norm, rstd, sums, pixels) if convolution.batch_stats else torch.zeros_like(sums)
     return (dweight, dgamma, dbeta), owed
+
+
+def owed_by(norm: Norm, rstd: Tensor, sums: Tensor, pixels: Tensor) -> Tensor:
+    """What batch statistics owe: ``(2, C)``, per 1 and per ``x - mean``; ``sums`` of dz and dz (x - mean)."""
+    owed = sums * (norm.scale / pixels)
+    owed[1] *= rstd * rstd
+    return owed
 
 
 def _dropout_backward(grad: Gradient, layer: Layer, backend: ModuleType) -> Gradient:

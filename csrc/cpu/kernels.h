@@ -13,6 +13,7 @@
 #include "forward.h"
 #include "backward.h"
 #include "place.h"
+#include "stem.h"
 // clang-format on
 
 namespace fused_densenet::FD_ISA {
@@ -37,6 +38,10 @@ constexpr Kernels kernels = {
     run<PlaceKernel<T>, Place>,
     workspace_of<PlaceBackwardKernel<T>, PlaceBackward>,
     run<PlaceBackwardKernel<T>, PlaceBackward>,
+    workspace_of<NormReluPoolKernel<T>, NormReluPool>,
+    run<NormReluPoolKernel<T>, NormReluPool>,
+    workspace_of<NormReluPoolBackwardKernel<T>, NormReluPoolBackward>,
+    run<NormReluPoolBackwardKernel<T>, NormReluPoolBackward>,
 };
 
 }  // namespace fused_densenet::FD_ISA

@@ -27,6 +27,10 @@ struct Kernels {
   void (*place)(const Place&, void* workspace, const Parallel&);
   size_t (*place_backward_workspace)(const PlaceBackward&, int threads);
   void (*place_backward)(const PlaceBackward&, void* workspace, const Parallel&);
+  size_t (*norm_relu_pool_workspace)(const NormReluPool&, int threads);
+  void (*norm_relu_pool)(const NormReluPool&, void* workspace, const Parallel&);
+  size_t (*norm_relu_pool_backward_workspace)(const NormReluPoolBackward&, int threads);
+  void (*norm_relu_pool_backward)(const NormReluPoolBackward&, void* workspace, const Parallel&);
 };
 
 // The kernels for a data type on an instruction set ("AVX512", "AVX2", anything else is portable), and their name.

@@ -24,6 +24,15 @@ A convolution of kernel size 1 also pools, where ``out`` (in backward: ``grad``)
 commute, cost a pooled convolution. ``dx`` and both sums are over all pixels of ``x``; a last pixel that an odd size
 leaves without a window has ``dz = 0``.
 
+Two more serve a network's stem; a backend that has none of its own uses the eager one's.
+
+``norm_relu_pool(x, norm, out)``
+    ``out`` the activations ``a`` of ``x``, as above; or, where ``out`` has other sizes than ``x``, their maxima over
+    windows of 3 with stride 2 in every dimension that is not 1, one pixel of padding: ``(size + 1) // 2``.
+``norm_relu_pool_backward(grad, x, norm, dx, sum_dz, sum_dz_centered)``
+    ``dx = dz`` and its sums, as above, for the gradient ``grad`` of ``out``, a plain tensor. A maximum's gradient goes
+    to the first of its window's pixels that has it.
+
 ``unavailable(device, dtype)`` says why the backend cannot run there, or None.
 """
 

@@ -46,3 +46,13 @@ def norm_relu_conv_backward(
     torch.ops.fused_densenet.norm_relu_conv_backward(
         *grad, x, *norm, weight, dx, accumulate, dweight, sum_dz, sum_dz_centered
     )
+
+
+def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
+    torch.ops.fused_densenet.norm_relu_pool(x, *norm, out)
+
+
+def norm_relu_pool_backward(
+    grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
+) -> None:
+    torch.ops.fused_densenet.norm_relu_pool_backward(grad, x, *norm, dx, sum_dz, sum_dz_centered)

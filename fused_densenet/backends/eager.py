@@ -13,6 +13,7 @@ from torch import Tensor
 from .contract import Gradient, Norm, accumulate_dtype
 
 _PIXELS = (0, 1, 2, 3)
+_CHUNKS = 8  # of a batch, one after the other where all at once would take several times the memory of what is kept
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -74,6 +75,43 @@ def norm_relu_conv_backward(
     sum_dz.copy_(dz.sum(_PIXELS))
     sum_dz_centered.copy_((dz * (x - norm.mean)).sum(_PIXELS))
     dx.copy_(dx + dz * norm.scale if accumulate else dz)
+
+
+def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
+    for images, maxima in zip(x.chunk(_CHUNKS), out.chunk(_CHUNKS), strict=True):
+        a = _activation(images, norm)
+        maxima.copy_(a if out.shape == x.shape else _channels_last(_max_pool(_channels_first(a))[0]))
+
+
+def norm_relu_pool_backward(
+    grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
+) -> None:
+    sum_dz.zero_()
+    sum_dz_centered.zero_()
+    for dout, images, gradient in zip(grad.chunk(_CHUNKS), x.chunk(_CHUNKS), dx.chunk(_CHUNKS), strict=True):
+        a = _activation(images, norm)
+        dz = dout.to(a.dtype)
+        if grad.shape != x.shape:
+            image = _channels_first(a).contiguous()
+            arguments = (image, *_window(image), [1, 1, 1], False, _max_pool(image)[1])
+            dz = _channels_last(
+                torch.ops.aten.max_pool3d_with_indices_backward(_channels_first(dz).contiguous(), *arguments)
+            )
+        dz = dz.masked_fill(a <= 0, 0)
+        sum_dz += dz.sum(_PIXELS)
+        sum_dz_centered += (dz * (images - norm.mean)).sum(_PIXELS)
+        gradient.copy_(dz)
+
+
+def _max_pool(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Maxima and where they are; windows of 3, stride 2 and padding 1 where the size is not 1."""
+    kernel, stride, padding = _window(image)
+    return torch.ops.aten.max_pool3d_with_indices(image.contiguous(), kernel, stride, padding)
+
+
+def _window(image: Tensor) -> tuple[list[int], list[int], list[int]]:
+    pooled = [size > 1 for size in image.shape[2:]]
+    return [3 if p else 1 for p in pooled], [2 if p else 1 for p in pooled], [int(p) for p in pooled]
 
 
 def _activation(x: Tensor, norm: Norm) -> Tensor:

@@ -1,0 +1,190 @@
+// A stem's activations: relu((x - mean) * scale + shift), or their maxima over windows of 3, stride 2, one pixel of
+// padding; and the gradient back, for which the activations and the places of the maxima are computed again.
+
+namespace fused_densenet::FD_ISA {
+
+// The pixels of one dimension that a window reads.
+inline Range window_of(int64_t out, int64_t size) { return {most(2 * out - 1, 0), least(2 * out + 2, size)}; }
+
+struct Maxima {  // sizes of the image, and of the image of its windows' maxima
+  int64_t size[3], out[3];
+  explicit Maxima(const Shape& s, bool pools) : size{s.d, s.h, s.w} {
+    for (int j = 0; j < 3; ++j) out[j] = pools ? (size[j] + 1) / 2 : size[j];
+  }
+  int64_t pixels() const { return size[0] * size[1] * size[2]; }
+  int64_t out_pixels() const { return out[0] * out[1] * out[2]; }
+  // Calls f(pixel) for every pixel of the image that a window reads, in the order of memory.
+  template <class F>
+  void for_each_pixel(int64_t out_pixel, F f) const {
+    const Range w = window_of(out_pixel % out[2], size[2]);
+    const Range h = window_of(out_pixel / out[2] % out[1], size[1]);
+    const Range d = window_of(out_pixel / (out[2] * out[1]), size[0]);
+    for (int64_t i = d.begin; i < d.end; ++i) {
+      for (int64_t j = h.begin; j < h.end; ++j) {
+        for (int64_t k = w.begin; k < w.end; ++k) f((i * size[1] + j) * size[2] + k);
+      }
+    }
+  }
+};
+
+// Maxima so far, of activations, which are not negative: -1 where there was none. The first of equals stays, and a NaN.
+template <class A>
+struct Largest {
+  alignas(64) A value[kBlock];
+
+  Largest() {
+    for (int j = 0; j < kBlock; ++j) value[j] = -1;
+  }
+  void add(const A* a) {
+    for (int j = 0; j < kBlock; ++j) value[j] = int(a[j] > value[j]) | int(a[j] != a[j]) ? a[j] : value[j];
+  }
+  // And in `place` the number of the one that is largest.
+  void add(const A* a, A number, A* place) {
+    for (int j = 0; j < kBlock; ++j) {
+      const bool larger = int(a[j] > value[j]) | int(a[j] != a[j]);
+      value[j] = larger ? a[j] : value[j];
+      place[j] = larger ? number : place[j];
+    }
+  }
+};
+
+template <class T>
+class NormReluPoolKernel {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+
+ public:
+  NormReluPoolKernel(const NormReluPool& f, void*, int) : f_(f), image_(f.shape, f.pools) {}
+  size_t workspace() const { return 0; }
+
+  void run(const Parallel& parallel) const {
+    const int64_t rows = f_.shape.n * image_.out[0] * image_.out[1];
+    parallel_for(parallel, rows, [&](int64_t row) {
+      for (int64_t w = 0; w < image_.out[2]; ++w) one(row * image_.out[2] + w);
+    });
+  }
+
+ private:
+  void one(int64_t out_pixel) const {
+    const Activation<T> activation(f_.x, f_.norm);
+    T* out = static_cast<T*>(f_.out.data) + out_pixel * f_.out.ld;
+    const int64_t first = out_pixel / image_.out_pixels() * image_.pixels();
+    alignas(64) A a[kBlock] = {};
+    for (int64_t c = 0; c < f_.shape.in; c += kBlock) {
+      const int64_t channels = least(kBlock, f_.shape.in - c);
+      const auto read = [&](int64_t pixel) {
+        for (int64_t j = 0; j < channels; j += V::size) {
+          store(a + j, activation.at(pixel, c + j, static_cast<int>(channels - j)));
+        }
+      };
+      Largest<A> largest;
+      if (f_.pools) {
+        image_.for_each_pixel(out_pixel % image_.out_pixels(), [&](int64_t pixel) {
+          read(first + pixel);
+          largest.add(a);
+        });
+      } else {
+        read(out_pixel);
+      }
+      const A* from = f_.pools ? largest.value : a;
+      for (int64_t j = 0; j < channels; j += V::size) {
+        store(out + c + j, load(from + j), static_cast<int>(least(V::size, channels - j)));
+      }
+    }
+  }
+
+  const NormReluPool& f_;
+  Maxima image_;
+};
+
+// Windows overlap: all pixels of an image, for some channels, are one task.
+template <class T>
+class NormReluPoolBackwardKernel {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+
+ public:
+  NormReluPoolBackwardKernel(const NormReluPoolBackward& f, void* workspace, int threads)
+      : f_(f), image_(f.shape, f.pools), block_(kBlock) {
+    while (block_ > V::size && f.shape.n * ceil_div(f.shape.in, block_) % threads != 0) block_ /= 2;
+    Arena arena(workspace);
+    partial_ = arena.take<A>(2 * f.shape.n * f.shape.in);
+    bytes_ = arena.used();
+  }
+  size_t workspace() const { return bytes_; }
+
+  void run(const Parallel& parallel) const {
+    const int64_t blocks = ceil_div(f_.shape.in, block_);
+    parallel_for(parallel, f_.shape.n * blocks, [&](int64_t task) {
+      const int64_t c = task % blocks * block_;
+      one(task / blocks, c, least(block_, f_.shape.in - c));
+    });
+    merge_sums(partial_, f_.shape.n, f_.shape.in, f_.sum_dz, f_.sum_dz_centered, parallel);
+  }
+
+ private:
+  void one(int64_t n, int64_t c, int64_t channels) const {
+    const Activation<T> activation(f_.x, f_.norm);
+    const int64_t first = n * image_.pixels();
+    const T* grad = static_cast<const T*>(f_.grad.data) + c;
+    T* dx = static_cast<T*>(f_.dx.data) + first * f_.dx.ld + c;
+    const auto lanes = [&](int64_t j) { return static_cast<int>(least(V::size, channels - j)); };
+    for (int64_t i = 0; f_.pools && i < image_.pixels(); ++i) {
+      std::memset(dx + i * f_.dx.ld, 0, static_cast<size_t>(channels) * sizeof(T));
+    }
+    for (int64_t i = 0; f_.pools && i < image_.out_pixels(); ++i) {
+      back(activation, grad + (n * image_.out_pixels() + i) * f_.grad.ld, first, i, c, channels, dx);
+    }
+    for (int64_t j = 0; j < channels; j += V::size) {
+      V sum = V::zero(), sum_centered = V::zero();
+      for (int64_t i = 0; i < image_.pixels(); ++i) {
+        const V centered = activation.centered(first + i, c + j, lanes(j));
+        T* p = dx + i * f_.dx.ld + j;
+        if (!f_.pools) {
+          const V g = load(grad + (first + i) * f_.grad.ld + j, lanes(j));
+          store(p, where_positive(activation.before_relu(centered, c + j, lanes(j)), g), lanes(j));
+        }
+        const V dz = load(p, lanes(j));
+        sum += dz;
+        sum_centered = fma(dz, centered, sum_centered);
+      }
+      A* sums = partial_ + 2 * n * f_.shape.in + c + j;
+      store(sums, sum, lanes(j));
+      store(sums + f_.shape.in, sum_centered, lanes(j));
+    }
+  }
+
+  // Adds a maximum's gradient where the maximum was, unless ReLU was not open there.
+  void back(const Activation<T>& activation, const T* grad, int64_t first, int64_t out_pixel, int64_t c,
+            int64_t channels, T* dx) const {
+    alignas(64) A place[kBlock] = {}, a[kBlock] = {};
+    Largest<A> largest;
+    A number = 0;
+    image_.for_each_pixel(out_pixel, [&](int64_t pixel) {
+      for (int64_t j = 0; j < channels; j += V::size) {
+        store(a + j, activation.at(first + pixel, c + j, static_cast<int>(channels - j)));
+      }
+      largest.add(a, number, place);
+      number += 1;
+    });
+    for (int j = 0; j < kBlock; ++j) place[j] = largest.value[j] <= 0 ? A(-1) : place[j];
+    number = 0;
+    image_.for_each_pixel(out_pixel, [&](int64_t pixel) {
+      T* p = dx + pixel * f_.dx.ld;
+      for (int j = 0; j < kBlock; ++j) a[j] = place[j] == number ? A(1) : A(0);
+      for (int64_t j = 0; j < channels; j += V::size) {
+        const int n = static_cast<int>(least(V::size, channels - j));
+        store(p + j, load(p + j, n) + where_positive(load(a + j), load(grad + j, n)), n);
+      }
+      number += 1;
+    });
+  }
+
+  const NormReluPoolBackward& f_;
+  Maxima image_;
+  int64_t block_;
+  A* partial_;
+  size_t bytes_;
+};
+
+}  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,116 @@
+"""``FusedFeatures``: a ``nn.Sequential`` in which BN, ReLU and max pooling that follow each other run as one operator."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends import choose
+from .backends.contract import accumulate_dtype
+from .fallback import announce, context_reasons, uses_batch_stats
+from .functional import BatchMoments
+from .layers import interceptions, is_batch_norm, norm_relu_reasons
+from .modules import affine_of, update_running
+from .ranks import sync_group
+from .statistics import frozen_statistics, statistics_of
+from .stem_op import stem
+
+_MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+class Run(NamedTuple):
+    """Neighbours in a ``nn.Sequential`` that one operator can replace, by name: a norm, its ReLU, perhaps a pooling."""
+
+    modules: list[tuple[str, nn.Module]]
+    norm: Any
+    pool: bool
+
+
+class FusedFeatures(nn.Sequential):
+    """A ``nn.Sequential`` that runs ``norm, relu`` and ``norm, relu, pool`` as one operator each.
+
+    The children, their names and the result are those of ``nn.Sequential``. What is gained is memory: for such a run
+    nothing but its input is kept for backward, the rest is computed again. Norms are batch normalisations (timm's, which
+    contain the activation, too), pools ``MaxPool(kernel_size=3, stride=2, padding=1)``; everything else, and what has
+    hooks, is called as it is.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        modules = [(name, module) for name, module in self._modules.items() if module is not None]
+        x, i = _channels_last(input, modules), 0
+        while i < len(modules):
+            run = run_at(modules, i)
+            if run is not None and _fits(x, run):
+                reasons = context_reasons(x) + interceptions(run.modules)
+                if not reasons:
+                    x = _fused(x, run)
+                    i += len(run.modules)
+                    continue
+                announce(reasons, type(self).__name__)
+            x = modules[i][1](x)
+            i += 1
+        return x
+
+
+def _channels_last(x: Tensor, modules: Sequence[tuple[str, nn.Module]]) -> Tensor:
+    """An image for a convolution before a run: in another layout the run would copy the feature maps, many times more."""
+    if len(modules) > 1 and isinstance(modules[0][1], nn.Conv2d | nn.Conv3d) and run_at(modules, 1) is not None:
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        return x if layout is None else x.contiguous(memory_format=layout)
+    return x
+
+
+def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
+    """The run that begins with ``modules[i]``, if one does."""
+    norm: Any = modules[i][1]
+    if not is_batch_norm(norm):
+        return None
+    activation = norm._modules.get("act")
+    end = i + 1
+    if activation is None and end < len(modules):
+        activation = modules[end][1]
+        end += 1
+    if activation is None or norm_relu_reasons(norm, [activation], "norm", "relu"):
+        return None
+    pool = end < len(modules) and _is_stems_pooling(modules[end][1])
+    return Run(list(modules[i : end + pool]), norm, pool)
+
+
+def _is_stems_pooling(pool: Any) -> bool:
+    if type(pool) not in _MAX_POOL or pool.ceil_mode or pool.return_indices:
+        return False
+    settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    return all(
+        set(value if isinstance(value, tuple) else (value,)) == {expected}
+        for value, expected in zip(settings, (3, 2, 1, 1), strict=True)
+    )
+
+
+def _fits(x: Tensor, run: Run) -> bool:
+    """Whether the operator takes ``x``; what it does not take goes to the modules, which have errors of their own."""
+    norm = run.norm
+    pooled_dims = _MAX_POOL.index(type(run.modules[-1][1])) + 1 if run.pool else x.dim() - 2
+    wide = accumulate_dtype(x.dtype) if x.dtype.is_floating_point else None
+    tensors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+    return (
+        3 <= x.dim() <= 5
+        and x.dim() == pooled_dims + 2
+        and x.shape[1] == norm.num_features
+        and x.numel() > x.shape[1]
+        and all(t.dtype in (x.dtype, wide) and t.device == x.device for t in tensors)
+    )
+
+
+def _fused(x: Tensor, run: Run) -> Tensor:
+    norm, batch_stats, group = run.norm, uses_batch_stats(run.norm), sync_group(run.norm)
+    backend = choose(x.device, x.dtype)
+    statistics = (
+        statistics_of(x, backend, group) if batch_stats else frozen_statistics(norm.running_mean, norm.running_var)
+    )
+    gamma, beta = affine_of(norm, x)
+    out = stem(x, gamma, beta, *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
+    if batch_stats:
+        mean, var = statistics.moments
+        update_running([norm], BatchMoments([mean], [var], statistics.pixels))
+    return out

@@ -1,0 +1,155 @@
+"""FusedFeatures against the same modules in a plain Sequential."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from blocks import bimodal, step
+from tolerances import assert_no_worse, assert_same
+from torch import Tensor, nn
+
+from fused_densenet import FallbackError, FallbackWarning, strict
+from fused_densenet.statistics import statistics_of
+from fused_densenet.stem import FusedFeatures
+from fused_densenet.stem_op import stem, stem_backward
+
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+def pair(spatial_dims: int, channels: int, pool: bool = True) -> tuple[FusedFeatures, nn.Sequential]:
+    """Ours and a plain one, of a norm, a ReLU and perhaps a pooling."""
+    modules = OrderedDict[str, nn.Module](norm0=NORM[spatial_dims](channels), relu0=nn.ReLU(inplace=True))
+    if pool:
+        modules["pool0"] = POOL[spatial_dims](kernel_size=3, stride=2, padding=1)
+    norm = modules["norm0"]
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.weight[::3] *= -1
+        norm.running_mean.uniform_(-0.1, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    return FusedFeatures(modules), nn.Sequential(copy.deepcopy(modules))
+
+
+SIZES = [(2, 6, 9), (1, 3, 2), (3, 70, 8, 5), (1, 6, 2, 2), (2, 100, 1, 7), (2, 5, 3, 4, 5)]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_step_equals_that_of_the_modules(sizes: tuple[int, ...], pool: bool, training: bool) -> None:
+    ours, theirs = (m.double().train(training) for m in pair(len(sizes) - 2, sizes[1], pool))
+    x = torch.randn(sizes, dtype=torch.float64)
+    assert_same(step(ours, x, steps=2), step(theirs, x, steps=2), "float64 whole block")
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_errors_are_no_larger(dtype: torch.dtype) -> None:
+    ours, theirs = pair(2, 64)
+    x = bimodal(4, 64, 15, 18).to(dtype)
+    exact = step(copy.deepcopy(theirs).double(), x.double())
+    found, expected = step(ours, x), step(theirs, x)
+    assert found["output"].dtype == expected["output"].dtype == dtype
+    if dtype == torch.float32:  # a rounding or two: their ratio is luck
+        assert_same(found, expected, "float32 whole block")
+    else:
+        assert_no_worse(found, expected, exact)
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_first_of_equal_maxima_takes_the_gradient() -> None:
+    ours, theirs = pair(2, 3)
+    x = torch.randint(0, 3, (2, 3, 8, 8)).double()
+    assert_same(step(ours.double(), x), step(theirs.double(), x), "float64 whole block")
+
+
+@pytest.mark.usefixtures("backend")
+def test_nan_reaches_its_windows() -> None:
+    ours, theirs = (m.eval() for m in pair(2, 3))
+    x = torch.randn(1, 3, 8, 8)
+    x[0, 1, 3, 4] = float("nan")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sizes", [(2, 2, 5), (1, 2, 4, 3)], ids=str)
+def test_gradients_of_first_and_second_order(sizes: tuple[int, ...], training: bool) -> None:
+    ours = pair(len(sizes) - 2, 2)[0].double().train(training)
+    ours.norm0.track_running_stats = False
+    names = ["norm0.weight", "norm0.bias"]
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, dict(zip(names, values, strict=True)), (x,))
+
+    inputs = [torch.randn(sizes, dtype=torch.float64), *(ours.get_parameter(name).detach() for name in names)]
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_whole_stem_keeps_its_input_alone() -> None:
+    """conv0's image and its result, and vectors: not ReLU's result, not the places of the maxima."""
+    modules = OrderedDict(
+        conv0=nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False), **dict(pair(2, 16)[1].named_children())
+    )
+    theirs = nn.Sequential(copy.deepcopy(OrderedDict(modules.items())))
+    theirs = nn.Sequential(OrderedDict(zip(modules, theirs.children(), strict=True)))
+    ours = FusedFeatures(modules)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    own = {p.untyped_storage().data_ptr() for p in ours.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = ours(x)
+    sizes = [size for place, size in kept.items() if place not in own]
+    vectors = 4 * (2 * 16 + 1)
+    assert sum(sizes) == 4 * (x.numel() + 2 * 16 * 16 * 16) + vectors
+    torch.testing.assert_close(out, theirs(x))
+    assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float32 whole block")
+
+
+def test_compile_and_operators() -> None:
+    ours = pair(2, 4)[0].double()
+    eager, x = copy.deepcopy(ours), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    torch._dynamo.reset()
+    found = step(torch.compile(ours, fullgraph=True, backend="aot_eager"), x)
+    found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    assert_same(found, step(eager, x), "float64 whole block")
+    x.requires_grad_()
+    gamma, beta = (torch.rand(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    moments, pixels, _ = statistics_of(x, "eager", None)
+    arguments = (x, gamma, beta, moments, pixels, 1e-5, True, True, "eager", None)
+    torch.library.opcheck(stem, arguments)
+    torch.library.opcheck(stem_backward, (torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True), *arguments))
+
+
+def test_what_is_no_stem_is_called_as_it_is() -> None:
+    """Other windows, norms without ReLU, a pooling elsewhere: as in a plain Sequential."""
+    modules = [nn.BatchNorm2d(4), nn.Tanh(), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
+    theirs = nn.Sequential(*modules).double()
+    ours = FusedFeatures(*copy.deepcopy(modules)).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    assert_same(step(ours, x), step(theirs, x), "float64 whole block")
+    assert isinstance(ours[2:4], FusedFeatures)
+
+
+def test_hooks_are_called_and_said() -> None:
+    ours, theirs = (m.double() for m in pair(2, 4))
+    seen = []
+    ours.relu0.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    with pytest.warns(FallbackWarning, match="FusedFeatures runs operator by operator, not fused: relu0 has hooks"):
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert seen
+    with strict(), pytest.raises(FallbackError, match="relu0 has hooks"):
+        ours(x)

@@ -15,7 +15,7 @@
 namespace fused_densenet {
 namespace {
 
-constexpr int kGroup = 16, kMostColumns = 256, kPackThreads = 256;
+constexpr int kMostColumns = 256, kFewColumns = 64, kPackThreads = 256;
 
 // W[out][in] with neighbouring channels side by side, rows some bytes apart.
 struct Rows {
@@ -66,38 +66,49 @@ __global__ void __launch_bounds__(kPackThreads)
   packed[i] = rounded<T>(c < in ? as_float(*from) : 0.0f);
 }
 
-// The mean of relu(norm(x)) over each window: pooled[out pixel][row / sizeof(T)].
+// Sizes of an image and of its pooling; 32-bit, because divisions of pixels are most of what the kernel does.
+struct Pooling {
+  int n, d, h, w, window_d, window_h, window_w, channels;
+};
+
+// The mean of relu(norm(x)) over each window: pooled[out pixel][chunks of channels]. Lanes take chunks, warps pixels.
 template <class T>
 __global__ void __launch_bounds__(kPackThreads)
-    pool_kernel(Shape s, const T* x, int64_t ld, bool whole, Norm norm, T* pooled, int chunks) {
-  const int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x, out = i / chunks;
-  const int64_t h = s.h / s.window_h, w = s.w / s.window_w, d = s.d / s.window_d;
+    pool_kernel(Pooling s, const T* x, int64_t ld, bool whole, Norm norm, T* pooled, int chunks) {
+  const int d = s.d / s.window_d, h = s.h / s.window_h, w = s.w / s.window_w;
+  const int out = static_cast<int>(blockIdx.x) * (kPackThreads / 32) + static_cast<int>(threadIdx.x) / 32;
   if (out >= s.n * d * h * w) return;
-  const int64_t plane = out / (w * h), depth = plane / d * s.d + plane % d * s.window_d;
-  const int64_t first = (depth * s.h + out / w % h * s.window_h) * s.w + out % w * s.window_w;
-  const int64_t channel = i % chunks * Chunk<T>::size;
-  const int count = clamp(s.in - channel, 0, Chunk<T>::size);
-  float sum[Chunk<T>::size] = {};
-  for (int64_t tap = 0; tap < s.window_d * s.window_h * s.window_w; ++tap) {
-    const int64_t p =
-        first + (tap / (s.window_h * s.window_w) * s.h + tap / s.window_w % s.window_h) * s.w + tap % s.window_w;
-    const T* from = x + p * ld + channel;
-    Chunk<T> values;
-    if (whole && count == Chunk<T>::size) values = *reinterpret_cast<const Chunk<T>*>(from);
-#pragma unroll
-    for (int c = 0; c < Chunk<T>::size; ++c) {
-      if (c >= count) continue;
-      const float value = as_float(whole && count == Chunk<T>::size ? values.element[c] : from[c]);
-      sum[c] += relu(normalised(value, static_cast<const float*>(norm.mean)[channel + c],
-                                static_cast<const float*>(norm.scale)[channel + c],
-                                static_cast<const float*>(norm.shift)[channel + c]));
-    }
-  }
-  Chunk<T> mean;
+  const int plane = out / (w * h), depth = plane / d * s.d + plane % d * s.window_d;
+  const int first = (depth * s.h + out / w % h * s.window_h) * s.w + out % w * s.window_w;
   const float share = 1.0f / static_cast<float>(s.window_d * s.window_h * s.window_w);
+  const float *mean = static_cast<const float*>(norm.mean), *scale = static_cast<const float*>(norm.scale),
+              *shift = static_cast<const float*>(norm.shift);
+  for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) {
+    const int channel = chunk * Chunk<T>::size, count = min(s.channels - channel, Chunk<T>::size);
+    float sum[Chunk<T>::size] = {};
+    for (int i = 0; i < s.window_d * s.window_h; ++i) {
+      for (int j = 0; j < s.window_w; ++j) {
+        const int p = first + (i / s.window_h * s.h + i % s.window_h) * s.w + j;
+        const T* from = x + p * ld + channel;
+        Chunk<T> values;
+        if (whole && count == Chunk<T>::size) {
+          values = *reinterpret_cast<const Chunk<T>*>(from);
+        } else {
 #pragma unroll
-  for (int c = 0; c < Chunk<T>::size; ++c) mean.element[c] = rounded<T>(sum[c] * share);
-  reinterpret_cast<Chunk<T>*>(pooled)[i] = mean;
+          for (int c = 0; c < Chunk<T>::size; ++c) values.element[c] = c < count ? from[c] : rounded<T>(0.0f);
+        }
+#pragma unroll
+        for (int c = 0; c < Chunk<T>::size; ++c) {
+          const int k = channel + (c < count ? c : 0);
+          sum[c] += relu(normalised(as_float(values.element[c]), mean[k], scale[k], shift[k]));
+        }
+      }
+    }
+    Chunk<T> result;
+#pragma unroll
+    for (int c = 0; c < Chunk<T>::size; ++c) result.element[c] = rounded<T>(c < count ? sum[c] * share : 0.0f);
+    reinterpret_cast<Chunk<T>*>(pooled)[int64_t{out} * chunks + chunk] = result;
+  }
 }
 
 // MI: tiles of 16 pixels in a warp.
@@ -137,28 +148,24 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   int64_t loading_tile = blockIdx.x, tile_index = blockIdx.x;
   int loading = 0, preparing = 0, consuming = 0, count = 0;
 
+  const auto rows_of = [&](int step, int count) {
+    const int own = (count - own_row + row_step - 1) / row_step;
+    return step * kStage + chunk * kChunk < all_bytes ? own : 0;
+  };
+
   const auto load = [&](int stage) {
-    const bool multiplied = loading * kStage + chunk * kChunk < all_bytes;
-    const int end = multiplied ? layout.rows : 0, end_column = multiplied ? layout.columns : 0;
-    unsigned char* to = stage_at(stage) + own_row * kPitch + chunk * kChunk;
     const int channel = loading * channels + chunk * per_chunk;
     const int valid = clamp((split_channels - channel) * element, 0, kChunk);
     const int64_t offset = int64_t{first_channel + channel} * element;
+    const auto existing = [&](int64_t beyond) { return (clamp(beyond, 0, 1 << 20) + row_step - 1) / row_step; };
+    unsigned char* to = stage_at(stage) + own_row * kPitch + chunk * kChunk;
     const int64_t pixel = loading_tile * layout.rows + own_row;
-    const unsigned char* x = f.x + pixel * f.pixel + offset;
-    for (int row = own_row, left = clamp(f.pixels - pixel, 0, layout.rows); row < end; row += row_step) {
-      copy_chunk(to, left > 0 ? x : f.x, left > 0 ? valid : 0, f.access);
-      to += row_step * kPitch;
-      x += row_step * f.pixel;
-      left -= row_step;
-    }
-    to = stage_at(stage) + (layout.rows + own_row) * kPitch + chunk * kChunk;
-    for (int column = own_row; column < end_column; column += row_step) {
-      const bool exists = first_column + column < f.output.channels;
-      const unsigned char* w = f.weights.data + (exists ? (first_column + column) * f.weights.row + offset : 0);
-      copy_chunk(to, w, exists ? valid : 0, f.weights.access);
-      to += row_step * kPitch;
-    }
+    copy_rows(to, row_step * kPitch, f.x + pixel * f.pixel + offset, row_step * f.pixel, rows_of(loading, layout.rows),
+              existing(f.pixels - pixel), valid, f.access);
+    const int column = first_column + own_row;
+    copy_rows(to + layout.rows * kPitch, row_step * kPitch, f.weights.data + column * f.weights.row + offset,
+              row_step * f.weights.row, rows_of(loading, layout.columns), existing(f.output.channels - column), valid,
+              f.weights.access);
     if (++loading == steps) {
       loading = 0;
       loading_tile += gridDim.x;
@@ -168,8 +175,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   const auto prepare = [&](int stage) {
     const Affine<A> affine(vectors, preparing * channels + chunk * per_chunk);
     unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
-    const int end = preparing * kStage + chunk * kChunk < all_bytes ? layout.rows : 0;
-    for (int row = own_row; row < end; row += row_step, x += row_step * kPitch) affine.activate(x);
+    for (int i = rows_of(preparing, layout.rows); i > 0; --i, x += row_step * kPitch) affine.activate(x);
     preparing = preparing + 1 == steps ? 0 : preparing + 1;
   };
 
@@ -199,7 +205,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
     tile_index += gridDim.x;
   };
 
-  const auto consume = [&](int stage) {
+  const auto multiply = [&](int stage, float (&sum)[MI][NT][4]) {
     const unsigned char* rows = stage_at(stage);
     const int bytes = min(kStage, (split_channels - consuming * channels) * element);
 #pragma unroll
@@ -215,10 +221,21 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
         M::load(b, rows + right_offset + j * kGroup * kPitch + k, kPitch);
 #pragma unroll
         for (int i = 0; i < MI; ++i) {
-          M::multiply(tile.sum[i][2 * j], a[i], b, 0);
-          M::multiply(tile.sum[i][2 * j + 1], a[i], b, 1);
+          M::multiply(sum[i][2 * j], a[i], b, 0);
+          M::multiply(sum[i][2 * j + 1], a[i], b, 1);
         }
       }
+    }
+  };
+
+  const auto consume = [&](int stage) {
+    if constexpr (M::kApart) {
+      Tile part;
+      part.clear();
+      multiply(stage, part.sum);
+      tile.add(part);
+    } else {
+      multiply(stage, tile.sum);
     }
     if (++consuming == steps) {
       consuming = 0;
@@ -263,35 +280,47 @@ int prepare_weights(const Forward& f, const Plan& plan, void* workspace, void* s
 
 template <class T>
 int pool(const Forward& f, void* pooled, void* stream) {
-  const int chunks = static_cast<int>(packed_row<T>(f.shape) / kChunk);
-  const dim3 blocks(static_cast<unsigned>(ceil_div(f.shape.out_pixels() * chunks, kPackThreads)));
-  return LAUNCH(pool_kernel<T>, blocks, dim3(kPackThreads), 0, stream, f.shape, static_cast<const T*>(f.x.data), f.x.ld,
-                access_of(f.x.data, f.x.ld * int64_t{sizeof(T)}) == kChunk, f.norm, static_cast<T*>(pooled), chunks);
+  const Shape& s = f.shape;
+  if (s.pixels() > INT32_MAX) return cudaErrorNotSupported;
+  const auto number = [](int64_t x) { return static_cast<int>(x); };
+  const Pooling pooling{number(s.n),        number(s.d),        number(s.h),        number(s.w),
+                        number(s.window_d), number(s.window_h), number(s.window_w), number(s.in)};
+  const dim3 blocks(static_cast<unsigned>(ceil_div(s.out_pixels(), kPackThreads / 32)));
+  return LAUNCH(pool_kernel<T>, blocks, dim3(kPackThreads), 0, stream, pooling, static_cast<const T*>(f.x.data), f.x.ld,
+                access_of(f.x.data, f.x.ld * int64_t{sizeof(T)}) == kChunk, f.norm, static_cast<T*>(pooled),
+                number(packed_row<T>(s) / kChunk));
 }
 
-template <class T>
+template <Arithmetic A>
 Plan make_plan(const Forward& f, const Device& device) {
+  using T = typename Product<A>::T;
+  constexpr int large = Product<A>::kTiles;
   constexpr int channels = kStage / int{sizeof(T)};
   const Shape& s = f.shape;
   const int64_t pixels = s.out_pixels();
   Plan plan;
   Conv1x1& k = plan.kernel;
-  const int64_t column_blocks = ceil_div(s.out, kMostColumns);
-  k.groups = static_cast<int>(ceil_div(ceil_div(s.out, column_blocks), kGroup));
-  k.warps_beside = static_cast<int>(ceil_div(k.groups, 4));
   k.in = static_cast<int>(s.in);
-  int warps_above = k.warps_beside == 1 ? 4 : 2;
+  int64_t column_blocks;
+  int warps_above;
+  const auto take_columns = [&](int64_t most, int groups_of_warp) {
+    column_blocks = ceil_div(s.out, most);
+    k.groups = static_cast<int>(ceil_div(ceil_div(s.out, column_blocks), kGroup));
+    k.warps_beside = static_cast<int>(ceil_div(k.groups, groups_of_warp));
+    warps_above = k.warps_beside == 1 ? 4 : 2;
+  };
   const auto tiles = [&](int tile) { return ceil_div(pixels, warps_above * tile * 16); };
-  plan.small = tiles(4) * column_blocks < device.multiprocessors;
-  if (plan.small) warps_above = 2;
-  const int64_t blocks = tiles(plan.small ? 1 : 4);
+  take_columns(kMostColumns, 4);
+  plan.small = tiles(large) * column_blocks < device.multiprocessors;
+  if (plan.small) take_columns(kFewColumns, 2);
+  const int64_t blocks = tiles(plan.small ? 1 : large);
   const int64_t most_splits = ceil_div(s.in, 64), fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
   int64_t splits = plan.small ? device.multiprocessors / (blocks * column_blocks) : 1;
   splits = std::max(std::min(splits, most_splits), fewest_splits);
   k.split_channels = static_cast<int>(ceil_div(ceil_div(s.in, splits), channels) * channels);
   splits = ceil_div(s.in, k.split_channels);
   plan.threads = 32 * k.warps_beside * warps_above;
-  const int tile = plan.small ? 1 : 4;
+  const int tile = plan.small ? 1 : large;
   const int staging = static_cast<int>(WarpTile<1, 8>::staging_bytes<T>());
   const Layout layout(k, plan.threads, tile, sizeof(T), staging);
   // As many stages as let two blocks share a multiprocessor, at least two.
@@ -319,7 +348,7 @@ Plan make_plan(const Forward& f, const Device& device) {
 template <Arithmetic A>
 int run(const Forward& f, const Device& device, void* workspace, void* stream) {
   using T = typename Product<A>::T;
-  Plan plan = make_plan<T>(f, device);
+  Plan plan = make_plan<A>(f, device);
   Conv1x1& k = plan.kernel;
   k.x = static_cast<const unsigned char*>(f.x.data);
   k.pixel = f.x.ld * int64_t{sizeof(T)};
@@ -336,30 +365,22 @@ int run(const Forward& f, const Device& device, void* workspace, void* stream) {
   k.output = make_output(f, sizeof(T), plan.shared, workspace);
   int error = prepare_weights<T>(f, plan, workspace, stream, &k.weights);
   if (error != 0) return error;
-  error = LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, 4>, plan.grid, dim3(plan.threads),
-                 plan.shared_bytes, stream, k);
+  error = LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, Product<A>::kTiles>, plan.grid,
+                 dim3(plan.threads), plan.shared_bytes, stream, k);
   return error != 0 ? error : finish_forward(f, A, plan.shared, k.output, stream);
 }
 
 }  // namespace
 
 size_t conv1x1_forward_workspace(const Forward& f, Arithmetic arithmetic, const Device& device) {
-  const bool wide = arithmetic == Arithmetic::tf32 || arithmetic == Arithmetic::f32;
-  return (wide ? make_plan<float> : make_plan<__half>)(f, device).shared.bytes();
+  return with_arithmetic(arithmetic,
+                         [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.bytes(); });
 }
 
 int conv1x1_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* workspace, void* stream) {
   if (f.shape.out_pixels() == 0) return 0;
-  switch (arithmetic) {
-    case Arithmetic::bf16:
-      return run<Arithmetic::bf16>(f, device, workspace, stream);
-    case Arithmetic::f16:
-      return run<Arithmetic::f16>(f, device, workspace, stream);
-    case Arithmetic::tf32:
-      return run<Arithmetic::tf32>(f, device, workspace, stream);
-    default:
-      return run<Arithmetic::f32>(f, device, workspace, stream);
-  }
+  return with_arithmetic(arithmetic,
+                         [&](auto kind) { return run<decltype(kind)::value>(f, device, workspace, stream); });
 }
 
 }  // namespace fused_densenet

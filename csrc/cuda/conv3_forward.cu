@@ -17,12 +17,13 @@
 // sums are added in a fixed order afterwards.
 #include "boxes.cuh"
 #include "forward.cuh"
+#include "fragments.cuh"
 
 namespace fused_densenet {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kStages = 2, kTables = kStages + 1;
-constexpr int kGroup = 16, kMostGroups = 3, kPackThreads = 256;
+constexpr int kMostGroups = 3;
 struct Conv3 {
   const unsigned char* x;
   int64_t pixel;  // bytes
@@ -64,6 +65,7 @@ __device__ Box origin_of(const Conv3& f, int tile) {
 // Which pixel of the image each place of a tile's halo is.
 __device__ void fill_table(const Conv3& f, int tile, int* table, int places) {
   const Box origin = origin_of(f, tile);
+#pragma unroll 1
   for (int i = threadIdx.x; i < places; i += kThreads) {
     Box at = place_in(f.halo, i);
     at = {origin.n + at.n, origin.d + at.d - f.kernel.d / 2, origin.h + at.h - f.kernel.h / 2,
@@ -80,12 +82,14 @@ __device__ int pixels_of(const Conv3& f, int tile) {
          min(f.box.w, f.image.w - origin.w);
 }
 
-// MI: tiles of 16 pixels in a warp.
-template <Arithmetic A, int MI>
-__global__ void __launch_bounds__(kThreads) conv3_kernel(const Conv3 f) {
+// MI tiles of 16 pixels and NT tiles of 8 channels in a warp. Large tiles have as many channels as there are, or one
+// tile of 8 more; a test of each product costs more instructions than the products.
+template <Arithmetic A, int MI, int NT>
+__global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   using M = Product<A>;
   using T = typename M::T;
-  constexpr int NT = 2 * kMostGroups, element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;
+  constexpr bool exact = NT < 2 * kMostGroups || MI > 2;
+  constexpr int element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;
   using Tile = WarpTile<MI, NT>;
   DYN_SMEM(shared);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -113,9 +117,11 @@ __global__ void __launch_bounds__(kThreads) conv3_kernel(const Conv3 f) {
   tile.clear();
 
   vectors.load(f.norm, first_channel, split_channels);
+#pragma unroll 1
   for (int i = tid; i < layout.rows; i += kThreads) {
     row_places[i] = i < own_places ? index_in(f.halo, place_in(f.box, i)) : kOutside;
   }
+#pragma unroll 1
   for (int i = tid; i < taps; i += kThreads) tap_offsets[i] = index_in(f.halo, place_in(f.kernel, i)) * kPitch;
   fill_table(f, blockIdx.x, table(0), layout.halo);
   __syncthreads();
@@ -156,11 +162,13 @@ __global__ void __launch_bounds__(kThreads) conv3_kernel(const Conv3 f) {
     const int* pixels = table(loading.table);
     unsigned char* to = stage_at(stage) + chunk * kChunk;
     const int end = places_of(loading.step);
-    for (int place = own_row; place < end; place += row_step) {
-      const int p = pixels[place];
-      const bool copied = p >= 0 && valid > 0;
-      copy_chunk(to + place * kPitch, copied ? x + p * f.pixel : f.x, copied ? valid : 0, f.access);
-    }
+    with_access(f.access, [&](auto width) {
+#pragma unroll 4
+      for (int place = own_row; place < end; place += row_step) {
+        const int p = pixels[place];
+        copy_chunk<decltype(width)::value>(to + place * kPitch, p >= 0 ? x + p * f.pixel : f.x, p >= 0 ? valid : 0);
+      }
+    });
     if (loading.advance(steps)) {
       loading_tile += grid;
       if (loading_tile < tiles) fill_table(f, loading_tile, table(loading.table), layout.halo);
@@ -198,49 +206,79 @@ __global__ void __launch_bounds__(kThreads) conv3_kernel(const Conv3 f) {
     consuming_tile += grid;
   };
 
-  // Weights lie as [block of columns][M::kBytes of channels][tap][group of columns].
-  const int all_multiplications = (f.in * element + M::kBytes - 1) / M::kBytes;
-  const int groups = f.groups, weight_step = groups * M::kFragments;
+  // Weights lie as [block of columns][M::kBytes of channels][tap][group of columns], in the order of use.
+  const int groups = exact ? NT / 2 : f.groups, weight_step = groups * M::kFragments;
+  const int all_products = (f.in * element + M::kBytes - 1) / M::kBytes;
   const unsigned char* const all_weights =
-      f.weights +
-      (int64_t{blockIdx.y} * all_multiplications + first_channel * element / M::kBytes) * taps * weight_step;
-  const auto load_weights = [&](typename M::Right(&b)[kMostGroups], const unsigned char* from) {
-#pragma unroll
-    for (int j = 0; j < kMostGroups; ++j) {
-      if (j < groups) M::load_packed(b[j], from + j * M::kFragments, lane);
-    }
+      f.weights + (int64_t{blockIdx.y} * all_products + first_channel * element / M::kBytes) * taps * weight_step;
+  const auto column_exists = [&](int j) { return (exact && j + 1 < NT) || 8 * j < tile.columns; };
+
+  struct Fragments {
+    typename M::Left a[MI];
+    typename M::Right b[NT / 2];
   };
 
-  const auto consume = [&](int stage) {
+  const auto multiply = [&](int stage, float (&sum)[MI][NT][4]) {
     const int bytes = min(kStage, (split_channels - consuming.step * channels) * element);
     const unsigned char* rows = stage_at(stage);
     const unsigned char* weights = all_weights + int64_t{consuming.step} * (kStage / M::kBytes) * taps * weight_step;
-    int remaining = (bytes + M::kBytes - 1) / M::kBytes * taps, tap = 0;
-    typename M::Right b[kMostGroups], next[kMostGroups];
-    load_weights(b, weights);
-    while (remaining > 0) {
+    int tap = 0;
+    const auto fetch = [&](Fragments& to) {
       const unsigned char* at = rows + tap_offsets[tap];
-      weights += weight_step;
-      if (--remaining > 0) load_weights(next, weights);
-      typename M::Left a[MI];
+#pragma unroll
+      for (int j = 0; j < NT / 2; ++j) {
+        if (exact || j < groups) M::load_packed(to.b[j], weights + j * M::kFragments, lane);
+      }
 #pragma unroll
       for (int i = 0; i < MI; ++i) {
-        if (i < own_tiles) M::load(a[i], at, left_offset[i]);
+        if (i < own_tiles) M::load(to.a[i], at, left_offset[i]);
       }
+      weights += weight_step;
+      if (++tap == taps) {
+        tap = 0;
+        rows += M::kBytes;
+      }
+    };
+    const auto add_products = [&](const Fragments& from) {
 #pragma unroll
       for (int i = 0; i < MI; ++i) {
         if (i >= own_tiles) break;
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
-          if (8 * j < tile.columns) M::multiply(tile.sum[i][j], a[i], b[j / 2], j % 2);
+          if (column_exists(j)) M::multiply(sum[i][j], from.a[i], from.b[j / 2], j % 2);
         }
       }
-#pragma unroll
-      for (int j = 0; j < kMostGroups; ++j) b[j] = next[j];
-      if (++tap == taps) {
-        tap = 0;
-        rows += M::kBytes;
+    };
+    int remaining = (bytes + M::kBytes - 1) / M::kBytes * taps;
+    if constexpr (M::kApart) {
+      Fragments only;
+      for (; remaining > 0; --remaining) {
+        fetch(only);
+        add_products(only);
       }
+    } else {
+      // One step's fragments are on their way while the other's are multiplied.
+      Fragments even, odd;
+      fetch(even);
+      while (true) {
+        if (remaining > 1) fetch(odd);
+        add_products(even);
+        if (--remaining == 0) break;
+        if (remaining > 1) fetch(even);
+        add_products(odd);
+        if (--remaining == 0) break;
+      }
+    }
+  };
+
+  const auto consume = [&](int stage) {
+    if constexpr (M::kApart) {
+      Tile part;
+      part.clear();
+      multiply(stage, part.sum);
+      tile.add(part);
+    } else {
+      multiply(stage, tile.sum);
     }
     if (consuming.step + 1 == steps) finish_tile();
     consuming.advance(steps);
@@ -252,29 +290,6 @@ __global__ void __launch_bounds__(kThreads) conv3_kernel(const Conv3 f) {
   }
 }
 
-// Weights in the order of fragments, zero where there is no channel; rounded to what is multiplied.
-template <Arithmetic A, class W>
-__global__ void __launch_bounds__(kPackThreads)
-    pack_kernel(Shape s, Weight weight, int groups, int64_t count, typename Product<A>::T* packed) {
-  using M = Product<A>;
-  constexpr int each = M::kFragments / int{sizeof(typename M::T)}, channels = M::kBytes / int{sizeof(typename M::T)};
-  const int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
-  if (i >= count) return;
-  int64_t at = i / each;
-  const int2 place = M::packed_place(static_cast<int>(i % each));
-  const int64_t group = at % groups, taps = s.kd * s.kh * s.kw, tap = (at /= groups) % taps;
-  const int64_t steps = (s.in + channels - 1) / channels, step = (at /= taps) % steps, block = at / steps;
-  const int64_t out = (block * groups + group) * kGroup + place.x, in = step * channels + place.y;
-  float value = 0;
-  if (out < s.out && in < s.in) {
-    const int64_t offset = out * weight.stride_out + in * weight.stride_in +
-                           tap / (s.kh * s.kw) * weight.stride_tap[0] + tap / s.kw % s.kh * weight.stride_tap[1] +
-                           tap % s.kw * weight.stride_tap[2];
-    value = as_float(static_cast<const W*>(weight.data)[offset]);
-  }
-  packed[i] = M::number(value);
-}
-
 struct Plan {
   Conv3 kernel;
   ForwardPlan shared;
@@ -282,11 +297,6 @@ struct Plan {
   dim3 grid;
   int shared_bytes;
 };
-
-template <Arithmetic A>
-constexpr int large_tiles() {
-  return A == Arithmetic::f32 ? 2 : 4;  // two sets of weight fragments take 96 registers there
-}
 
 template <Arithmetic A>
 Plan make_plan(const Forward& f, const Device& device) {
@@ -305,7 +315,7 @@ Plan make_plan(const Forward& f, const Device& device) {
   k.in = static_cast<int>(s.in);
   k.groups = static_cast<int>(ceil_div(ceil_div(s.out, kGroup), column_blocks));
   int64_t splits = 1;
-  for (int rows = kWarps * 16 * large_tiles<A>(); rows >= 8; rows /= 2) {
+  for (int rows = kWarps * 16 * M::kTiles; rows >= 8; rows /= 2) {
     k.box = choose_box(k.image, k.kernel, rows, k.groups * kGroup);
     k.halo = halo_of(k.box, k.kernel);
     k.tiles = boxes_in(k.image, k.box);
@@ -317,7 +327,9 @@ Plan make_plan(const Forward& f, const Device& device) {
     splits = std::max(std::min(device.multiprocessors / blocks, most_splits), fewest_splits);
     k.split_channels = static_cast<int>(ceil_div(most_splits, splits) * channels);
     plan.large = rows > kWarps * 16 * 2;
-    constexpr int staging = static_cast<int>(WarpTile<1, 2 * kMostGroups>::staging_bytes<T>());
+    const int staging = static_cast<int>(plan.large && k.groups == 1   ? WarpTile<1, 2>::staging_bytes<T>()
+                                         : plan.large && k.groups == 2 ? WarpTile<1, 4>::staging_bytes<T>()
+                                                                       : WarpTile<1, 6>::staging_bytes<T>());
     plan.shared_bytes = Layout(k, plan.large ? 4 : 2, sizeof(T), staging).bytes;
     if (enough && plan.shared_bytes <= device.shared_per_block) break;
   }
@@ -326,9 +338,7 @@ Plan make_plan(const Forward& f, const Device& device) {
   const int64_t at_once = device.multiprocessors * std::min<int64_t>(resident, 3) / (column_blocks * splits);
   plan.grid = dim3(static_cast<unsigned>(std::min<int64_t>(k.tiles.volume(), std::max<int64_t>(1, at_once))),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
-  const int64_t multiplications = ceil_div(s.in * sizeof(T), M::kBytes);
-  plan.shared =
-      plan_forward(f, splits, plan.grid.x, column_blocks * multiplications * s.taps() * k.groups * M::kFragments);
+  plan.shared = plan_forward(f, splits, plan.grid.x, fragments_bytes<A>(f.shape, k.groups));
   return plan;
 }
 
@@ -344,43 +354,32 @@ int run(const Forward& f, const Device& device, void* workspace, void* stream) {
   k.norm = f.norm;
   k.weights = static_cast<const unsigned char*>(workspace);
   k.output = make_output(f, sizeof(T), plan.shared, workspace);
-  const int64_t count = static_cast<int64_t>(plan.shared.weights_bytes / sizeof(T));
-  int error = LAUNCH(f.weight.is_float ? pack_kernel<A, float> : pack_kernel<A, T>,
-                     dim3(static_cast<unsigned>(ceil_div(count, kPackThreads))), dim3(kPackThreads), 0, stream, f.shape,
-                     f.weight, k.groups, count, static_cast<T*>(workspace));
+  int error = pack_fragments<A>(f, k.groups, workspace, stream);
   if (error != 0) return error;
-  error = LAUNCH(plan.large ? conv3_kernel<A, large_tiles<A>()> : conv3_kernel<A, 2>, plan.grid, dim3(kThreads),
-                 plan.shared_bytes, stream, k);
+  auto kernel = conv3_kernel<A, 2, 2 * kMostGroups>;
+  if constexpr (Product<A>::kTiles > 2) {
+    constexpr int tiles = Product<A>::kTiles;
+    if (plan.large) {
+      kernel = k.groups == 1   ? conv3_kernel<A, tiles, 2>
+               : k.groups == 2 ? conv3_kernel<A, tiles, 4>
+                               : conv3_kernel<A, tiles, 6>;
+    }
+  }
+  error = LAUNCH(kernel, plan.grid, dim3(kThreads), plan.shared_bytes, stream, k);
   return error != 0 ? error : finish_forward(f, A, plan.shared, k.output, stream);
 }
 
 }  // namespace
 
 size_t conv3_forward_workspace(const Forward& f, Arithmetic arithmetic, const Device& device) {
-  switch (arithmetic) {
-    case Arithmetic::bf16:
-      return make_plan<Arithmetic::bf16>(f, device).shared.bytes();
-    case Arithmetic::f16:
-      return make_plan<Arithmetic::f16>(f, device).shared.bytes();
-    case Arithmetic::tf32:
-      return make_plan<Arithmetic::tf32>(f, device).shared.bytes();
-    default:
-      return make_plan<Arithmetic::f32>(f, device).shared.bytes();
-  }
+  return with_arithmetic(arithmetic,
+                         [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.bytes(); });
 }
 
 int conv3_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* workspace, void* stream) {
   if (f.shape.pixels() == 0) return 0;
-  switch (arithmetic) {
-    case Arithmetic::bf16:
-      return run<Arithmetic::bf16>(f, device, workspace, stream);
-    case Arithmetic::f16:
-      return run<Arithmetic::f16>(f, device, workspace, stream);
-    case Arithmetic::tf32:
-      return run<Arithmetic::tf32>(f, device, workspace, stream);
-    default:
-      return run<Arithmetic::f32>(f, device, workspace, stream);
-  }
+  return with_arithmetic(arithmetic,
+                         [&](auto kind) { return run<decltype(kind)::value>(f, device, workspace, stream); });
 }
 
 }  // namespace fused_densenet

@@ -7,6 +7,8 @@
 
 namespace fused_densenet {
 
+constexpr int kGroup = 16;  // output channels that are read together
+
 // Where a tile goes: rounded into `out`, or as partial sums of one split over the input channels.
 struct Output {
   unsigned char* data;
@@ -31,6 +33,26 @@ Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, v
 // Adds the splits and merges the moments; a cudaError_t.
 int finish_forward(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, const Output& output,
                    void* stream);
+
+template <Arithmetic A>
+struct Kind {
+  static constexpr Arithmetic value = A;
+};
+
+// body(Kind<arithmetic>{}).
+template <class Body>
+auto with_arithmetic(Arithmetic arithmetic, Body body) {
+  switch (arithmetic) {
+    case Arithmetic::bf16:
+      return body(Kind<Arithmetic::bf16>{});
+    case Arithmetic::f16:
+      return body(Kind<Arithmetic::f16>{});
+    case Arithmetic::tf32:
+      return body(Kind<Arithmetic::tf32>{});
+    default:
+      return body(Kind<Arithmetic::f32>{});
+  }
+}
 
 // The input channels of one split, in bytes: their vectors stay in shared memory, and float32 sums stay short.
 constexpr int kMostSplit = 4096;
@@ -91,6 +113,13 @@ struct WarpTile {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < MI * NT * 4; ++i) sum[i / (4 * NT)][i / 4 % NT][i % 4] = 0;
+  }
+
+  __device__ __forceinline__ void add(const WarpTile& other) {
+#pragma unroll
+    for (int i = 0; i < MI * NT * 4; ++i) {
+      sum[i / (4 * NT)][i / 4 % NT][i % 4] += other.sum[i / (4 * NT)][i / 4 % NT][i % 4];
+    }
   }
 
   template <class T>

@@ -28,24 +28,59 @@ __device__ __forceinline__ int clamp(int64_t x, int low, int high) {
   return static_cast<int>(x < low ? low : x > high ? high : x);
 }
 
-// Copies the first `valid` of a chunk's 16 bytes and fills the rest with zeros.
-__device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int valid, int access) {
-  if (access == 16) {
-    cp_async_partial<16>(to, from, valid);
-  } else if (access == 8) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 8) cp_async_partial<8>(to + i, from + i, clamp(valid - i, 0, 8));
-  } else if (access == 4) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) cp_async_partial<4>(to + i, from + i, clamp(valid - i, 0, 4));
-  } else {
+// Copies the first `valid` of a chunk's 16 bytes and fills the rest with zeros, by copies of Access bytes.
+template <int Access>
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int valid) {
+  if constexpr (Access == 2) {
     Chunk<uint16_t> chunk;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       chunk.element[i] = 2 * i < valid ? __ldg(reinterpret_cast<const uint16_t*>(from) + i) : uint16_t{0};
     }
     *reinterpret_cast<Chunk<uint16_t>*>(to) = chunk;
+  } else if constexpr (Access == 16) {
+    cp_async_partial<16>(to, from, valid);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk; i += Access) {
+      cp_async_partial<Access>(to + i, from + i, clamp(valid - i, 0, Access));
+    }
   }
+}
+
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+
+// body(Constant<access>{}): one loop of copies for each width, instead of a choice for each copy.
+template <class Body>
+__device__ __forceinline__ void with_access(int access, Body body) {
+  if (access == 16) {
+    body(Constant<16>{});
+  } else if (access == 8) {
+    body(Constant<8>{});
+  } else if (access == 4) {
+    body(Constant<4>{});
+  } else {
+    body(Constant<2>{});
+  }
+}
+
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int valid, int access) {
+  with_access(access, [&](auto width) { copy_chunk<decltype(width)::value>(to, from, valid); });
+}
+
+// Copies `count` chunks of rows, of which `existing` exist, some bytes apart on both sides.
+__device__ __forceinline__ void copy_rows(unsigned char* to, int to_step, const unsigned char* from, int64_t from_step,
+                                          int count, int existing, int valid, int access) {
+  with_access(access, [&](auto width) {
+    for (int i = 0; i < count; ++i) {
+      copy_chunk<decltype(width)::value>(to, from, i < existing ? valid : 0);
+      to += to_step;
+      from += from_step;
+    }
+  });
 }
 
 // The ReLU's input, by one expression in forward and backward: the masks agree.
@@ -100,12 +135,21 @@ struct Affine {
   }
   __device__ void activate(unsigned char* place) const {
     Chunk<T> chunk = *reinterpret_cast<Chunk<T>*>(place);
+    if constexpr (sizeof(T) == 2) {
+      uint4 pairs;
+      pairs.x = Product<A>::rectified(z(chunk, 0), z(chunk, 1));
+      pairs.y = Product<A>::rectified(z(chunk, 2), z(chunk, 3));
+      pairs.z = Product<A>::rectified(z(chunk, 4), z(chunk, 5));
+      pairs.w = Product<A>::rectified(z(chunk, 6), z(chunk, 7));
+      *reinterpret_cast<uint4*>(place) = pairs;
+    } else {
 #pragma unroll
-    for (int i = 0; i < size; ++i) {
-      const float z = normalised(as_float(chunk.element[i]), mean[i], scale[i], shift[i]);
-      chunk.element[i] = Product<A>::number(relu(z));
+      for (int i = 0; i < size; ++i) chunk.element[i] = Product<A>::number(relu(z(chunk, i)));
+      *reinterpret_cast<Chunk<T>*>(place) = chunk;
     }
-    *reinterpret_cast<Chunk<T>*>(place) = chunk;
+  }
+  __device__ float z(const Chunk<T>& chunk, int i) const {
+    return normalised(as_float(chunk.element[i]), mean[i], scale[i], shift[i]);
   }
 };
 
@@ -124,24 +168,18 @@ __device__ __forceinline__ void wait_for_all_but(int groups) {
 // Loads run stages - 1 steps ahead. Every load is followed by a barrier before the next one.
 template <class Load, class Prepare, class Consume>
 __device__ __forceinline__ void pipeline(int64_t steps, int stages, Load load, Prepare prepare, Consume consume) {
-  for (int i = 0; i < stages - 1; ++i) {
-    if (i < steps) load(i);
+  int current = 0, filling = 0;
+  for (int64_t i = 1 - stages; i < steps; ++i) {
+    if (i + stages - 1 < steps) load(filling);
     cp_async_commit();
-    __syncthreads();
-  }
-  wait_for_all_but(stages - 2);
-  if (steps > 0) prepare(0);
-  __syncthreads();
-  int current = 0;
-  for (int64_t i = 0; i < steps; ++i) {
-    const int free = current == 0 ? stages - 1 : current - 1, next = current == stages - 1 ? 0 : current + 1;
-    if (i + stages - 1 < steps) load(free);
-    cp_async_commit();
-    consume(current);
+    if (i >= 0) {
+      consume(current);
+      current = current == stages - 1 ? 0 : current + 1;
+    }
     wait_for_all_but(stages - 2);
-    if (i + 1 < steps) prepare(next);
+    if (i >= -1 && i + 1 < steps) prepare(current);
     __syncthreads();
-    current = next;
+    filling = filling == stages - 1 ? 0 : filling + 1;
   }
 }
 

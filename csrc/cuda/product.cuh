@@ -2,8 +2,9 @@
 // channels side by side: pixels in rows on the left, output channels in rows on the right. Rows are an odd number of
 // 16-byte chunks apart, so that eight of them lie in different banks.
 //
-// All arithmetics share one layout of the sums: with g = lane / 4 and t = lane % 4, d[half][2 i + j] is row g + 8 i,
-// column 8 half + 2 t + j.
+// kTiles is how many tiles of 16 pixels a warp's registers hold, kApart whether a stage is summed apart from the
+// others. All arithmetics share one layout of the sums: with g = lane / 4 and t = lane % 4, d[half][2 i + j] is row g +
+// 8 i, column 8 half + 2 t + j.
 #pragma once
 
 #include "launch.h"
@@ -19,7 +20,8 @@ struct Product;
 template <class Type>
 struct TensorCores {
   using T = Type;
-  static constexpr int kBytes = 32, kRows = 1;
+  static constexpr int kBytes = 32, kRows = 1, kTiles = 4;
+  static constexpr bool kApart = false;
   struct Left {
     uint32_t r[4];
   };
@@ -57,6 +59,7 @@ struct TensorCores {
 template <>
 struct Product<Arithmetic::bf16> : TensorCores<__nv_bfloat16> {
   static __device__ T number(float x) { return rounded<T>(x); }
+  static __device__ uint32_t rectified(float low, float high) { return relu_bf16x2(low, high); }
   static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, rows); }
   static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
     const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
@@ -68,6 +71,7 @@ struct Product<Arithmetic::bf16> : TensorCores<__nv_bfloat16> {
 template <>
 struct Product<Arithmetic::f16> : TensorCores<__half> {
   static __device__ T number(float x) { return rounded<T>(x); }
+  static __device__ uint32_t rectified(float low, float high) { return relu_f16x2(low, high); }
   static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, rows); }
   static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
     const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
@@ -92,13 +96,14 @@ struct Product<Arithmetic::tf32> : TensorCores<float> {
   using TensorCores<float>::load;
 };
 
-// By fused multiply-adds, four channels at a time. Lanes with the same g, or the same t, read the same address. Four
-// products are added before they join the sum: one instruction more in five, and chains of a quarter of the length keep
-// the error of a thousand channels at that of a library's blocked sums.
+// By fused multiply-adds, four channels at a time. Lanes with the same g, or the same t, read the same address. Chains
+// of additions are kept short, for the error of a library's blocked sums: four products are added before they join the
+// sum, one instruction more in five, and the forward sums each stage apart, with a second set of sums and fewer tiles.
 template <>
 struct Product<Arithmetic::f32> {
   using T = float;
-  static constexpr int kBytes = 16, kRows = 2;
+  static constexpr int kBytes = 16, kRows = 2, kTiles = 2;
+  static constexpr bool kApart = true;
   struct Left {
     float4 r[2];
   };

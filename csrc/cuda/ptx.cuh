@@ -129,6 +129,29 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 #endif
 }
 
+// Both numbers rounded to 16 bits, `low` in the lower half; zero where negative, NaN where NaN.
+__device__ __forceinline__ uint32_t relu_bf16x2(float low, float high) {
+#if defined(CUDA_HOST) || defined(FD_BEFORE_SM80)
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low < 0 ? 0.0f : low, high < 0 ? 0.0f : high);
+  return __bfloat16_as_ushort(pair.x) | static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+
+__device__ __forceinline__ uint32_t relu_f16x2(float low, float high) {
+#if defined(CUDA_HOST) || defined(FD_BEFORE_SM80)
+  const __half2 pair = __floats2half2_rn(low < 0 ? 0.0f : low, high < 0 ? 0.0f : high);
+  return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+
 // d += a b for 16 x 8 x 8 numbers of TF32, of which the hardware ignores the lowest 13 bits: round with to_tf32 first.
 // a[i] is row g + 8 (i % 2), column t + 4 (i / 2); b[i] is row t + 4 i, column g.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

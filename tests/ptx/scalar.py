@@ -251,7 +251,9 @@ def _convert(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     (to_kind, to_size), (from_kind, from_size) = _type(it.modifiers[-2]), _type(it.kind)
     if to_kind.endswith("x2"):  # the first source is the upper half
         high, low = (read(machine, operand, from_kind, from_size) for operand in it.operands[1:3])
-        return write(machine, it.operands[0], np.stack([low, high], 1), to_kind, to_size, active)
+        both = np.stack([low, high], 1)
+        both = np.maximum(both, 0) if it.has("relu") else both
+        return write(machine, it.operands[0], both, to_kind, to_size, active)
     value = read(machine, it.operands[1], from_kind, from_size)
     if value.dtype.kind == "f" and to_kind in ("s", "u"):
         value = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[it.modifiers[0]](value)

@@ -34,22 +34,23 @@ def _store_dz(
     the activation.
     """
     share = 1.0 / (PD * PH * PW)
-    a = tl.zeros(da.shape, tl.float32)
-    sum_dz = tl.zeros(c.shape, tl.float32)
-    sum_dz_centered = tl.zeros(c.shape, tl.float32)
     for t in tl.static_range(PD * PH * PW):
         source = first + window_step(t, H, W, PH, PW)
         tile = tl.load(x + at(source, x_stride, c), mask=mask, other=0.0)
         z = normalise(tile, mean, scale, shift)
         dz = tl.where(mask & (z > 0), da * share, 0.0)
-        a += tl.maximum(z, 0.0)
         target = dx + at(source, dx_stride, c)
         stored = dz
         if ACCUMULATE:
             stored = tl.load(target, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * dz
         tl.store(target, stored.to(dx.dtype.element_ty), mask=mask)
-        sum_dz += tl.sum(dz, 0)
-        sum_dz_centered += tl.sum(dz * (tile.to(tl.float32) - mean[None, :]), 0)
+        centred = dz * (tile.to(tl.float32) - mean[None, :])
+        if t == 0:
+            a, sum_dz, sum_dz_centered = tl.maximum(z, 0.0), tl.sum(dz, 0), tl.sum(centred, 0)
+        else:
+            a += tl.maximum(z, 0.0)
+            sum_dz += tl.sum(dz, 0)
+            sum_dz_centered += tl.sum(centred, 0)
     tl.store(sums + c, sum_dz, mask=c < C)
     tl.store(sums + C + c, sum_dz_centered, mask=c < C)
     return a * share
@@ -313,15 +314,12 @@ def backward_weight(
     in_n = n < TAPS * K
     tap = n // K
     k = n % K
-    stored_at = k.to(tl.int64)
-    value_at = stored_at
+    tap_pixels = tap.to(tl.int64)
     if TAPS > 1:
         dd = tap // (KH * KW) - KD // 2
         hh = tap // KW % KH - KH // 2
         ww = tap % KW - KW // 2
         tap_pixels = ((dd * H + hh) * W + ww).to(tl.int64)
-        stored_at -= tap_pixels * stored_stride
-        value_at -= tap_pixels * value_stride
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     program = tl.program_id(2)
@@ -341,8 +339,8 @@ def backward_weight(
             width = width[:, None] - ww[None, :]
             g_mask = g_mask & (depth >= 0) & (depth < D) & (height >= 0) & (height < H) & (width >= 0) & (width < W)
         g = gradient(
-            tl.load(stored + at(p, stored_stride, stored_at), mask=g_mask, other=0.0),
-            tl.load(value + at(p, value_stride, value_at), mask=g_mask, other=0.0),
+            tl.load(stored + at(p, stored_stride, k - tap_pixels * stored_stride), mask=g_mask, other=0.0),
+            tl.load(value + at(p, value_stride, k - tap_pixels * value_stride), mask=g_mask, other=0.0),
             tl.load(g_scale + k, mask=in_n, other=0.0),
             tl.load(g_slope + k, mask=in_n, other=0.0),
             tl.load(g_mean + k, mask=in_n, other=0.0),

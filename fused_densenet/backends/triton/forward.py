@@ -123,7 +123,7 @@ def merge_moments(
         row = i + lane
         mask = (row < rows)[:, None] & in_k[None, :]
         n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
-        row_mean = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
+        row_mean = tl.load(moments + (row * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
         shift += tl.where(mask, n[:, None] * (row_mean - origin[None, :]), 0.0)
     centre = origin + tl.sum(shift, 0) / total
     m2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -131,8 +131,8 @@ def merge_moments(
         row = i + lane
         mask = (row < rows)[:, None] & in_k[None, :]
         n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
-        row_mean = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
-        row_m2 = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + (K + k)[None, :], mask=mask, other=0.0)
+        row_mean = tl.load(moments + (row * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
+        row_m2 = tl.load(moments + (row * 2 * K)[:, None] + (K + k)[None, :], mask=mask, other=0.0)
         delta = row_mean - centre[None, :]
         m2 += tl.where(mask, row_m2 + n[:, None] * delta * delta, 0.0)
     tl.store(mean + k, centre, mask=in_k)

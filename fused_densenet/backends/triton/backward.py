@@ -1,4 +1,4 @@
-"""Backward kernels: data gradient, weight gradient, both sums, and the partial sums added in a fixed order."""
+"""Backward kernels: data gradient, weight gradient and both sums."""
 
 import triton
 import triton.language as tl
@@ -365,57 +365,3 @@ def backward_weight(
         dw = tl.dot(tl.trans(g), a.to(dtype), dw, input_precision=PRECISION)
     target = partials + weights_at + program.to(tl.int64) * TAPS * K * C
     tl.store(target + n[:, None].to(tl.int64) * C + c[None, :], dw, mask=in_n[:, None] & in_c[None, :])
-
-
-@triton.jit(do_not_specialize=["weight_values", "weight_splits", "sum_rows"])
-def add_partials(
-    partials,
-    dweight,
-    sum_dz,
-    sum_dz_centered,
-    weights_at,
-    weight_values,
-    weight_splits,
-    sum_rows,
-    weight_k,
-    weight_c,
-    weight_d,
-    weight_h,
-    weight_w,
-    C,
-    K,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last the sums."""
-    weight_programs = tl.cdiv(weight_values, BLOCK)
-    program = tl.program_id(0)
-    if program < weight_programs:
-        i = program * BLOCK + tl.arange(0, BLOCK)
-        valid = i < weight_values
-        lane = tl.arange(0, BLOCK_S)
-        acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-        for s in range(0, weight_splits, BLOCK_S):
-            split = (s + lane).to(tl.int64) * weight_values
-            mask = (s + lane < weight_splits)[:, None] & valid[None, :]
-            acc += tl.load(partials + weights_at + split[:, None] + i[None, :], mask=mask, other=0.0)
-        row = i // C
-        tap = row // K
-        offset = row % K * weight_k + i % C * weight_c
-        offset += tap // (KH * KW) * weight_d + tap // KW % KH * weight_h + tap % KW * weight_w
-        tl.store(dweight + offset, tl.sum(acc, 0).to(dweight.dtype.element_ty), mask=valid)
-    else:
-        j = (program - weight_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
-        tile = tl.arange(0, BLOCK_R)
-        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for r in range(0, sum_rows, BLOCK_R):
-            first = (r + tile).to(tl.int64) * 2 * C
-            mask = (r + tile < sum_rows)[:, None] & (j < 2 * C)[None, :]
-            total += tl.load(partials + first[:, None] + j[None, :], mask=mask, other=0.0)
-        column = tl.sum(total, 0)
-        tl.store(sum_dz + j, column, mask=j < C)
-        tl.store(sum_dz_centered + j - C, column, mask=(j >= C) & (j < 2 * C))

@@ -9,6 +9,8 @@
 // of the block. The next box's bytes arrive by cp.async while the products of this one run.
 #pragma once
 
+#include <type_traits>
+
 #include "backward_operands.cuh"
 
 namespace fused_densenet {
@@ -20,7 +22,7 @@ class BackwardBlock {
  public:
   __device__ BackwardBlock(const Backward& f, const BackwardPlan& plan, unsigned char* shared)
       : f_(f), plan_(plan), o_(f, plan, shared) {
-    const int warp = threadIdx.x / 32;
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // the compiler sees that lanes agree
     warp_m_ = warp / C::warps_n;
     column_ = warp % C::warps_n * C::n_tiles * 8;
     pairs_ = (o_.channels - column_ + 15) / 16;
@@ -62,10 +64,10 @@ class BackwardBlock {
         cp_async_commit();
         if (plan_.data) {
           if (i == 0) clear_data();
-          data_product(pass);
+          with_pairs([&](auto full) { data_product<decltype(full)::value>(pass); });
           if (last_pass) finish_data(buffer, slot);
         }
-        if (plan_.weight) weight_product(pass);
+        if (plan_.weight) with_pairs([&](auto full) { weight_product<decltype(full)::value>(pass); });
         pass = next;
       }
     }
@@ -78,6 +80,16 @@ class BackwardBlock {
   }
 
  private:
+  // body(whether all of the warp's channels exist), if any do.
+  template <class Body>
+  __device__ void with_pairs(Body body) const {
+    if (pairs_ >= C::n_tiles / 2) {
+      body(std::true_type());
+    } else if (pairs_ > 0) {
+      body(std::false_type());
+    }
+  }
+
   __device__ int tile_row(int i) const { return (warp_m_ * C::m_tiles + i) * 16; }
 
   __device__ void clear_data() {
@@ -91,6 +103,7 @@ class BackwardBlock {
     }
   }
 
+  template <bool Full>
   __device__ void data_product(const Pass& pass) {
     if (tile_row(0) >= plan_.rows) return;
     constexpr int each = Product<C::A>::kRows;
@@ -101,17 +114,13 @@ class BackwardBlock {
 #pragma unroll
       for (int h = 0; h < each; ++h) rows[i][h] = o_.row_of[tile_row(i) + Product<C::A>::left_row(lane, h)];
     }
-    const int steps = (8 * pass.groups + kDepth<C::A> - 1) / kDepth<C::A>;
-    for (int step = 0; step < steps; ++step) {
-      shifted_step<C::A>(da_, o_.g, rows, o_.groups, o_.weight, column_, step, pairs_);
-    }
+    shifted_product<C::A, Full>(da_, o_.g, rows, o_.groups, o_.weight, column_, 8 * pass.groups, pairs_);
   }
 
+  template <bool Full>
   __device__ void weight_product(const Pass& pass) {
-    for (int base = 0; base < plan_.rows; base += kOuterDepth<T>) {
-      outer_step<C::A>(dweight_, o_.g, o_.row_of, o_.groups, warp_m_, C::warps_m, (pass.groups + 1) / 2, o_.a, column_,
-                       base, pairs_);
-    }
+    outer_product<C::A, Full>(dweight_, o_.g, o_.row_of, o_.groups, warp_m_, C::warps_m, (pass.groups + 1) / 2, o_.a,
+                              column_, plan_.rows, pairs_);
   }
 
   // ReLU's mask, the sums, and what goes into dx, in shared memory.

@@ -141,7 +141,7 @@ struct BackwardOperands {
       const int i = min(j, pass.groups - 1);  // the last step's second half may be its first again
       const Box tap = place_in(plan.kernel, pass.first_tap + i / of_tap);
       const Box shift{0, plan.kernel.d - 1 - tap.d, kh - 1 - tap.h, kw - 1 - tap.w};
-      groups[j] = Group::of(index_in(plan.halo, shift), i % of_tap * 8);
+      groups[j] = Group::of<T>(index_in(plan.halo, shift), i % of_tap * 8, g.ld);
     }
     if (!plan.data) return;
     // A thread keeps its channel of x and takes rows (k, tap), taps first: neighbours in memory whatever the layout.

@@ -33,7 +33,8 @@ class BackwardLaunches {
  public:
   BackwardLaunches(const Backward& f, const Device& device) : f_(f), device_(device) {
     const bool weight = f.dweight.data != nullptr;
-    if (f.shape.pixels() == 0) return;
+    possible_ = f.shape.pixels() <= INT32_MAX;
+    if (f.shape.pixels() == 0 || !possible_) return;
     if (weight && add(true, true)) return;
     possible_ = add(true, false) && (!weight || add(false, true));
   }
@@ -59,7 +60,7 @@ class BackwardLaunches {
     BackwardPlan& plan = plans_[count_];
     bool large = f_.shape.in > Small::channels || Large::channels <= Small::channels;
     large = large && make_plan(plan, f_, data, weight, Large::tile, device_) &&
-            plan.count * ceil_div(f_.shape.in, Large::channels) >= device_.multiprocessors;
+            2 * plan.count * ceil_div(f_.shape.in, Large::channels) >= device_.multiprocessors;
     if (!large && !make_plan(plan, f_, data, weight, Small::tile, device_)) return false;
     const auto access = [](const Pixels& p) { return access_of(p.data, p.ld * Small::tile.element); };
     plan.stored_access = access(f_.grad.stored);

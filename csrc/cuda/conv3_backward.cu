@@ -1,3 +1,12 @@
+// The backward of a convolution over neighbouring pixels in one launch: boxes of 128 pixels by 64 channels of x, 8
+// warps as 4 x 2.
+//
+// A warp has 32 x 32 of the data gradient (32 registers) and 7 x 4 tiles of the weight gradient (112), enough for 48
+// outputs and nine taps, or 16 and 27. With 32 outputs, nine taps and 16 bits a box of 14 x 8 pixels takes 139 KiB.
+//
+// One kernel and not two, because it reads less: for 32 outputs and 128 channels, of a box with 1.43 times as many
+// pixels in its halo, two blocks of channels read 2 x 183 bytes of gradient a pixel, and x and dx are 512: 878 bytes,
+// 640 if everything moved once. A weight gradient of its own would read gradient and x once more, 1500 bytes in all.
 #include "backward_launch.cuh"
 
 namespace fused_densenet {

@@ -186,3 +186,23 @@ def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> Non
         runs.append([t.clone() for t in (problem.dx.data, problem.dweight, *(v.data for v in problem.sums))])
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize(
+    "shape", [Shape((2, 1, 8, 16), 128, 128, POINT), Shape((2, 1, 16, 8), 64, 24, SQUARE)], ids=str
+)
+def test_no_product_too_many(shape: Shape, multiprocessors: int, arithmetic: str) -> None:
+    """Two products of pixels by channels by rows (tap, output), where all are whole tiles."""
+    dtype, tf32 = ARITHMETIC[arithmetic]
+    problem = make_problem(Case(shape, multiprocessors), dtype)
+    backend = Emulated(tf32=tf32, multiprocessors=multiprocessors)
+    backend.statistics()
+    problem.run(backend, True)
+    taps = shape.kernel[0] * shape.kernel[1] * shape.kernel[2]
+    pixels = shape.pixels[0] * shape.pixels[1] * shape.pixels[2] * shape.pixels[3]
+    sixteens, depth = -(-taps * shape.out_channels // 16), 8 if tf32 else 16
+    data = pixels // 16 * (shape.channels // 8) * -(-taps * shape.out_channels // depth)
+    weight = sixteens * (shape.channels // 8) * (pixels // depth)
+    assert backend.statistics()["mma"] == data + weight

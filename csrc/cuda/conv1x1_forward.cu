@@ -1,15 +1,21 @@
 // The 1x1 convolution: out[p, k] = sum over c of relu(norm(x[p, c])) w[k, c].
 //
-// A block multiplies a tile of pixels with all output channels (up to 256 of them), so that x is read once. It is bound
-// by memory: per pixel and 32 bytes of channels, 128 output channels take 16 tensor-core instructions for each 16
-// pixels and, from tiles of 64 x 64 in each warp, as many bytes of fragments from shared memory as two warps need:
-//   128 pixels x 128 channels, 2 x 2 warps: a stage of 64 bytes of channels is 256 rows x 80 bytes = 20 KiB; four
-//   stages and the vectors, statistics and staging of C = 1024 come to 105 KiB, so that two blocks fit a multiprocessor
-//   of sm_90 and keep 2 x 2 x 8 KiB of x in flight, which covers its memory's latency. Up to 64 output channels: 4 x 1
-//   warps, 256 pixels. Up to 192 or 256: three or four warps beside each other.
+// A block multiplies a tile of pixels with all output channels (up to 256 of them), so that x is read once:
+//   128 pixels x 128 channels, 2 x 2 warps: per 32 bytes of channels, 8 KiB of fragments come from shared memory for x
+//   and 8 KiB for the weights, and 4 KiB of x pass through it to be normalised. A stage of 64 bytes of channels is 256
+//   rows x 80 bytes = 20 KiB; with four stages and the vectors, statistics and staging of C = 1024 a block has 105 KiB.
+//   Two fit a multiprocessor of sm_90 and keep 2 x 2 x 8 KiB of x in flight, which covers its memory's latency.
+//   Up to 64 output channels: 4 x 1 warps, 256 pixels. Up to 192 or 256: three or four warps beside each other.
 // Blocks are persistent: the copies for the next tile are under way while one is stored, and each leaves one row of
-// moments. Layers with fewer such tiles than multiprocessors get tiles of 32 pixels, and if these do not suffice
-// either, splits of the input channels whose sums are added in a fixed order afterwards.
+// moments. Layers with fewer such tiles than multiprocessors get tiles of 32 pixels and 64 channels, which read x again
+// from the second-level cache, and if these do not suffice either, splits of the input channels whose sums are added
+// in a fixed order afterwards.
+//
+// Weights are copied as they are where channels are side by side in the data's type. Else, as for float32 weights
+// beside 16-bit data, one small kernel packs them first, instead of every block by single loads.
+//
+// Where it pools, a kernel of its own leaves the averaged activations, a quarter of x in 2D, and the convolution reads
+// those: three layers of a network are not worth a second main loop.
 #include "forward.cuh"
 
 namespace fused_densenet {
@@ -310,19 +316,23 @@ Plan make_plan(const Forward& f, const Device& device) {
     warps_above = k.warps_beside == 1 ? 4 : 2;
   };
   const auto tiles = [&](int tile) { return ceil_div(pixels, warps_above * tile * 16); };
+  const auto take_splits = [&](int64_t splits) {
+    k.split_channels = static_cast<int>(ceil_div(ceil_div(s.in, splits), channels) * channels);
+    plan.threads = 32 * k.warps_beside * warps_above;
+    return Layout(k, plan.threads, plan.small ? 1 : large, sizeof(T),
+                  static_cast<int>(WarpTile<1, 8>::staging_bytes<T>()));
+  };
+  const int64_t fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
   take_columns(kMostColumns, 4);
-  plan.small = tiles(large) * column_blocks < device.multiprocessors;
+  plan.small = false;
+  plan.small = tiles(large) * column_blocks < device.multiprocessors ||
+               take_splits(fewest_splits).bytes(2) > device.shared_per_block;
   if (plan.small) take_columns(kFewColumns, 2);
   const int64_t blocks = tiles(plan.small ? 1 : large);
-  const int64_t most_splits = ceil_div(s.in, 64), fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
   int64_t splits = plan.small ? device.multiprocessors / (blocks * column_blocks) : 1;
-  splits = std::max(std::min(splits, most_splits), fewest_splits);
-  k.split_channels = static_cast<int>(ceil_div(ceil_div(s.in, splits), channels) * channels);
+  splits = std::max(std::min(splits, ceil_div(s.in, 64)), fewest_splits);
+  const Layout layout = take_splits(splits);
   splits = ceil_div(s.in, k.split_channels);
-  plan.threads = 32 * k.warps_beside * warps_above;
-  const int tile = plan.small ? 1 : large;
-  const int staging = static_cast<int>(WarpTile<1, 8>::staging_bytes<T>());
-  const Layout layout(k, plan.threads, tile, sizeof(T), staging);
   // As many stages as let two blocks share a multiprocessor, at least two.
   const int half = (device.shared_per_block + 1024) / 2 - 1024;
   k.stages = kMostStages;

@@ -1,17 +1,18 @@
-// The convolution over neighbouring pixels, 3 x 3 above all: out[p, k] = sum over taps and c of a[p + tap, c] w[k, c,
-// tap] with a = relu(norm(x)) inside the image and zero outside it.
+// The convolution over neighbouring pixels, 3 x 3 above all: out[p, k] = sum over taps and c of
+// a[p + tap, c] w[k, c, tap], with a = relu(norm(x)) inside the image and zero outside it.
 //
 // A tile is a box of pixels of some images. Of 64 bytes of channels at a time the box and its halo are copied into
 // shared memory, normalised and rectified there once, and multiplied with every tap: a tap is an offset of the rows
 // that ldmatrix reads. The next channels, or the next box's first, are under way meanwhile. For 16 x 16 pixels a stage
-// is 18 x 18 rows x 80 bytes = 25 KiB, 1.27 of the image; two stages and the rest are 57 KiB, so that several blocks
-// fit a multiprocessor. It is bound by tensor cores and by the fragments they need: with k = 32, a warp's 64 pixels x
-// 32 channels take 4 reads of 512 bytes from shared memory for 16 instructions.
+// is 18 x 18 rows x 80 bytes = 25 KiB, 1.27 of the image; with two stages a block has 63 KiB, and two fit a
+// multiprocessor, as many as registers allow. It is bound by tensor cores and by the fragments they need: with k = 32,
+// a warp's 64 pixels x 32 channels take four fragments of x and two of weights, 512 bytes each, for 16 instructions.
 //
 // Weights do not pass through shared memory. One kernel packs them in the order of fragments, so that a warp reads each
 // fragment with one instruction, one step ahead. They stay in the first-level cache beside the stages (72 KiB for 128
 // channels in and 32 out, 3 x 3, 16 bits), which the copies of x bypass: shared memory is left to x, and no kernel
-// size is too large. Packing is necessary anyway, because a contiguous weight has its channels nine elements apart.
+// size has too many weights. A contiguous weight, whose channels are nine elements apart, would have to be packed
+// anyway, by every block.
 //
 // Layers with too few boxes get smaller ones, and if these do not suffice either, splits of the input channels whose
 // sums are added in a fixed order afterwards.
@@ -24,6 +25,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32, kStages = 2, kTables = kStages + 1;
 constexpr int kMostGroups = 3;
+
 struct Conv3 {
   const unsigned char* x;
   int64_t pixel;  // bytes
@@ -163,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     unsigned char* to = stage_at(stage) + chunk * kChunk;
     const int end = places_of(loading.step);
     with_access(f.access, [&](auto width) {
-#pragma unroll 4
+      [[maybe_unused]] constexpr int together = decltype(width)::value < 16 ? 1 : 4;
+#pragma unroll together
       for (int place = own_row; place < end; place += row_step) {
         const int p = pixels[place];
         copy_chunk<decltype(width)::value>(to + place * kPitch, p >= 0 ? x + p * f.pixel : f.x, p >= 0 ? valid : 0);

@@ -75,6 +75,8 @@ __device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned cha
 __device__ __forceinline__ void copy_rows(unsigned char* to, int to_step, const unsigned char* from, int64_t from_step,
                                           int count, int existing, int valid, int access) {
   with_access(access, [&](auto width) {
+    [[maybe_unused]] constexpr int together = decltype(width)::value < 16 ? 1 : 4;
+#pragma unroll together
     for (int i = 0; i < count; ++i) {
       copy_chunk<decltype(width)::value>(to, from, i < existing ? valid : 0);
       to += to_step;

@@ -6,9 +6,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <atomic>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -55,14 +56,14 @@ int attribute(cudaDeviceAttr which, int device) {
 const Device& device_of(int index) {
   constexpr int most = 64;
   static std::array<Device, most> devices;
-  static std::array<std::atomic<bool>, most> known;
+  static std::array<std::once_flag, most> asked;
   if (index < 0 || index >= most) throw std::runtime_error("fused_densenet: no device " + std::to_string(index));
-  if (!known[index].load(std::memory_order_acquire)) {
-    devices[index] = {
-        attribute(cudaDevAttrMultiProcessorCount, index), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index)};
-    known[index].store(true, std::memory_order_release);
-  }
+  std::call_once(asked[index], [index] {
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+    devices[index] = {attribute(cudaDevAttrMultiProcessorCount, index),
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+                      10 * major + attribute(cudaDevAttrComputeCapabilityMinor, index)};
+  });
   return devices[index];
 }
 

@@ -15,7 +15,7 @@ from primitives import Shape, affine, loaded_gradient, make_weight, source
 from tolerances import assert_no_worse, assert_same
 from torch import Tensor
 
-from fused_densenet import FusedDenseBlock, reference, use_backend
+from fused_densenet import FusedDenseBlock, FusedTransition, reference, use_backend
 from fused_densenet.backends import choice, cuda
 from fused_densenet.backends.choice import ShapeClass
 from fused_densenet.backends.contract import Gradient, Norm
@@ -123,6 +123,17 @@ def test_a_block_in_16_bits(backend: Any, dtype: torch.dtype) -> None:
     mine, eager = step(ours, x.to(dtype), autocast=dtype), step(theirs, x.to(dtype), autocast=dtype)
     assert mine["output"].dtype == dtype
     assert_no_worse(mine, eager, step(theirs.double(), x.to(dtype).double()))
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (3, 4, 2)], ids=str)
+def test_a_transition_against_the_reference(backend: Any, sizes: tuple[int, ...]) -> None:
+    x = bimodal(2, 24, *sizes)
+    theirs = reference.Transition(24, 10, spatial_dims=len(sizes))
+    torch.nn.init.uniform_(theirs.norm.weight, 0.5, 1.5)
+    ours = FusedTransition(24, 10, spatial_dims=len(sizes))
+    ours.load_state_dict(theirs.state_dict())
+    actual = step(ours, x)
+    assert_same(actual, step(theirs.double(), x.double()), "float32 whole block")
 
 
 def good() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import fused_densenet
-from fused_densenet import FusedDenseBlock
+from fused_densenet import FusedDenseBlock, FusedTransition
 from fused_densenet.backends import choose
+from fused_densenet.stem import FusedFeatures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 MIB = 2**20
@@ -29,22 +31,36 @@ COLOURS = {
     "reference, checkpointed": "#d99a3d",
     "ours": "#2a6f97",
     "ours, memory_efficient": "#4aa27a",
+    "torchvision": "#7a5195",
+    "torchvision, memory_efficient": "#b79ad0",
 }
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def fuse(network: nn.Module, *, memory_efficient: bool = False) -> nn.Module:
-    """A copy of a DenseNet whose dense blocks, the children of ``features`` named denseblock*, are FusedDenseBlocks.
+    """A copy of a DenseNet, torchvision's or built like it, whose blocks, transitions and stem run fused.
 
-    The blocks' layers are named and hold their parameters as torchvision's do; the weights are taken over.
+    They are the children of ``features`` named denseblock* and transition*, and ``norm0, relu0, pool0``; modules are
+    named and hold their parameters as torchvision's do, and the weights are taken over.
     """
     network = copy.deepcopy(network)
-    features = network.get_submodule("features")
-    for name, block in list(features.named_children()):
+    features = FusedFeatures(OrderedDict(network.get_submodule("features").named_children()))
+    network.features = features
+    for name, module in list(features.named_children()):
         if name.startswith("denseblock"):
-            setattr(features, name, fused_block(block, memory_efficient=memory_efficient))
+            setattr(features, name, fused_block(module, memory_efficient=memory_efficient))
+        elif name.startswith("transition"):
+            setattr(features, name, fused_transition(module))
     return network
+
+
+def fused_transition(transition: nn.Module) -> FusedTransition:
+    """The FusedTransition with the sizes, parameters, device and dtype of ``transition``."""
+    conv: Any = transition.get_submodule("conv")
+    fused = FusedTransition(conv.in_channels, conv.out_channels, spatial_dims=conv.weight.dim() - 2)
+    fused.load_state_dict(transition.state_dict())
+    return fused.to(conv.weight.device, conv.weight.dtype).train(transition.training)
 
 
 def fused_block(block: nn.Module, *, memory_efficient: bool = False) -> FusedDenseBlock:

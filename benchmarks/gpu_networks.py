@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from allocator import step_memory
-from common import fuse, in_layout
+from common import in_layout
 from gpu_primitives import backends
 from gpu_run import Run
 from gpu_timing import Work, graph_of, interleaved
 from peers import torchvision_densenets
 from torch import Tensor, nn
 
-from fused_densenet import reference, use_backend
+from fused_densenet import fuse, reference, use_backend
 
 
 class Case(NamedTuple):
@@ -123,11 +123,10 @@ class Subject:
 
     def __init__(self, case: Case, variant: Variant, plain: nn.Module, x: Tensor, run: Run) -> None:
         self.case, self.variant = case, variant
-        if variant.backend is None:
-            model = build(case.network, variant.memory_efficient)
-            model.load_state_dict(plain.state_dict())
-        else:
-            model = fuse(plain, memory_efficient=variant.memory_efficient)
+        model = build(case.network, variant.backend is None and variant.memory_efficient)
+        model.load_state_dict(plain.state_dict())
+        if variant.backend is not None:
+            fuse(model, memory_efficient=variant.memory_efficient, strict=True)
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         self.model = in_layout(model.to(run.device), layout).train(case.mode == "training")
         self.x = x.contiguous(memory_format=layout)

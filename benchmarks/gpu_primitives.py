@@ -5,6 +5,7 @@ at the bandwidth of a copy, and its multiplications at the rate of a large matri
 """
 
 import functools
+import math
 import statistics
 import time
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fused_densenet import FusedDenseBlock, schedule, use_backend
 from fused_densenet.backends import BACKENDS
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, pooled
 
 CALLS = 10
 """In a CUDA graph."""
@@ -27,7 +28,8 @@ FORWARD, BACKWARD = "norm_relu_conv", "norm_relu_conv_backward"
 class Problem(NamedTuple):
     """A primitive on ``pixels`` (N, D, H, W): ``C`` channels to ``K`` (both the same where there is no convolution).
 
-    ``accumulate`` is that of ``norm_relu_conv_backward``: into the block's gradient, or stored.
+    ``accumulate`` is that of ``norm_relu_conv_backward``: into the block's gradient, or stored. ``pool`` halves the image
+    before the product; ``pixels`` are the input's.
     """
 
     primitive: str
@@ -36,25 +38,28 @@ class Problem(NamedTuple):
     K: int
     side: int
     accumulate: bool = False
+    pool: bool = False
+
+    def out_pixels(self) -> tuple[int, ...]:
+        return (self.pixels[0], *pooled(self.pixels[1:])) if self.pool else self.pixels
 
     def __str__(self) -> str:
         n, _, h, w = self.pixels
         product = f", {self.C} to {self.K}, {self.side}×{self.side}" if self.side else f", {self.C}"
-        return f"{self.primitive}{product}, {n}×{h}×{w}"
+        return f"{self.primitive}{product}, {n}×{h}×{w}{', pooled' * self.pool}"
 
     def moved(self, item: int, weight_item: int) -> int:
         """Bytes, each once."""
-        p = self.pixels[0] * self.pixels[1] * self.pixels[2] * self.pixels[3]
+        p, out = math.prod(self.pixels), math.prod(self.out_pixels())
         weight = self.C * self.K * self.side**2 * weight_item
         if self.primitive == FORWARD:
-            return p * (self.C + self.K) * item + weight
+            return (p * self.C + out * self.K) * item + weight
         if self.primitive == BACKWARD:
-            return p * ((2 + self.accumulate) * self.C + 2 * self.K) * item + 2 * weight
+            return ((2 + self.accumulate) * p * self.C + 2 * out * self.K) * item + 2 * weight
         return (2 if self.primitive == "place" else 3) * p * self.C * item
 
     def flops(self) -> int:
-        p = self.pixels[0] * self.pixels[1] * self.pixels[2] * self.pixels[3]
-        product = 2 * p * self.C * self.K * self.side**2
+        product = 2 * math.prod(self.out_pixels()) * self.C * self.K * self.side**2
         return product * {FORWARD: 1, BACKWARD: 2}.get(self.primitive, 0)
 
 
@@ -80,7 +85,8 @@ def block_problems(batch: int, side: int, layers: int, channels: int) -> list[Pr
 
 
 def chosen_problems(batch: int, image: int) -> list[Problem]:
-    """Of each block the first, the middle and the last 1x1 convolution, a 3x3 convolution, and its input's placing."""
+    """Of each block the first, the middle and the last 1x1 convolution, a 3x3 convolution, and its input's placing; and
+    the transition after it."""
     chosen = []
     for layers, channels, scale in BLOCKS:
         problems = block_problems(batch, image // scale, layers, channels)
@@ -88,6 +94,10 @@ def chosen_problems(batch: int, image: int) -> list[Problem]:
         kept = [problems[0], pointwise[0], pointwise[layers // 2], pointwise[-1], problems[2], problems[3]]
         kept += [p for p in problems if p.primitive == BACKWARD and p.side == 1 and p.C == pointwise[layers // 2].C]
         chosen += [*kept, problems[-1]]
+        whole = channels + layers * GROWTH
+        if scale < BLOCKS[-1][-1]:
+            pixels = problems[0].pixels
+            chosen += [Problem(primitive, pixels, whole, whole // 2, 1, pool=True) for primitive in (FORWARD, BACKWARD)]
     return chosen
 
 
@@ -99,9 +109,12 @@ def call(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[fu
     """``call(backend)`` runs the primitive; the tensors that it writes."""
     draw = functools.partial(torch.randn, device=device)
     c, k = problem.C, problem.K
-    buffer = draw(*problem.pixels, c + k).to(dtype)
-    gradients = draw(*problem.pixels, c + k).to(dtype)
-    x, out, dx, stored = buffer[..., :c], buffer[..., c:], gradients[..., :c], gradients[..., c:]
+    buffer, gradients = (draw(*problem.pixels, c + k).to(dtype) for _ in range(2))
+    x, dx = buffer[..., :c], gradients[..., :c]
+    if problem.pool:
+        out, stored = (draw(*problem.out_pixels(), k).to(dtype) for _ in range(2))
+    else:
+        out, stored = buffer[..., c:], gradients[..., c:]
     norm = Norm(draw(c), draw(c).abs(), draw(c))
     vectors = draw(4, k)
     grad = Gradient(stored, out if problem.side else x, *vectors)
@@ -222,7 +235,7 @@ def phase(run: Run, rates: Rates) -> None:
     run.attempt("dense blocks", lambda: measure_blocks(batch, image, rates, run))
     problems = chosen_problems(batch, image)
     if run.smoke:
-        problems = [p._replace(pixels=(1, 1, 4, 4), C=16, K=16) for p in (*problems[:2], *problems[5:8])]
+        problems = [p._replace(pixels=(1, 1, 4, 4), C=16, K=16) for p in (*problems[:2], *problems[5:10])]
     for arithmetic in ARITHMETICS:
         for i, problem in enumerate(problems):
             if run.left() < 2:

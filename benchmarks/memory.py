@@ -4,7 +4,8 @@
 
 Variants: ``reference`` (DenseNet as the paper writes it, concatenating for every layer), ``reference, checkpointed``
 (with torchvision's ``memory_efficient`` recipe: each layer's concatenation, first norm, ReLU and 1x1 convolution run
-again in backward), ``ours`` and ``ours, memory_efficient`` (:class:`fused_densenet.FusedDenseBlock`).
+again in backward), ``ours`` and ``ours, memory_efficient`` (:class:`fused_densenet.FusedDenseBlock`, in a whole network
+fused transitions and stem too), and for whole networks, where it is installed, ``torchvision`` in both of its modes.
 Every figure is measured from the allocator in one real training step (see allocator.py). The floor is the dense blocks'
 concatenations alone, computed: what no implementation that keeps its feature maps can go below.
 
@@ -18,6 +19,7 @@ Three kinds of rows:
 
 import argparse
 import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -38,6 +40,7 @@ from common import (
     save_plot,
     write_json,
 )
+from peers import torchvision_densenets
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -88,6 +91,18 @@ VARIANTS: dict[str, Callable[[DenseNet], nn.Module]] = {
     "ours": fuse,
     "ours, memory_efficient": functools.partial(fuse, memory_efficient=True),
 }
+
+
+def variants(blocks_only: bool) -> list[str]:
+    """The variants to measure: torchvision's own are whole networks."""
+    theirs = not blocks_only and importlib.util.find_spec("torchvision") is not None
+    return [*VARIANTS, *(["torchvision", "torchvision, memory_efficient"] if theirs else [])]
+
+
+def build(architecture: Architecture, variant: str) -> nn.Module:
+    if variant in VARIANTS:
+        return VARIANTS[variant](DenseNet(*architecture))
+    return torchvision_densenets().DenseNet(*architecture, memory_efficient=variant.endswith("memory_efficient"))
 
 
 class DenseBlocks(nn.Module):
@@ -148,8 +163,7 @@ def cases(networks: Sequence[str], depths: Sequence[int], size: int) -> list[Cas
 
 def measure(case: Case, variant: str, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
-    growth_rate, block_config, num_init_features = case.architecture
-    network = VARIANTS[variant](DenseNet(growth_rate, block_config, num_init_features)).to(device, dtype)
+    network = build(case.architecture, variant).to(device, dtype)
     module = DenseBlocks(network) if case.blocks_only else network
     x = case.input(batch, device, dtype)
     labels = torch.arange(batch, device=device)
@@ -182,7 +196,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     result = Table(title=title, caption="kept for backward / peak of a training step, MiB per image")
     result.add_column("", no_wrap=True)
     result.add_column("floor", justify="right", style="dim")
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(row["variant"] for row in rows):
         result.add_column(variant, justify="right")
     for network in dict.fromkeys(row["network"] for row in rows):
         by_variant = {row["variant"]: row for row in rows if row["network"] == network}
@@ -193,6 +207,15 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 def _mib(row: dict[str, Any], key: str) -> float:
     return row[key] / row["batch"] / MIB
+
+
+def print_ratios(networks: list[dict[str, Any]]) -> None:
+    """How many times torchvision's peaks are ours, in the same mode."""
+    peaks = {(row["network"], row["variant"]): row["peak_bytes"] for row in networks}
+    for (network, variant), peak in peaks.items():
+        theirs = peaks.get((network, "torchvision"))
+        if theirs is not None and variant != "torchvision":
+            console.print(f"{network}: torchvision's peak is {theirs / peak:.2f} times that of: {variant}")
 
 
 def draw(sweep: list[dict[str, Any]], networks: list[dict[str, Any]]) -> Any:
@@ -220,13 +243,15 @@ def draw(sweep: list[dict[str, Any]], networks: list[dict[str, Any]]) -> Any:
     left.grid(axis="y", color="#dddddd", lw=0.6)
 
     names = list(dict.fromkeys(row["network"] for row in networks))
-    width = 0.8 / len(VARIANTS)
-    for i, variant in enumerate(VARIANTS):
+    shown = list(dict.fromkeys(row["variant"] for row in networks))
+    width = 0.8 / max(len(shown), 1)
+    for i, variant in enumerate(shown):
         rows = [row for row in networks if row["variant"] == variant]
-        places = [n + (i - (len(VARIANTS) - 1) / 2) * width for n in range(len(rows))]
+        places = [n + (i - (len(shown) - 1) / 2) * width for n in range(len(rows))]
         saved, peak = ([_mib(row, key) for row in rows] for key in ("saved_bytes", "peak_bytes"))
         light = right.bar(places, peak, width * 0.92, color=COLOURS[variant], alpha=0.35)
-        dark = right.bar(places, saved, width * 0.92, color=COLOURS[variant])
+        label = variant if variant not in VARIANTS else None
+        dark = right.bar(places, saved, width * 0.92, color=COLOURS[variant], label=label)
         right.bar_label(light, fmt="%.0f", fontsize=8, padding=1, color="#666666")
         right.bar_label(dark, fmt="%.0f", fontsize=8, label_type="center", color="white", weight="bold")
     for n, name in enumerate(names):
@@ -234,6 +259,8 @@ def draw(sweep: list[dict[str, Any]], networks: list[dict[str, Any]]) -> Any:
         right.hlines(floor, n - 0.42, n + 0.42, color="black", ls="--", lw=1)
     right.set_xticks(range(len(names)), [name.replace("densenet", "DenseNet-") for name in names])
     right.set_ylabel("MiB per image")
+    if set(shown) - set(VARIANTS):
+        right.legend(frameon=False)
     if networks:
         size, dtype = networks[0]["size"], networks[0]["dtype"]
         right.set_title(f"Whole networks, {size}×{size} images, {dtype}", loc="left")
@@ -259,7 +286,7 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
 
-    todo = [(case, variant) for case in cases(args.networks, args.depths, args.size) for variant in VARIANTS]
+    todo = [(c, variant) for c in cases(args.networks, args.depths, args.size) for variant in variants(c.blocks_only)]
     rows = []
     with progress(len(todo)) as advance:
         for case, variant in todo:
@@ -276,6 +303,7 @@ def main() -> None:
         console.print(table(f"Dense blocks alone, {args.size}×{args.size} images, {setting}", blocks))
     if networks:
         console.print(table(f"Whole networks, {args.size}×{args.size} images, {setting}", networks))
+        print_ratios(networks)
     where = environment(device, dtype)
     console.print(describe(where), highlight=False)
     if args.json:

@@ -1,4 +1,4 @@
-"""Time of torchvision's DenseNet, as it is and with its dense blocks replaced by FusedDenseBlock.
+"""Time of torchvision's DenseNet, as it is and with its dense blocks, transitions and stem running fused.
 
     python benchmarks/speed.py
 

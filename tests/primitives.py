@@ -177,7 +177,8 @@ def operators(
 ) -> tuple[Tensor, Derivatives, Tensor]:
     """Operator by operator in the dtype of ``x``: output, derivatives, and batch normalisation's gradient by ``x``.
 
-    Channels first: torch's weight gradient of a channels-last bfloat16 image of depth 2 reads unwritten memory.
+    Products of a volume of depth 2 are float32, rounded afterwards: torch's weight gradient of such a bfloat16
+    convolution reads unwritten memory.
     """
     channels = x.shape[-1]
     first = x.permute(0, 4, 1, 2, 3).contiguous().detach().requires_grad_()
@@ -185,7 +186,10 @@ def operators(
     ones = torch.ones(channels, dtype=norm.mean.dtype)
     z = F.batch_norm(first, norm.mean, ones, gamma, beta, False, 0.0, 0.0)
     w = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-    out = _convolve(F.relu(z), w.to(x.dtype))
+    a, narrow = F.relu(z), w.to(x.dtype)
+    if x.shape[1] == 2:
+        a, narrow = a.to(accumulate_dtype(x.dtype)), narrow.to(accumulate_dtype(x.dtype))
+    out = _convolve(a, narrow).to(x.dtype)
     out = _pool(out) if pool else out
     g = load(grad).to(x.dtype).permute(0, 4, 1, 2, 3).contiguous()
     dz, dx, dgamma, dbeta, dweight = torch.autograd.grad(out, [z, first, gamma, beta, w], g)

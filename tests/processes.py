@@ -28,8 +28,13 @@ def run(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         store = str(pathlib.Path(folder) / "store")
         futures = [_workers().submit(_process, rank, ranks, store, function, arguments) for rank in range(ranks)]
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            _workers().shutdown(wait=False, cancel_futures=True)  # the other ranks may wait for the one that failed
+            _workers.cache_clear()
+            raise
         return futures[0].result()
 
 

@@ -50,18 +50,20 @@ def test_memory_json(memory: dict[str, Any]) -> None:
             assert type(row[key]) is kind, (row, key)
         assert (row["device"], row["dtype"], row["batch"]) == ("cpu", "float32", BATCH)
         assert row["peak_bytes"] > row["saved_bytes"] > 0
-    networks = [f"block of {depth} layers" for depth in DEPTHS] + ["densenet121, dense blocks", "densenet121"]
+    blocks = [f"block of {depth} layers" for depth in DEPTHS] + ["densenet121, dense blocks"]
     variants = ["reference", "reference, checkpointed", "ours", "ours, memory_efficient"]
-    assert [(r["network"], r["variant"]) for r in memory["rows"]] == [(n, v) for n in networks for v in variants]
+    whole = [*variants, "torchvision", "torchvision, memory_efficient"]
+    expected_rows = [(n, v) for n in blocks for v in variants] + [("densenet121", v) for v in whole]
+    assert [(r["network"], r["variant"]) for r in memory["rows"]] == expected_rows
 
 
 @pytest.mark.parametrize("variant", ["ours", "ours, memory_efficient"])
 def test_a_block_keeps_its_buffer_and_its_statistics_alone(memory: dict[str, Any], variant: str) -> None:
-    """Exactly: the concatenation, the bottlenecks where they are kept, and a mean and a variance of every channel."""
+    """Exactly: the concatenation, the bottlenecks where they are kept, every channel's mean and variance, their count."""
     for depth, saved in zip(DEPTHS, saved_by_depth(memory, variant), strict=True):
         channels, bottlenecks = WIDTH + depth * GROWTH_RATE, depth * BOTTLENECK
         values = channels + (bottlenecks if variant == "ours" else 0)
-        assert saved == (BATCH * PIXELS * values + 2 * (channels + bottlenecks)) * FLOAT
+        assert saved == (BATCH * PIXELS * values + 2 * (channels + bottlenecks) + 1) * FLOAT
 
 
 def test_growth_with_depth(memory: dict[str, Any]) -> None:
@@ -79,7 +81,7 @@ def test_floor_of_a_network(memory: dict[str, Any]) -> None:
     rows = {row["variant"]: row for row in memory["rows"] if row["network"] == "densenet121, dense blocks"}
     floor = BATCH * FLOAT * (256 * 16**2 + 512 * 8**2 + 1024 * 4**2 + 1024 * 2**2)
     assert {row["floor_bytes"] for row in rows.values()} == {floor}
-    statistics = 2 * FLOAT * (256 + 512 + 1024 + 1024 + 58 * BOTTLENECK)
+    statistics = 2 * FLOAT * (256 + 512 + 1024 + 1024 + 58 * BOTTLENECK) + 4 * FLOAT
     assert rows["ours, memory_efficient"]["saved_bytes"] == floor + statistics
 
 

@@ -3,14 +3,18 @@
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
+import peers
 import processes
 import pytest
+import report
+import sync_batch_norm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from blocks import bimodal, keep_clear_of_zero, step
-from networks import images, torchvisions
+from networks import assert_same_step, images, torchvisions
 from tolerances import assert_same, tolerance
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -203,3 +207,61 @@ def fully_sharded(rank: int) -> None:
 
 def test_fully_shard() -> None:
     processes.run(fully_sharded)
+
+
+def whole_network(rank: int, fused_first: bool, memory_efficient: bool) -> None:
+    """torchvision's DenseNet, converted before or after ``fuse``: blocks and transitions fused, the rest torch's own."""
+    network = torchvisions()
+    x = images(5)
+    expected = step(copy.deepcopy(network), x)
+    if fused_first:
+        sync(fuse(network, memory_efficient=memory_efficient))
+    else:
+        fuse(sync(network), memory_efficient=memory_efficient)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in network.modules()) == 11
+    with sync_batch_norm.on_cpu(), strict():
+        actual = own_step(network, x, slice(0, 3) if rank == 0 else slice(3, 5), expected["output"])
+    own = slice(0, 3) if rank == 0 else slice(3, 5)
+    expected |= {key: expected[key][own] for key in ("output", "input's gradient")}
+    assert_same_step(actual, expected)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_synchronised_network(fused_first: bool, memory_efficient: bool) -> None:
+    processes.run(whole_network, fused_first, memory_efficient)
+
+
+def messages_of_a_step(rank: int, fused: bool) -> tuple[int, int]:
+    """How many messages the dense blocks and transitions of DenseNet-121 send in a training step, and their bytes."""
+    network = sync(peers.densenet121())
+    if fused:
+        fuse(network)
+    parts = nn.Sequential(*list(network.features.children())[4:-1])
+    sizes = []
+
+    def counted(whole: Callable[..., Any], sent: int) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            sizes.append(arguments[sent].nbytes)
+            return whole(*arguments, **options)
+
+        return call
+
+    with (
+        mock.patch.multiple(dist, all_reduce=counted(dist.all_reduce, 0), all_gather=counted(dist.all_gather, 1)),
+        sync_batch_norm.on_cpu(),
+        strict(),
+    ):
+        parts(torch.randn(1, 64, 16, 16, requires_grad=True)).sum().backward()
+    return len(sizes), sum(sizes)
+
+
+def test_messages_of_a_step() -> None:
+    """As many messages as torch sends, one for each convolution and direction, and smaller: of new channels only."""
+    (count, size), (torchs_count, torchs_size) = (processes.run(messages_of_a_step, fused) for fused in (True, False))
+    report.sections["statistics over ranks, DenseNet-121's blocks and transitions, each rank, one training step"] += [
+        f"fused: {count} messages, {size / 1e6:.2f} MB",
+        f"torch.nn.SyncBatchNorm: {torchs_count} messages, {torchs_size / 1e6:.2f} MB",
+    ]
+    assert count <= torchs_count + 4  # each block's input
+    assert size < torchs_size / 2

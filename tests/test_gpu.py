@@ -6,12 +6,12 @@ import cases
 import pytest
 import torch
 from blocks import bimodal, keep_clear_of_zero, step
-from cases import CASES, Case
+from cases import CASES, NARROW_WEIGHTS, POOLED, Case
 from primitives import check_moments, load, load_magnitude, loaded_gradient, vector
 from tolerances import assert_entries, assert_no_worse, assert_same
 from torch import Tensor
 
-from fused_densenet import FusedDenseBlock, reference, use_backend
+from fused_densenet import FusedDenseBlock, FusedTransition, reference, use_backend
 from fused_densenet.backends import BACKENDS
 from fused_densenet.backends.contract import Gradient, Norm
 
@@ -31,7 +31,7 @@ Step = Callable[[], list[Tensor]]
 
 @both
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *POOLED, *NARROW_WEIGHTS], ids=str)
 def test_norm_relu_conv(case: Case, arithmetic: str, name: str) -> None:
     dtype, switch, rounding = ARITHMETIC[arithmetic]
     with cases.float32_products(switch):
@@ -128,6 +128,20 @@ def test_captured_in_a_graph(training_step: Step) -> None:
     torch.cuda.synchronize()
     for first, second in zip(expected, captured, strict=True):
         assert torch.equal(first, second)
+
+
+@both
+def test_compiled_by_inductor(name: str) -> None:
+    """The block and the transition behind it in one graph, training."""
+    network = torch.nn.Sequential(FusedDenseBlock(2, 32, 4, 32), FusedTransition(96, 48)).cuda()
+    x = torch.randn(2, 32, 14, 14, device="cuda").requires_grad_()
+    results = []
+    for run in (network, torch.compile(network, fullgraph=True)):
+        with use_backend(name):
+            out = run(x)
+        results.append([out, *torch.autograd.grad(out, [x, *network.parameters()], torch.ones_like(out))])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
 @both

@@ -9,6 +9,8 @@ import torch
 
 import fused_densenet
 from fused_densenet import _extension, backends, info
+from fused_densenet.backends import choice
+from fused_densenet.backends.choice import ShapeClass
 
 
 def section(report: str, title: str) -> list[str]:
@@ -49,6 +51,24 @@ def test_says_what_compiled_the_extension_and_what_it_runs_on(monkeypatch: pytes
     vars(module).update(compiler="99.1", instruction_set=lambda: "avx2", instruction_set_bfloat16=lambda: "avx512_bf16")
     monkeypatch.setattr(_extension, "module", module)
     assert "extension: _C_torch_9_9, compiled by 99.1; kernels avx2, for bfloat16 avx512_bf16" in info.report()
+
+
+def test_says_which_backend_runs_what_on_nvidia_gpus() -> None:
+    title = "where cuda is chosen, by primitive, kernel and pixels:"
+    assert "    norm_relu_conv 3: cuda, triton, eager" in section(info.report(), title)
+    with choice.preferring({ShapeClass("norm_relu_conv", "3", "few"): ("triton", "cuda")}):
+        lines = section(info.report(), title)
+    assert "    norm_relu_conv 3, few pixels: triton, cuda" in lines
+    assert "    norm_relu_conv 3, many pixels: cuda, triton, eager" in lines
+
+
+def test_says_what_the_cuda_kernels_were_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "cuda", object())
+    monkeypatch.setattr(backends.cuda, "architectures", lambda library: ["8.0", "9.0+PTX"])
+    assert "CUDA kernels: compiled for compute capability 8.0, 9.0+PTX" in info.report()
+    monkeypatch.setattr(_extension, "cuda", None)
+    monkeypatch.setattr(_extension, "cuda_missing", "they were lost")
+    assert "CUDA kernels: none; they were lost" in info.report()
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ _CHUNKS = 8  # of a batch, one after the other where all at once would take seve
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    # ATen's 16-bit convolutions for the CPU read unwritten memory at some sizes (one channel, 3D, weight gradient).
+    # ATen's bfloat16 weight gradient of a 3x3x3 convolution over depth two reads unwritten memory on the CPU, at any
+    # number of channels, in either memory format.
     return accumulate_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 

@@ -94,7 +94,7 @@ VARIANTS: dict[tuple[str, int], list[Variant]] = {
     ("backward_data", 256): [Variant(pool=True, accumulate=False)],
     ("backward_weight", 128): [Variant(pool=True)],
 }
-"""By kernel and output channels (tap rows of ``backward_weight``), for 16-bit data and fixed choices."""
+"""By kernel and output channels (tap rows of ``backward_weight``), for fixed choices; float32 data only pooled."""
 
 
 def every_launch(family: str) -> list[Recorded]:
@@ -108,9 +108,8 @@ def every_launch(family: str) -> list[Recorded]:
             for k in KS:
                 if function == "backward_weight" and k not in (64, 128):
                     continue
-                variants = [ALIGNED]
-                if arithmetic == "half":
-                    variants += [UNALIGNED] * (k in UNALIGNED_KS[function]) + VARIANTS.get((function, k), [])
+                more = [UNALIGNED] * (k in UNALIGNED_KS[function]) + VARIANTS.get((function, k), [])
+                variants = [ALIGNED, *(v for v in more if arithmetic == "half" or (v.pool and not v.narrow))]
                 for variant in variants:
                     for recorded in _of_class(family, function, arithmetic, k, variant):
                         it = recorded.launch
@@ -128,7 +127,7 @@ def _of_class(family: str, function: str, arithmetic: str, k: int, variant: Vari
     name = f"{function} {arithmetic} k{k} {variant}".rstrip()
     step = variant._replace(accumulate=taps == 1) if variant.accumulate is None else variant
     shape = ShapeClass(function, arithmetic, plans.power(k), taps, 128, 256, variant.pool)
-    for tile in tuning.candidates(shape, family)[: None if variant == ALIGNED else 1]:
+    for tile in tuning.candidates(shape, family)[: None if variant == ALIGNED or variant.pool else 1]:
         with tile_in_use(family, tile):
             for it, arguments in _step(weight, arithmetic, step):
                 kernel = it.function.__name__

@@ -1,4 +1,4 @@
-"""Backward kernels: data gradient, weight gradient, both sums, and the partial sums added in a fixed order."""
+"""Backward kernels: data gradient, weight gradient and both sums."""
 
 import triton
 import triton.language as tl
@@ -34,22 +34,23 @@ def _store_dz(
     the activation.
     """
     share = 1.0 / (PD * PH * PW)
-    a = tl.zeros(da.shape, tl.float32)
-    sum_dz = tl.zeros(c.shape, tl.float32)
-    sum_dz_centered = tl.zeros(c.shape, tl.float32)
     for t in tl.static_range(PD * PH * PW):
         source = first + window_step(t, H, W, PH, PW)
         tile = tl.load(x + at(source, x_stride, c), mask=mask, other=0.0)
         z = normalise(tile, mean, scale, shift)
         dz = tl.where(mask & (z > 0), da * share, 0.0)
-        a += tl.maximum(z, 0.0)
         target = dx + at(source, dx_stride, c)
         stored = dz
         if ACCUMULATE:
             stored = tl.load(target, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * dz
         tl.store(target, stored.to(dx.dtype.element_ty), mask=mask)
-        sum_dz += tl.sum(dz, 0)
-        sum_dz_centered += tl.sum(dz * (tile.to(tl.float32) - mean[None, :]), 0)
+        centred = dz * (tile.to(tl.float32) - mean[None, :])
+        if t == 0:
+            a, sum_dz, sum_dz_centered = tl.maximum(z, 0.0), tl.sum(dz, 0), tl.sum(centred, 0)
+        else:
+            a += tl.maximum(z, 0.0)
+            sum_dz += tl.sum(dz, 0)
+            sum_dz_centered += tl.sum(centred, 0)
     tl.store(sums + c, sum_dz, mask=c < C)
     tl.store(sums + C + c, sum_dz_centered, mask=c < C)
     return a * share
@@ -313,15 +314,12 @@ def backward_weight(
     in_n = n < TAPS * K
     tap = n // K
     k = n % K
-    stored_at = k.to(tl.int64)
-    value_at = stored_at
+    tap_pixels = tap.to(tl.int64)
     if TAPS > 1:
         dd = tap // (KH * KW) - KD // 2
         hh = tap // KW % KH - KH // 2
         ww = tap % KW - KW // 2
         tap_pixels = ((dd * H + hh) * W + ww).to(tl.int64)
-        stored_at -= tap_pixels * stored_stride
-        value_at -= tap_pixels * value_stride
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     program = tl.program_id(2)
@@ -341,8 +339,8 @@ def backward_weight(
             width = width[:, None] - ww[None, :]
             g_mask = g_mask & (depth >= 0) & (depth < D) & (height >= 0) & (height < H) & (width >= 0) & (width < W)
         g = gradient(
-            tl.load(stored + at(p, stored_stride, stored_at), mask=g_mask, other=0.0),
-            tl.load(value + at(p, value_stride, value_at), mask=g_mask, other=0.0),
+            tl.load(stored + at(p, stored_stride, k - tap_pixels * stored_stride), mask=g_mask, other=0.0),
+            tl.load(value + at(p, value_stride, k - tap_pixels * value_stride), mask=g_mask, other=0.0),
             tl.load(g_scale + k, mask=in_n, other=0.0),
             tl.load(g_slope + k, mask=in_n, other=0.0),
             tl.load(g_mean + k, mask=in_n, other=0.0),
@@ -367,57 +365,3 @@ def backward_weight(
         dw = tl.dot(tl.trans(g), a.to(dtype), dw, input_precision=PRECISION)
     target = partials + weights_at + program.to(tl.int64) * TAPS * K * C
     tl.store(target + n[:, None].to(tl.int64) * C + c[None, :], dw, mask=in_n[:, None] & in_c[None, :])
-
-
-@triton.jit(do_not_specialize=["weight_values", "weight_splits", "sum_rows"])
-def add_partials(
-    partials,
-    dweight,
-    sum_dz,
-    sum_dz_centered,
-    weights_at,
-    weight_values,
-    weight_splits,
-    sum_rows,
-    weight_k,
-    weight_c,
-    weight_d,
-    weight_h,
-    weight_w,
-    C,
-    K,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last the sums."""
-    weight_programs = tl.cdiv(weight_values, BLOCK)
-    program = tl.program_id(0)
-    if program < weight_programs:
-        i = program * BLOCK + tl.arange(0, BLOCK)
-        valid = i < weight_values
-        lane = tl.arange(0, BLOCK_S)
-        acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-        for s in range(0, weight_splits, BLOCK_S):
-            split = (s + lane).to(tl.int64) * weight_values
-            mask = (s + lane < weight_splits)[:, None] & valid[None, :]
-            acc += tl.load(partials + weights_at + split[:, None] + i[None, :], mask=mask, other=0.0)
-        row = i // C
-        tap = row // K
-        offset = row % K * weight_k + i % C * weight_c
-        offset += tap // (KH * KW) * weight_d + tap // KW % KH * weight_h + tap % KW * weight_w
-        tl.store(dweight + offset, tl.sum(acc, 0).to(dweight.dtype.element_ty), mask=valid)
-    else:
-        j = (program - weight_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
-        tile = tl.arange(0, BLOCK_R)
-        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for r in range(0, sum_rows, BLOCK_R):
-            first = (r + tile).to(tl.int64) * 2 * C
-            mask = (r + tile < sum_rows)[:, None] & (j < 2 * C)[None, :]
-            total += tl.load(partials + first[:, None] + j[None, :], mask=mask, other=0.0)
-        column = tl.sum(total, 0)
-        tl.store(sum_dz + j, column, mask=j < C)
-        tl.store(sum_dz_centered + j - C, column, mask=(j >= C) & (j < 2 * C))

@@ -1,4 +1,4 @@
-"""Forward kernels: norm-relu-conv as an implicit matrix product, and the moments of what was stored."""
+"""The forward kernel: norm-relu-conv as an implicit matrix product, and the moments of what it stores."""
 
 import triton
 import triton.language as tl
@@ -94,46 +94,3 @@ def norm_relu_conv(
         row = moments + tile.to(tl.int64) * 2 * K
         tl.store(row + k, tile_mean, mask=in_k)
         tl.store(row + K + k, tile_m2, mask=in_k)
-
-
-@triton.jit(do_not_specialize=["rows", "rows_per_image", "row_pixels", "image_pixels"])
-def merge_moments(
-    moments,
-    mean,
-    var,
-    rows,
-    rows_per_image,
-    row_pixels,
-    image_pixels,
-    K,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The mean and biased variance per channel from ``moments`` (rows, 2, K), the means and M2 of disjoint pixels.
-
-    A row holds ``row_pixels`` pixels of an image, the last row of an image what is left.
-    """
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_k = k < K
-    lane = tl.arange(0, BLOCK_R)
-    total = (rows // rows_per_image).to(tl.float32) * image_pixels
-    origin = tl.load(moments + k, mask=in_k, other=0.0)
-    shift = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for i in range(0, rows, BLOCK_R):
-        row = i + lane
-        mask = (row < rows)[:, None] & in_k[None, :]
-        n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
-        row_mean = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
-        shift += tl.where(mask, n[:, None] * (row_mean - origin[None, :]), 0.0)
-    centre = origin + tl.sum(shift, 0) / total
-    m2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for i in range(0, rows, BLOCK_R):
-        row = i + lane
-        mask = (row < rows)[:, None] & in_k[None, :]
-        n = tl.minimum(image_pixels - row % rows_per_image * row_pixels, row_pixels).to(tl.float32)
-        row_mean = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + k[None, :], mask=mask, other=0.0)
-        row_m2 = tl.load(moments + (row.to(tl.int64) * 2 * K)[:, None] + (K + k)[None, :], mask=mask, other=0.0)
-        delta = row_mean - centre[None, :]
-        m2 += tl.where(mask, row_m2 + n[:, None] * delta * delta, 0.0)
-    tl.store(mean + k, centre, mask=in_k)
-    tl.store(var + k, tl.sum(m2, 0) / total, mask=in_k)

@@ -58,8 +58,8 @@ def pooled_activation(
     x, x_stride, first, c, mask, mean, scale, shift, H, W, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
 ):
     """Means of relu(norm(x)) over windows that begin at ``first``."""
-    a = tl.zeros(mask.shape, tl.float32)
-    for t in tl.static_range(PD * PH * PW):
+    a = tl.maximum(normalise(tl.load(x + at(first, x_stride, c), mask=mask, other=0.0), mean, scale, shift), 0.0)
+    for t in tl.static_range(1, PD * PH * PW):
         values = tl.load(x + at(first + window_step(t, H, W, PH, PW), x_stride, c), mask=mask, other=0.0)
         a += tl.maximum(normalise(values, mean, scale, shift), 0.0)
     return a * (1.0 / (PD * PH * PW))

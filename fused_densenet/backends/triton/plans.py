@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import backward, forward, placement, tuning
+from . import backward, forward, merging, placement, tuning
 from .launch import Launch
 from .tiles_on_disk import Tile
 from .tuning import ShapeClass
@@ -217,7 +217,7 @@ def norm_relu_conv_backward(
     blocks = {"KH": problem.weight[3], "KW": problem.weight[4]}
     blocks |= {"BLOCK_S": 16, "BLOCK": 256, "BLOCK_R": 512, "BLOCK_C": 8}
     add = Launch(
-        backward.add_partials,
+        merging.add_partials,
         (triton.cdiv(values, 256) + triton.cdiv(2 * c, 8), 1, 1),
         (weights_at, values, splits, rows, *(dweight or (0,) * 5), c, k),
         8,
@@ -247,7 +247,7 @@ def _backward_weight(problem: Problem, strides: Size, weights_at: int, tile: Til
 
 def _merge(rows: int, rows_per_image: int, row_pixels: int, pixels: int, channels: int) -> Launch:
     numbers = (rows, rows_per_image, row_pixels, pixels, channels)
-    return Launch(forward.merge_moments, (triton.cdiv(channels, 8), 1, 1), numbers, 8, 1, BLOCK_R=512, BLOCK_K=8)
+    return Launch(merging.merge_moments, (triton.cdiv(channels, 8), 1, 1), numbers, 8, 1, BLOCK_R=512, BLOCK_K=8)
 
 
 def _rest(problem: Problem) -> list[tuple[int, int, int]]:

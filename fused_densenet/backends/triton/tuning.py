@@ -48,11 +48,11 @@ Choices = dict[int, list[Tile]]
 
 _TILES: dict[tuple[str, str], Choices] = {
     ("norm_relu_conv", "half"): {
-        16: [Tile(64, 64, 16, 4, 3)],
+        16: [Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 4, 3)],
         32: [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3)],
-        64: [Tile(64, 64, 64, 8, 3)],
+        64: [Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 2)],
         128: [Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 8, 3)],
-        256: [Tile(64, 32, 256, 8, 3)],
+        256: [Tile(64, 32, 256, 8, 3), Tile(32, 32, 256, 8, 2)],
     },
     ("norm_relu_conv", "tf32"): {
         64: [Tile(64, 32, 64, 4, 3)],
@@ -60,22 +60,33 @@ _TILES: dict[tuple[str, str], Choices] = {
         256: [Tile(64, 32, 256, 8, 2)],
     },
     ("norm_relu_conv", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
+    ("norm_relu_conv pooled", "half"): {128: [Tile(64, 32, 128, 8, 2)], 256: [Tile(32, 32, 256, 8, 1)]},
+    ("norm_relu_conv pooled", "tf32"): {128: [Tile(32, 32, 128, 8, 1)], 256: [Tile(32, 32, 256, 8, 1)]},
+    ("norm_relu_conv pooled", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
     ("backward_pointwise", "half"): {
         64: [Tile(64, 64, 64, 8, 2)],
         128: [Tile(64, 64, 128, 8, 2), Tile(64, 32, 128, 8, 2)],
-        256: [Tile(64, 32, 256, 8, 2)],
+        256: [Tile(64, 32, 256, 8, 2), Tile(32, 32, 256, 8, 2)],
     },
     ("backward_pointwise", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
+    ("backward_pointwise pooled", "half"): {128: [Tile(32, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
+    ("backward_pointwise pooled", "tf32"): {128: [Tile(16, 32, 128, 8, 1)], 256: [Tile(16, 32, 256, 8, 1)]},
     ("backward_data", "half"): {
-        16: [Tile(64, 128, 16, 8, 2)],
+        16: [Tile(64, 128, 16, 8, 2), Tile(64, 64, 16, 4, 2)],
         32: [Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)],
-        256: [Tile(64, 64, 64, 8, 2)],
+        256: [Tile(64, 64, 64, 8, 2), Tile(64, 64, 32, 4, 2)],
     },
     ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 4, 2)]},
     ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
-    ("backward_weight", "half"): {256: [Tile(32, 64, 64, 8, 2)]},
+    ("backward_data pooled", "half"): {256: [Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 8, 2)]},
+    ("backward_data pooled", "tf32"): {256: [Tile(32, 64, 32, 4, 2)]},
+    ("backward_data pooled", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
+    ("backward_weight", "half"): {256: [Tile(32, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2)]},
     ("backward_weight", "tf32"): {256: [Tile(32, 64, 64, 8, 1)]},
     ("backward_weight", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
+    ("backward_weight pooled", "half"): {256: [Tile(32, 64, 64, 8, 1)]},
+    ("backward_weight pooled", "tf32"): {256: [Tile(32, 32, 64, 8, 1)]},
+    ("backward_weight pooled", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
 }
 
 _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
@@ -86,11 +97,21 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
             256: [Tile(32, 32, 256, 8, 2)],
         },
         ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
+        ("backward_weight", "tf32"): {256: [Tile(32, 64, 64, 4, 1)]},
+    },
+    "sm_90": {
+        ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 2), Tile(32, 32, 128, 8, 1)]},
     },
     "sm_100": {
-        ("norm_relu_conv", "half"): {16: [Tile(64, 32, 16, 4, 3)], 64: [Tile(128, 32, 64, 8, 2)]},
+        ("norm_relu_conv", "half"): {
+            16: [Tile(64, 32, 16, 4, 3)],
+            64: [Tile(128, 32, 64, 8, 2)],
+            128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
+        },
         ("backward_pointwise", "half"): {64: [Tile(64, 32, 64, 8, 2)]},
         ("backward_pointwise", "tf32"): {16: [Tile(64, 32, 16, 4, 1)]},
+        ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 1)]},
+        ("backward_pointwise pooled", "tf32"): {128: [Tile(16, 32, 128, 4, 1)]},
     },
     "gfx942": {
         ("norm_relu_conv", "half"): {
@@ -111,7 +132,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
 
 def candidates(shape: ShapeClass, family: str) -> list[Tile]:
     """The tiles worth trying on a family of GPUs, the fixed choice first."""
-    key = (shape.kernel, shape.arithmetic)
+    key = (shape.kernel + " pooled" * shape.pool, shape.arithmetic)
     choices = _TILES[key] | _TILES_OF.get(family, {}).get(key, {})
     k = min(shape.k, max(choices))
     tiles = next(choices[most] for most in sorted(choices) if k <= most)

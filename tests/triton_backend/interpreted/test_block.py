@@ -46,9 +46,9 @@ def test_float32_in_eval() -> None:
     tolerances.assert_same(run(ours.eval(), x), expected, "float32 whole block")
 
 
-@pytest.mark.parametrize(("growth", "bn_size"), SHAPES, ids=["plain", "bottleneck"])
-def test_bfloat16(growth: int, bn_size: int | None) -> None:
-    theirs, ours, x = pair(2, growth, bn_size)
+@pytest.mark.parametrize(("spatial_dims", "growth", "bn_size"), [(1, 12, 4), (2, 5, None), (2, 12, 4), (3, 12, 4)])
+def test_bfloat16(spatial_dims: int, growth: int, bn_size: int | None) -> None:
+    theirs, ours, x = pair(spatial_dims, growth, bn_size)
     exact_block = copy.deepcopy(theirs).bfloat16().double()
     exact = blocks.step(exact_block, x.bfloat16().double())
     operators = blocks.step(theirs.bfloat16(), x.bfloat16())

@@ -21,6 +21,7 @@ from .models import (
     densenet_cifar,
 )
 from .modules import FusedDenseBlock, FusedDenseLayer
+from .stem import FusedFeatures
 from .transition import FusedTransition
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "FallbackWarning",
     "FusedDenseBlock",
     "FusedDenseLayer",
+    "FusedFeatures",
     "FusedTransition",
     "csp_densenet121",
     "csp_densenet169",

@@ -12,15 +12,19 @@ from .backends import choose, rejected
 from .fallback import quiet, uses_batch_stats
 from .modules import FusedDenseBlock
 from .recognition import Finding, survey
+from .stem import FusedFeatures
+from .transition import FusedTransition
+
+_KINDS = {FusedDenseBlock: "dense block", FusedTransition: "transition", FusedFeatures: "stem"}
 
 
 @dataclass
 class Report:
-    """What :func:`explain` found out about one dense block or transition.
+    """What :func:`explain` found out about one dense block, transition or stem.
 
     Attributes:
         name: of the module in the network; "" for the network itself.
-        kind: "dense block" or "transition".
+        kind: "dense block", "transition" or "stem", which is a sequence with BN, ReLU and max pooling in it.
         fused: whether the module runs, or would run, fused.
         backend: name of the backend that would run; None where nothing runs fused or no input was given.
         mode: what it would keep and which statistics it would use, in words; None as ``backend``.
@@ -46,21 +50,21 @@ class Report:
 
 @dataclass
 class Explanation:
-    """The reports of a network's dense blocks and transitions, each in order; printed, one paragraph for each."""
+    """The reports of a network's dense blocks, transitions and stems, each in order; printed, a paragraph for each."""
 
     blocks: list[Report]
     transitions: list[Report]
+    stems: list[Report]
 
     def __str__(self) -> str:
-        counts = [
-            f"{sum(report.fused for report in reports)} of {len(reports)} {name}"
-            for name, reports in (("dense blocks", self.blocks), ("transitions", self.transitions))
-        ]
-        return "\n".join([f"{' and '.join(counts)} run fused", *map(str, self.blocks + self.transitions)])
+        groups = {"dense blocks": self.blocks, "transitions": self.transitions, "stems": self.stems}
+        counts = [f"{sum(r.fused for r in reports)} of {len(reports)} {name}" for name, reports in groups.items()]
+        reports = [str(report) for group in groups.values() for report in group]
+        return "\n".join([f"{', '.join(counts)} run fused", *reports])
 
 
 def explain(module: nn.Module, *inputs: Any) -> Explanation:
-    """What would run for each dense block and transition of ``module``, and every reason against something faster.
+    """What would run for each dense block, transition and stem of ``module``, and every reason against a faster way.
 
     With ``inputs``, ``module(*inputs)`` is run once under the autocast, gradient and train or eval mode of the call; its
     buffers, the random numbers and the warnings of later calls are left as they are. Without, what is known without an
@@ -76,11 +80,11 @@ def explain(module: nn.Module, *inputs: Any) -> Explanation:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    explanation = Explanation([], [])
+    groups: dict[str, list[Report]] = {kind: [] for kind in _KINDS.values()}
     with contextlib.ExitStack() as stack:
         for finding in survey(module):
             report = _standing_report(finding)
-            (explanation.blocks if report.kind == "dense block" else explanation.transitions).append(report)
+            groups[report.kind].append(report)
             if inputs and finding.fused:
                 report.fused, report.reasons = False, ["this input does not reach it"]
                 handle = finding.module.register_forward_pre_hook(lambda m, args, r=report: _fill(r, m, *args))
@@ -89,12 +93,12 @@ def explain(module: nn.Module, *inputs: Any) -> Explanation:
             stack.enter_context(_without_traces(inputs))
             buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
             torch.func.functional_call(module, buffers, inputs)
-    return explanation
+    return Explanation(*groups.values())
 
 
 def _standing_report(finding: Finding) -> Report:
     """What is known without an input."""
-    kind = "dense block" if finding.fused_class is FusedDenseBlock else "transition"
+    kind = _KINDS[finding.fused_class]
     if finding.fused:
         reasons = finding.module.fallback_reasons()
         return Report(finding.name, kind, not reasons, reasons=reasons)
@@ -119,8 +123,8 @@ def _fill(report: Report, module: Any, x: Tensor) -> None:
 
 
 def _mode(module: Any, x: Tensor) -> str:
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    from_batch = {uses_batch_stats(norm) for norm in norms}
+    parts = [run.norm for run in module.runs()] if isinstance(module, FusedFeatures) else module.modules()
+    from_batch = {uses_batch_stats(m) for m in parts if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     statistics = "batch statistics" if True in from_batch else "running statistics"
     if len(from_batch) == 2:
         statistics = "batch statistics in some norms, running ones in others"

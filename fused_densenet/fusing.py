@@ -1,4 +1,4 @@
-"""``fuse``: the dense blocks and transitions of a network that somebody else built, run fused where they stand."""
+"""``fuse``: the dense blocks, transitions and stem of a network that somebody else built, run fused where they stand."""
 
 import logging
 from typing import TypeVar
@@ -8,6 +8,7 @@ from torch import nn
 from .fallback import FallbackError
 from .modules import FusedDenseBlock
 from .recognition import Finding, survey
+from .stem import FusedFeatures
 from .swapping import is_swapped, swap, swap_back
 from .transition import FusedTransition
 
@@ -16,13 +17,13 @@ _logger = logging.getLogger("fused_densenet")
 
 
 def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = False) -> Module:
-    """Lets every dense block and every transition that it recognises in ``model`` run fused, in place.
+    """Lets every dense block, transition and stem that it recognises in ``model`` run fused, in place.
 
     Recognised are those of torchvision, timm, MONAI (1, 2 and 3 dimensions), TorchXRayVision and
     segmentation_models_pytorch, and modules of other classes that are built alike, of ``denselayer1, denselayer2, ...``
     with ``norm1, relu1, conv1, norm2, relu2, conv2``, and give the same on a small random input. None of these packages
     is imported. A module that is replaced keeps its identity, parameters, state_dict keys and hooks, and is a
-    :class:`FusedDenseBlock` or :class:`FusedTransition` besides what it was. What was found is logged at level INFO by
+    :class:`FusedDenseBlock`, :class:`FusedTransition` or :class:`FusedFeatures` besides what it was. What was found is logged at level INFO by
     the logger ``fused_densenet``; ``print(fused_densenet.explain(model))`` shows it.
 
     Args:
@@ -53,7 +54,7 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
             finding.module.memory_efficient = memory_efficient
     if not findings:
         _logger.warning("%s: no dense block was found", type(model).__name__)
-    for kind in (FusedDenseBlock, FusedTransition):
+    for kind in (FusedDenseBlock, FusedTransition, FusedFeatures):
         count = sum(f.fused for f in findings if f.fused_class is kind)
         _logger.info("%s: %d %s", type(model).__name__, count, kind.__name__)
     for finding in findings:

@@ -69,10 +69,13 @@ def take_apart(layer: nn.Module) -> LayerParts:
 def take_stage(modules: Mapping[str, Any], number: str) -> Stage:
     """The norm-relu-conv ``norm{number}``, ``relu{number}``, ``conv{number}`` of ``modules``."""
     norm = modules.get(f"norm{number}")
-    activations = [modules.get(f"relu{number}")]
-    if norm is not None and _is_timms_norm(norm):  # others may have the module and not call it
-        activations.append(norm._modules.get("act"))
+    activations = [modules.get(f"relu{number}"), None if norm is None else own_activation(norm)]
     return Stage(norm, [a for a in activations if a is not None], modules.get(f"conv{number}"))
+
+
+def own_activation(norm: nn.Module) -> nn.Module | None:
+    """The activation that a norm applies itself. One that torch converted from timm's has the module and ignores it."""
+    return norm._modules.get("act") if _is_timms_norm(norm) else None
 
 
 def structure_reasons(layers: Sequence[LayerParts], layer_class: type) -> list[str]:

@@ -13,6 +13,7 @@ from .backends import use_backend
 from .fallback import strict
 from .layers import structure_reasons, take_apart
 from .modules import FusedDenseBlock
+from .stem import FusedFeatures, run_at
 from .swapping import swap
 from .transition import FusedTransition
 
@@ -24,17 +25,20 @@ _PACKAGES = {
 }
 """Classes whose ``forward`` is known, by module; a module of any other class is tried on a small input."""
 
-_CALL_PARTS_OF_TRANSITIONS = {("segmentation_models_pytorch.encoders.densenet", "DenseNetEncoder")}
+_CALL_PARTS = {("segmentation_models_pytorch.encoders.densenet", "DenseNetEncoder")}
+"""Classes that call the parts of their stem and transitions one by one: replacing the whole would change nothing."""
+
+_PARTS_CALLED = ["its owner calls its parts one by one"]
 
 
 @dataclass
 class Finding:
-    """A module that is a dense block or a transition, or looks like one.
+    """A module that is a dense block, a transition or a sequence with a stem, or looks like one.
 
     Attributes:
         name: in the model that was searched.
         module: the module itself.
-        fused_class: what it would run as, FusedDenseBlock or FusedTransition.
+        fused_class: what it would run as: FusedDenseBlock, FusedTransition or FusedFeatures.
         reasons: what keeps it from being replaced; empty if nothing does.
     """
 
@@ -49,16 +53,30 @@ class Finding:
 
 
 def survey(model: nn.Module) -> list[Finding]:
-    """Every dense block and transition of ``model``, fused or not, and everything that looks like one."""
-    findings = list(_candidates(model))
-    return [f for f in findings if not any(_is_inside(other.name, f.name) for other in findings)]
-
-
-def _candidates(model: nn.Module) -> Iterator[Finding]:
-    callers = []
+    """Every dense block, transition and sequence of ``model``, fused or not, and everything that looks like one."""
+    callers = [name for name, module in model.named_modules() if _calls_parts(module)]
+    findings = list(_candidates(model, callers))
+    findings = [f for f in findings if not any(_is_inside(other.name, f.name) for other in findings)]
+    blocks = {f.name.rpartition(".")[0] for f in findings if f.name}
     for name, module in model.named_modules():
-        if (type(module).__module__, type(module).__name__) in _CALL_PARTS_OF_TRANSITIONS:
-            callers.append(name)
+        if isinstance(module, FusedFeatures) or (name in blocks and _has_runs(module) and name not in callers):
+            reasons = _PARTS_CALLED if any(_is_inside(name, caller) for caller in callers) else []
+            findings.append(Finding(name, module, FusedFeatures, reasons))
+    return findings
+
+
+def _calls_parts(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) in _CALL_PARTS
+
+
+def _has_runs(module: nn.Module) -> bool:
+    """Whether it is a plain ``nn.Sequential`` with a norm, a ReLU and perhaps a pooling that follow each other."""
+    children = list(module._modules.items()) if type(module) is nn.Sequential else []
+    return "forward" not in module.__dict__ and any(run_at(children, i) is not None for i in range(len(children)))
+
+
+def _candidates(model: nn.Module, callers: list[str]) -> Iterator[Finding]:
+    for name, module in model.named_modules():
         if isinstance(module, FusedDenseBlock | FusedTransition):
             kind = FusedDenseBlock if isinstance(module, FusedDenseBlock) else FusedTransition
             yield Finding(name, module, kind)
@@ -68,7 +86,7 @@ def _candidates(model: nn.Module) -> Iterator[Finding]:
             reasons = ["it does not consist of denselayer1, denselayer2, ..."]
             yield Finding(name, module, FusedDenseBlock, reasons)
         elif _looks_like_transition(module):
-            reasons = ["its owner calls its parts one by one"]
+            reasons = _PARTS_CALLED
             if not any(_is_inside(name, caller) for caller in callers):
                 reasons = _obstacles(module, FusedTransition, _transition_reasons)
             yield Finding(name, module, FusedTransition, reasons)

@@ -10,7 +10,7 @@ from .backends import choose
 from .backends.contract import accumulate_dtype
 from .fallback import announce, context_reasons, uses_batch_stats
 from .functional import BatchMoments
-from .layers import interceptions, is_batch_norm, norm_relu_reasons
+from .layers import interceptions, is_batch_norm, norm_relu_reasons, own_activation
 from .modules import affine_of, update_running
 from .ranks import sync_group
 from .statistics import frozen_statistics, statistics_of
@@ -37,7 +37,7 @@ class FusedFeatures(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        modules = [(name, module) for name, module in self._modules.items() if module is not None]
+        modules = self._present()
         x, i = _channels_last(input, modules), 0
         while i < len(modules):
             run = run_at(modules, i)
@@ -51,6 +51,19 @@ class FusedFeatures(nn.Sequential):
             x = modules[i][1](x)
             i += 1
         return x
+
+    def runs(self) -> list[Run]:
+        """What it replaces by one operator each."""
+        modules = self._present()
+        return [run for i in range(len(modules)) if (run := run_at(modules, i)) is not None]
+
+    def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
+        """Why its runs cannot run fused for the input ``x``, or for any if None; empty if they can."""
+        reasons = [reason for run in self.runs() for reason in interceptions(run.modules)]
+        return reasons if x is None else context_reasons(x) + reasons
+
+    def _present(self) -> list[tuple[str, nn.Module]]:
+        return [(name, module) for name, module in self._modules.items() if module is not None]
 
 
 def _channels_last(x: Tensor, modules: Sequence[tuple[str, nn.Module]]) -> Tensor:
@@ -66,7 +79,7 @@ def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
     norm: Any = modules[i][1]
     if not is_batch_norm(norm):
         return None
-    activation = norm._modules.get("act")
+    activation = own_activation(norm)
     end = i + 1
     if activation is None and end < len(modules):
         activation = modules[end][1]

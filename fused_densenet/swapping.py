@@ -24,7 +24,7 @@ class _Settings:
 
 
 def swap(module: Any, fused: type[nn.Module]) -> None:
-    """Makes ``module`` run as ``fused``, FusedDenseBlock or FusedTransition."""
+    """Makes ``module`` run as ``fused``: FusedDenseBlock, FusedTransition or FusedFeatures."""
     layer_class: Any = None
     if fused is FusedDenseBlock:
         parts = take_apart(next(module.children()))
@@ -63,7 +63,8 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
             "num_input_features": property(lambda block: block.fused_settings.num_input_features),
             "spatial_dims": property(lambda block: block.fused_settings.spatial_dims),
         }
-    return type(fused.__name__, (original, fused), attributes)
+    bases = (fused,) if issubclass(fused, original) else (original, fused)
+    return type(fused.__name__, bases, attributes)
 
 
 def _get_memory_efficient(block: Any) -> bool:

@@ -49,11 +49,12 @@ def test_before_fuse() -> None:
     assert first.reasons == ["fused_densenet.fuse would replace it, and was not called"]
     assert second.reasons == ["denselayer1.norm1 is a GroupNorm"]
     assert str(explain(fuse(model))).splitlines() == [
-        "1 of 2 dense blocks and 1 of 1 transitions run fused",
+        "1 of 2 dense blocks, 1 of 1 transitions, 1 of 1 stems run fused",
         "features.denseblock1: fused",
         "features.denseblock2: operator by operator",
         "    - denselayer1.norm1 is a GroupNorm",
         "features.transition1: fused",
+        "features: fused",
     ]
 
 

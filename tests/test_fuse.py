@@ -20,6 +20,7 @@ from fused_densenet import (
     FallbackError,
     FallbackWarning,
     FusedDenseBlock,
+    FusedFeatures,
     FusedTransition,
     explain,
     fuse,
@@ -334,6 +335,27 @@ def test_what_cannot_be_fused(name: str, caplog: pytest.LogCaptureFixture) -> No
         fuse(model)
     assert isinstance(model["good"], FusedDenseBlock) and type(model["odd"]) is kind
     assert re.search(f"not fused: odd: .*{reason}", caplog.text)
+
+
+def test_stem() -> None:
+    """The sequence around the blocks; parts of it, and copies, are still one."""
+    theirs = network()
+    ours = fuse(copy.deepcopy(theirs))
+    assert isinstance(ours.features, FusedFeatures) and type(ours.features[:4]).__name__ == "FusedFeatures"
+    assert isinstance(copy.deepcopy(ours).features, FusedFeatures)
+    x = images()
+    with strict():
+        assert_largest(ours.features[:4](x), theirs.features[:4](x), "float64 whole block", "stem")
+    ours.features.relu0.register_forward_hook(lambda *_: None)
+    with pytest.warns(FallbackWarning, match="relu0 has hooks"):
+        ours.features(x)
+    assert explain(ours, x).stems[0].reasons == ["relu0 has hooks"]
+    assert type(unfuse(ours).features) is nn.Sequential
+
+
+def test_sequence_without_dense_blocks_stays() -> None:
+    model = nn.Sequential(peers.DenseBlock(*SIZE), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    assert type(fuse(model)) is nn.Sequential and type(model[1]) is nn.Sequential
 
 
 class _Transition(nn.Sequential):

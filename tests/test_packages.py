@@ -13,7 +13,7 @@ from packages import PACKAGES, build, dense_blocks, images, monai_densenet, segm
 from tolerances import assert_largest
 from torch import nn
 
-from fused_densenet import FallbackWarning, FusedDenseBlock, explain, fuse, strict, unfuse
+from fused_densenet import FallbackWarning, FusedDenseBlock, FusedFeatures, explain, fuse, strict, unfuse
 
 each_package = pytest.mark.parametrize("name", PACKAGES)
 
@@ -27,6 +27,7 @@ def test_one_step(name: str) -> None:
     assert all(isinstance(block, FusedDenseBlock) for block in dense_blocks(ours, name))
     transitions = {type(m).__name__ for n, m in ours.named_modules() if re.search(r"transition\d$", n)}
     assert transitions == {"_Transition" if name.startswith("segmentation") else "FusedTransition"}
+    assert isinstance(ours.get_submodule(PACKAGES[name].prefix[:-1]), FusedFeatures) != name.startswith("segmentation")
     with strict():
         assert_same_step(step(ours, x), step(theirs, x))
         assert_largest(ours.eval()(x), theirs.eval()(x), "float64 whole block", "output in eval mode")
@@ -167,3 +168,4 @@ def test_segmentation_networks() -> None:
         explanation = explain(model, x)
     assert [(block.name, block.fused) for block in explanation.blocks] == [(name, True) for name in names]
     assert [report.reasons for report in explanation.transitions] == [["its owner calls its parts one by one"]] * 3
+    assert [report.fused for report in explanation.stems] == [False]

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   const int64_t tiles = (f.pixels + layout.rows - 1) / layout.rows;
   const int steps = (split_channels + channels - 1) / channels;
   const int64_t own_tiles = (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
-  const int chunk = tid % (kStage / kChunk), own_row = tid / (kStage / kChunk), row_step = threads / (kStage / kChunk);
+  const int chunk = tid % (kStage / kChunk), own_row = own_row_of(tid), row_step = threads / (kStage / kChunk);
   // Chunks of a stage beyond the last product are neither copied nor normalised.
   const int all_bytes = (split_channels * element + M::kBytes - 1) / M::kBytes * M::kBytes;
   int64_t loading_tile = blockIdx.x, tile_index = blockIdx.x;

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   __syncthreads();
 
   const int centre = index_in(f.halo, {0, f.kernel.d / 2, f.kernel.h / 2, f.kernel.w / 2});
-  const int chunk = tid % (kStage / kChunk), own_row = tid / (kStage / kChunk);
+  const int chunk = tid % (kStage / kChunk), own_row = own_row_of(tid);
   constexpr int row_step = kThreads / (kStage / kChunk);
   // Chunks of a stage beyond the last product are neither copied nor normalised.
   const int all_bytes = (split_channels * element + M::kBytes - 1) / M::kBytes * M::kBytes;

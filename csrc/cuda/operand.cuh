@@ -18,6 +18,13 @@ constexpr int kStage = 4 * kChunk;  // bytes of a row in one stage
 constexpr int kPitch = 5 * kChunk;  // from one row of a stage to the next
 constexpr int kMostStages = 4;
 
+// Which row a thread copies and normalises in each pass of a block: four lanes take the chunks of a row, the next four
+// those of the row four below, which lie in the other half of the banks.
+__device__ __forceinline__ int own_row_of(int thread) {
+  const int four = thread / 4 % 8;
+  return thread / 32 * 8 + four / 2 + four % 2 * 4;
+}
+
 // The widest copy that the alignment of rows allows, in bytes; 2 is no asynchronous copy.
 inline int access_of(const void* data, int64_t row_bytes) {
   const auto bits = reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(row_bytes);

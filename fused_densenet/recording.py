@@ -7,8 +7,17 @@ from torch import nn
 
 
 def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
-    """What ``torch.fx.symbolic_trace`` records of a fused module: one call of it."""
+    """What ``torch.fx.symbolic_trace`` records of a fused module: one call of it.
+
+    Raises:
+        RuntimeError: it was asked to trace the fused module itself.
+    """
     tracer: Any = x.tracer
+    if tracer.root is module:
+        raise RuntimeError(
+            "torch.fx records a fused module as one call, and was asked to look into it: trace fused_densenet.unfuse(module), "
+            "or a network that contains it"
+        )
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
 

@@ -119,6 +119,9 @@ def test_symbolic_trace() -> None:
     assert isinstance(graph.get_submodule("features.denseblock1"), FusedDenseBlock)
     x = images(2)
     assert torch.equal(graph(x), network(x))
+    for module in (network.features.denseblock1, network.features.transition1, FusedDenseBlock(2, 8, 2, 4)):
+        with pytest.raises(RuntimeError, match=r"torch\.fx records a fused module as one call"):
+            torch.fx.symbolic_trace(module)
     called = [node.target for node in torch.fx.symbolic_trace(unfuse(network)).graph.nodes]
     assert "features.denseblock1.denselayer1.conv1" in called
 

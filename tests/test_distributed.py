@@ -136,7 +136,16 @@ def second_order(rank: int) -> None:
         gradient.square().sum().backward()
 
 
-@pytest.mark.parametrize("check", [one_value, modes, groups, second_order])
+def compiled(rank: int) -> None:
+    block = sync(FusedDenseBlock(2, 8, 2, 4))
+    x = torch.randn(2, 8, 4, 4)
+    with strict():
+        expected = step(copy.deepcopy(block), x)
+        actual = step(torch.compile(block, fullgraph=True, backend="aot_eager"), x)
+    assert all(torch.equal(a, b) for a, b in zip(actual.values(), expected.values(), strict=True))
+
+
+@pytest.mark.parametrize("check", [one_value, modes, groups, second_order, compiled])
 def test_synchronised_block(check: Callable[[int], None]) -> None:
     processes.run(check)
 

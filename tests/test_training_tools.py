@@ -1,7 +1,9 @@
 """What training and fine-tuning use around a network: on a fused torchvision DenseNet, against the unfused one."""
 
+import contextlib
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from blocks import step
 from networks import assert_same_step, images, torchvisions
+from packages import timm
 from tolerances import assert_largest, assert_same, rms, tolerance
 from torch import Tensor, nn
 from torch.optim import swa_utils
@@ -16,7 +19,7 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_densenet import FusedDenseBlock, fuse, strict
+from fused_densenet import FallbackWarning, FusedDenseBlock, explain, fuse, strict
 
 
 def pair(**options: Any) -> tuple[Any, Any]:
@@ -213,3 +216,22 @@ def test_functional_call() -> None:
         found = torch.autograd.grad(out.logsumexp(1).sum(), list(values.values()))
         gradients.append({f"{name}'s gradient": g for name, g in zip(values, found, strict=True)})
     assert_same_step(*gradients)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_converters_and_timms_norms(fused_first: bool) -> None:
+    """timm's own converter keeps the activation inside its norms, torch's loses it: fused, and an answer that says so."""
+    x = torch.randn(2, 3, 32, 32)
+    network = timm.models.densenet.DenseNet(8, (2, 2), 5).eval()
+    expected = network(x)
+
+    def converted(convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        copied = copy.deepcopy(network)
+        return convert(fuse(copied)) if fused_first else fuse(convert(copied))
+
+    with strict():
+        assert_largest(converted(timm.layers.convert_sync_batchnorm)(x), expected, "float32 whole block", "output")
+    lost = converted(nn.SyncBatchNorm.convert_sync_batchnorm)
+    assert "drops that of timm's norms" in str(explain(lost))
+    with contextlib.nullcontext() if not fused_first else pytest.warns(FallbackWarning, match="no activation"):
+        lost(x)

@@ -5,7 +5,7 @@ import cases
 import pytest
 import tolerances
 import torch
-from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
+from cases import CUBE, IMAGE, LINE, ONE, POOLED, ROW, SQUARE, VOLUME, Case
 from triton_ptx import executing_ptx
 
 from fused_densenet import FusedDenseBlock, reference
@@ -35,6 +35,12 @@ PRODUCTS = {"norm_relu_conv", "backward_pointwise", "backward_data", "backward_w
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_relu_conv(case: Case, arithmetic: str, target: str) -> None:
     run(case, arithmetic, target)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", [POOLED[0], POOLED[2]], ids=str)
+def test_pooled(case: Case, target: str) -> None:
+    run(case, "bfloat16", target)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)

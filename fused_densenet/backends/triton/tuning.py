@@ -52,7 +52,7 @@ _TILES: dict[tuple[str, str], Choices] = {
         32: [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3)],
         64: [Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 2)],
         128: [Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 8, 3)],
-        256: [Tile(64, 32, 256, 8, 3), Tile(32, 32, 256, 8, 2)],
+        256: [Tile(64, 32, 256, 8, 3), Tile(64, 32, 256, 8, 2)],
     },
     ("norm_relu_conv", "tf32"): {
         64: [Tile(64, 32, 64, 4, 3)],
@@ -78,7 +78,7 @@ _TILES: dict[tuple[str, str], Choices] = {
     },
     ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 4, 2)]},
     ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
-    ("backward_data pooled", "half"): {256: [Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 8, 2)]},
+    ("backward_data pooled", "half"): {256: [Tile(64, 64, 64, 8, 2)]},
     ("backward_data pooled", "tf32"): {256: [Tile(32, 64, 32, 4, 2)]},
     ("backward_data pooled", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
     ("backward_weight", "half"): {256: [Tile(32, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2)]},
@@ -100,6 +100,9 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         ("backward_weight", "tf32"): {256: [Tile(32, 64, 64, 4, 1)]},
     },
     "sm_90": {
+        ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 2)]},
+        ("norm_relu_conv pooled", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
+        ("backward_data pooled", "tf32"): {256: [Tile(64, 64, 32, 8, 2)]},
         ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 2), Tile(32, 32, 128, 8, 1)]},
     },
     "sm_100": {
@@ -108,6 +111,10 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
             64: [Tile(128, 32, 64, 8, 2)],
             128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
         },
+        ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 1)]},
+        ("norm_relu_conv pooled", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
+        ("backward_data", "tf32"): {16: [Tile(64, 64, 16, 8, 2)]},
+        ("backward_data pooled", "tf32"): {256: [Tile(64, 64, 32, 8, 2)]},
         ("backward_pointwise", "half"): {64: [Tile(64, 32, 64, 8, 2)]},
         ("backward_pointwise", "tf32"): {16: [Tile(64, 32, 16, 4, 1)]},
         ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 1)]},

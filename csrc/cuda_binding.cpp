@@ -157,9 +157,9 @@ struct Cuda {
   static void run(const Problem& problem, const Argument& data, bool tf32,
                   size_t (*workspace)(const Problem&, Arithmetic, const Device&),
                   int (*launch)(const Problem&, Arithmetic, const Device&, void*, void*)) {
-    const Arithmetic arithmetic = arithmetic_of(data, tf32);
     if (problem.shape.pixels() == 0) return;
     const Queue queue(data.device_index);
+    const Arithmetic arithmetic = arithmetic_of(data, tf32 && queue.device.capability >= 80);
     const size_t bytes = workspace(problem, arithmetic, queue.device);
     Tensor memory;
     void* address = nullptr;

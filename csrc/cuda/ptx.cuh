@@ -58,10 +58,11 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 
 #ifdef FD_BEFORE_SM80
 // One product term by term, for what the tensor cores before sm_80 do not have. `number` gives the float at k of the
-// register a lane holds; Depth is 16 with two numbers in a register, 8 with one.
+// register a lane holds; Depth is 16 with two numbers in a register, 8 with one. Not inlined: there are hundreds of
+// products in a kernel, and ptxas takes minutes over as many copies.
 template <int Depth, class Number>
-__device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                                Number number) {
+__device__ __noinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             Number number) {
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   constexpr int each = Depth / 8;
 #pragma unroll

@@ -130,6 +130,16 @@ class BackwardBlock {
     const int* const pixels = o_.x_pixels(slot);
     const Matrix<T> x = o_.x(buffer), dx = o_.dx(buffer);
     for (int w = 0; w < window; ++w) {
+      const int first_row = w * plan_.rows;
+      bool exists[C::m_tiles][2];
+#pragma unroll
+      for (int i = 0; i < C::m_tiles; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int p = tile_row(i) + g + 8 * h;
+          exists[i][h] = pixels[first_row + min(p, plan_.rows - 1)] != kOutside;
+        }
+      }
 #pragma unroll
       for (int j = 0; j < C::n_tiles; ++j) {
         if (j / 2 >= pairs_) break;
@@ -139,14 +149,16 @@ class BackwardBlock {
         const float2 mean = load2(vector), scale = load2(vector + C::channels), shift = load2(vector + 2 * C::channels);
 #pragma unroll
         for (int i = 0; i < C::m_tiles; ++i) {
+          if (tile_row(i) >= plan_.rows) break;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int p = tile_row(i) + g + 8 * h, row = w * plan_.rows + p;
-            if (p >= plan_.rows || pixels[row] == kOutside) continue;
-            const float2 in = load2(x.at(row, c));
-            float2 dz = make_float2(da_[i][j][2 * h] * share, da_[i][j][2 * h + 1] * share);
-            if (normalised(in.x, mean.x, scale.x, shift.x) <= 0) dz.x = 0;
-            if (normalised(in.y, mean.y, scale.y, shift.y) <= 0) dz.y = 0;
+            const int row = first_row + tile_row(i) + g + 8 * h;
+            const bool ok = exists[i][h];
+            float2 in = load2(x.at(row, c));
+            in = make_float2(ok ? in.x : mean.x, ok ? in.y : mean.y);
+            const bool cut_x = !ok | (normalised(in.x, mean.x, scale.x, shift.x) <= 0);
+            const bool cut_y = !ok | (normalised(in.y, mean.y, scale.y, shift.y) <= 0);
+            float2 dz = make_float2(cut_x ? 0 : da_[i][j][2 * h] * share, cut_y ? 0 : da_[i][j][2 * h + 1] * share);
             parts[0] += dz.x;
             parts[1] += dz.y;
             parts[2] = fmaf(dz.x, in.x - mean.x, parts[2]);

@@ -13,6 +13,7 @@ from .functional import BatchMoments
 from .layers import interceptions, is_batch_norm, norm_relu_reasons, own_activation
 from .modules import affine_of, update_running
 from .ranks import sync_group
+from .recording import exports_operators
 from .statistics import frozen_statistics, statistics_of
 from .stem_op import stem
 
@@ -37,6 +38,8 @@ class FusedFeatures(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy) or exports_operators():
+            return super().forward(input)
         modules = self._present()
         x, i = _channels_last(input, modules), 0
         while i < len(modules):

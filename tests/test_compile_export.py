@@ -111,14 +111,14 @@ def test_onnx(dynamo: bool, tmp_path: pathlib.Path) -> None:
 
 
 def test_symbolic_trace() -> None:
-    """A fused block is one call; unfused, its operators are recorded."""
+    """A fused block is one call, a stem one for each of its modules; unfused, the operators are recorded."""
     network = trained(fuse(torchvisions()))
     graph = torch.fx.symbolic_trace(network)
     called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     assert [name for name in called if "denseblock" in name] == ["features.denseblock1", "features.denseblock2"]
     assert isinstance(graph.get_submodule("features.denseblock1"), FusedDenseBlock)
     x = images(2)
-    assert torch.equal(graph(x), network(x))
+    assert_largest(graph(x), network(x), "float64 whole block", "output")
     for module in (network.features.denseblock1, network.features.transition1, FusedDenseBlock(2, 8, 2, 4)):
         with pytest.raises(RuntimeError, match=r"torch\.fx records a fused module as one call"):
             torch.fx.symbolic_trace(module)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fused_densenet import _extension
+from fused_densenet.backends import choice
 
 ROOT = building.CSRC.parent
-NAMES = [schema.partition("(")[0] for schema in _extension.SCHEMAS]
+NAMES = list(choice.KERNELS)
 
 
 @pytest.fixture(scope="module")

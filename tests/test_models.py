@@ -172,9 +172,9 @@ def test_step_equals_references(spatial_dims: int, bn_size: int | None, small_in
 
 
 def test_compile_without_graph_breaks() -> None:
-    ours = DenseNet(4, (2, 3), 6, in_channels=2, num_classes=5, small_inputs=True).double()
+    ours = DenseNet(4, (2, 3), 6, in_channels=2, num_classes=5).double()
     eager = copy.deepcopy(ours)
-    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    x = torch.randn(3, 2, 16, 16, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     expected = step(eager, x)

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_the_first_of_equal_maxima_takes_the_gradient() -> None:
     ours, theirs = pair(2, 3)
     x = torch.randint(0, 3, (2, 3, 8, 8)).double()
     assert_same(step(ours.double(), x), step(theirs.double(), x), "float64 whole block")
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    ours, x, results = pair(2, 70)[0], torch.randn(3, 70, 17, 14), []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append(step(copy.deepcopy(ours), x))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
 
 @pytest.mark.usefixtures("backend")

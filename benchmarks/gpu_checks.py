@@ -27,7 +27,7 @@ SMALL = [
 def commands(smoke: bool) -> dict[str, tuple[list[str], dict[str, str]]]:
     """By name, the command and the variables that it gets besides: kernels are compiled for the GPU that is there.
 
-    ``smoke`` compiles nothing and collects the tests of one folder, which are all skipped where there is no GPU.
+    ``smoke`` compiles nothing and collects the tests of one file, which are all skipped where there is no GPU.
     """
     tests = [str(REPOSITORY / "tests" / "test_gpu.py")] if smoke else [str(REPOSITORY / "tests")]
     # Tests of packages that are missing cannot even be read; they are not those of a GPU.

@@ -61,6 +61,15 @@ def read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def nvidia_smi(what: str) -> str | None:
+    """A property of the first GPU; None where there is no such tool."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "-i", "0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 class Process:
     """A command in a session of its own, its output in a file; stopped with all it started when time is up."""
 

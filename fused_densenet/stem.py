@@ -113,14 +113,14 @@ def _fits(x: Tensor, run: Run) -> bool:
         3 <= x.dim() <= 5
         and x.dim() == pooled_dims + 2
         and x.shape[1] == norm.num_features
-        and x.numel() > x.shape[1]
+        and (x.numel() > x.shape[1] or sync_group(norm) is not None)
         and all(t.dtype in (x.dtype, wide) and t.device == x.device for t in tensors)
     )
 
 
 def _fused(x: Tensor, run: Run) -> Tensor:
     norm, batch_stats, group = run.norm, uses_batch_stats(run.norm), sync_group(run.norm)
-    backend = choose(x.device, x.dtype)
+    backend = choose(x.device, x.dtype) if x.numel() else "eager"
     statistics = (
         statistics_of(x, backend, group) if batch_stats else frozen_statistics(norm.running_mean, norm.running_var)
     )

@@ -118,7 +118,9 @@ class FusedTransition(nn.Sequential):
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
         parts = self.parts()
-        structure = parts.structure_reasons() + interceptions([(n, m) for n, m in parts.modules.items() if m])
+        structure = parts.structure_reasons() + interceptions(
+            [(n, m) for n, m in parts.modules.items() if m is not None]
+        )
         return (
             structure
             if x is None

@@ -261,3 +261,19 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="spatial_dims: expected 1, 2 or 3, got 4"):
         FusedTransition(10, 6, spatial_dims=4)
     assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
+
+
+def test_empty_batch() -> None:
+    """By itself as in eager; beside other ranks' batches through the operator, which adds nothing."""
+    ours, theirs = (m.double().eval() for m in pair(2))
+    x = torch.empty(0, 10, 4, 6, dtype=torch.float64)
+    assert ours(x).shape == theirs(x).shape == (0, 6, 2, 3)
+    moments, pixels = channel_moments(x, "eager", None)
+    assert pixels.item() == 0
+    gamma, beta, weight = (p.detach().requires_grad_() for p in (ours.norm.weight, ours.norm.bias, ours.conv.weight))
+    ones = torch.ones_like(moments)
+    out = transition_op(x, weight, gamma, beta, ones, ones[0, :1], 1e-5, True, True, "eager", None)
+    out.sum().backward()
+    assert out.shape == (0, 6, 2, 3)
+    for gradient in (weight.grad, gamma.grad, beta.grad):
+        assert gradient is not None and not gradient.any()

@@ -90,6 +90,9 @@ inline bool make_plan(BackwardPlan& plan, const Backward& f, bool data, bool wei
   plan.data = data;
   plan.weight = weight;
   const int64_t most = round_up(s.out, 8);
+  const bool one_pass = data && (weight || !tile.adds_passes);
+  if (one_pass && tile.element * tile.channels * s.taps() * most > device.shared_per_block) return false;
+  if (one_pass && weight && s.taps() * most > tile.weight_rows) return false;
   for (int pixels = tile.pixels; pixels >= tile.pixels / 2; pixels -= 16) {
     divide_image(plan, s, pixels, tile.channels);
     for (int64_t outputs = std::min<int64_t>(most, 512);; outputs = round_up(outputs / 2, 8)) {
@@ -98,7 +101,7 @@ inline bool make_plan(BackwardPlan& plan, const Backward& f, bool data, bool wei
         plan.pass_taps = static_cast<int>(taps);
         plan.output_passes = static_cast<int>(ceil_div(most, outputs));
         plan.tap_passes = static_cast<int>(ceil_div(s.taps(), taps));
-        if (data && (weight || !tile.adds_passes) && plan.passes() > 1) break;
+        if (one_pass && plan.passes() > 1) break;
         place_in_shared(plan, tile, f.accumulate);
         if (plan.shared > device.shared_per_block) continue;
         const int64_t blocks = ceil_div(s.in, tile.channels) * (weight ? plan.passes() : 1);
@@ -107,7 +110,7 @@ inline bool make_plan(BackwardPlan& plan, const Backward& f, bool data, bool wei
         plan.splits = static_cast<int>(ceil_div(plan.count, plan.per_block));
         return true;
       }
-      if (outputs == 8) break;
+      if (outputs == 8 || one_pass) break;
     }
   }
   return false;

@@ -100,8 +100,8 @@ def plain(mangled: str) -> str:
 
 @functools.cache
 def readable(mangled: str) -> str:
-    """``kernel<arguments>`` of a mangled name."""
-    name = run(["c++filt", mangled]).strip()
+    """``kernel<arguments>`` of a mangled name, plain or not."""
+    name = run(["c++filt", mangled.replace("@", "12_GLOBAL__N_1")]).strip()
     name = re.sub(r"\((anonymous namespace|unnamed)\)::|_GLOBAL__N_\w+::|fused_densenet::|^void |<unnamed>::", "", name)
     depth = 0
     for i, letter in enumerate(name):

@@ -4,6 +4,9 @@ import cases
 import torch
 from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
 from emulated import Emulated, Executor
+from torch import Tensor
+
+from fused_densenet.backends.contract import Gradient, Norm
 
 ARITHMETIC = {  # dtype of the data, whether products are TF32, dtype of the rounding
     "bfloat16": (torch.bfloat16, False, torch.bfloat16),
@@ -26,3 +29,32 @@ def run(case: Case, arithmetic: str, executor: Executor | None, multiprocessors:
     dtype, tf32, rounding = ARITHMETIC[arithmetic]
     backend = Emulated(executor, tf32=tf32, multiprocessors=multiprocessors)
     cases.run_case(case, dtype, rounding=rounding, backend=backend)
+
+
+def forward(case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int = 4) -> list[Tensor]:
+    """Results of the forward primitive for dense, aligned tensors, the same numbers every time."""
+    backend, dtype, x, norm, weight = _start(case, arithmetic, executor, multiprocessors)
+    results = [torch.empty(*case.pixels, case.K, dtype=dtype), torch.empty(case.K), torch.empty(case.K)]
+    backend.norm_relu_conv(x, norm, weight, *results)
+    return results
+
+
+def backward(case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int = 4) -> list[Tensor]:
+    """Results of the backward primitive, the data gradient accumulated."""
+    backend, dtype, x, norm, weight = _start(case, arithmetic, executor, multiprocessors)
+    stored, value = (torch.randn(*case.pixels, case.K).to(dtype) for _ in range(2))
+    grad = Gradient(stored, value, *(torch.randn(case.K) for _ in range(4)))
+    results = [torch.randn(x.shape).to(dtype), torch.empty_like(weight), torch.empty(case.C), torch.empty(case.C)]
+    backend.norm_relu_conv_backward(grad, x, norm, weight, results[0], True, *results[1:])
+    return results
+
+
+def _start(
+    case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int
+) -> tuple[Emulated, torch.dtype, Tensor, Norm, Tensor]:
+    torch.manual_seed(0)
+    dtype, tf32, _ = ARITHMETIC[arithmetic]
+    norm = Norm(*(torch.randn(case.C) for _ in range(3)))
+    weight = torch.randn(case.K, case.C, *case.kernel).to(dtype)
+    backend = Emulated(executor, tf32=tf32, multiprocessors=multiprocessors)
+    return backend, dtype, torch.randn(*case.pixels, case.C).to(dtype), norm, weight

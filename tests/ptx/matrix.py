@@ -102,6 +102,8 @@ def _load_matrix(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     warps, count = _warps(machine, it, active), _matrices(it)
     lanes = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
     addresses = machine.address(it.operands[1])[lanes]
+    for matrix in np.arange(lanes.size).reshape(-1, count, 8).swapaxes(0, 1):
+        machine.count_conflicts(addresses[matrix].reshape(-1), 16, lanes[matrix].reshape(-1))
     rows = np.ascontiguousarray(machine.shared.load(addresses, 16, lanes)).view(np.uint16)
     rows = rows.reshape(warps.size, count, 8, 8)
     if it.has("trans"):

@@ -1,0 +1,126 @@
+"""No byte, tensor-core product or pass over shared memory more than a shape needs, and the same bits every run."""
+
+import ctypes
+import math
+from pathlib import Path
+
+import building
+import numpy as np
+import pytest
+import report
+import small
+import torch
+import traffic
+from cases import CUBE, ONE, SQUARE, Case
+from emulated import Host, load
+from ptx.memory import bank_conflicts
+from ptx_launch import Ptx
+
+PRIMITIVES = {"forward": small.forward, "backward": small.backward}
+WHOLE_TILES = [
+    Case((1, 1, 1, 1024), 64, 128, ONE),
+    Case((1, 1, 32, 32), 64, 32, SQUARE),
+    Case((1, 1, 32, 32), 128, 48, SQUARE),
+]
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("case", WHOLE_TILES, ids=str)
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_products(primitive: str, case: Case, arithmetic: str) -> None:
+    """As many matrix instructions as there are blocks of 16 x 8 x 16 (8 for TF32); ldmatrix without bank conflicts."""
+    host = Host()
+    host.statistics()
+    PRIMITIVES[primitive](case, arithmetic, host)
+    depth = 8 if arithmetic == "tf32" else 16
+    products = math.prod(case.pixels) // 16 * case.K // 8 * case.C // depth * math.prod(case.kernel)
+    found = host.statistics()
+    assert found["mma"] == products * (2 if primitive == "backward" else 1)
+    assert found["ldmatrix"] > 0 and found["ldmatrix_conflicts"] == 0
+
+
+@pytest.mark.parametrize("arithmetic", small.ARITHMETIC)
+@pytest.mark.parametrize("case", [Case((2, 1, 7, 9), 36, 12, ONE), Case((1, 3, 7, 5), 20, 12, CUBE)], ids=str)
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_the_same_bits_every_run(primitive: str, case: Case, arithmetic: str) -> None:
+    """Whatever the schedule of the warps."""
+    first, *others = (PRIMITIVES[primitive](case, arithmetic, Host(seed=seed)) for seed in (0, 1, 2))
+    for results in others:
+        for found, expected in zip(results, first, strict=True):
+            assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+ONCE = {  # what every image is, how often a byte of it may be loaded, and stored
+    "forward": {"x": (1, 0), "out": (0, 1)},
+    "backward": {"x": (1, 0), "dx": (1, 1), "stored": (1, 0), "value": (1, 0)},
+}
+HALO = 1.75  # a tile of the 3 x 3 kernels is read with its neighbours; small images have small tiles
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("case", [Case((1, 1, 1, 300), 64, 128, ONE), Case((1, 1, 20, 20), 64, 32, SQUARE)], ids=str)
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_bytes(primitive: str, case: Case, arithmetic: str) -> None:
+    """In nvcc's PTX: each byte of an image is loaded once, but for halos, and stored once; every byte of a result is.
+
+    On a device of one multiprocessor: for more of them, few tiles are divided among blocks that read the same pixels.
+    """
+    ptx = Ptx("80", measure=True)
+    PRIMITIVES[primitive](case, arithmetic, ptx, multiprocessors=1)
+    machines = [machine for _, machine in ptx.machines]
+    found = traffic.by_name(machines, traffic.FORWARD if primitive == "forward" else traffic.BACKWARD)
+    report.sections["CUDA kernels: bytes loaded (of which different), stored (of which different)"] += [
+        f"{primitive:8} {case!s:28} {arithmetic:8} {name:15} {t.loaded:8} ({t.read:7}) {t.stored:8} ({t.written:7})"
+        for name, t in found.items()
+    ]
+    for name, (loads, stores) in ONCE[primitive].items():
+        seen = found[name]
+        most = loads if case.kernel == ONE else loads * HALO
+        assert seen.loaded <= most * seen.read and seen.stored <= stores * seen.written, f"{name}: {seen}"
+    wholes = (
+        ["out", "out_mean", "out_var"] if primitive == "forward" else ["dx", "dweight", "sum_dz", "sum_dz_centered"]
+    )
+    for name in wholes:
+        assert found[name].stored == found[name].written > 0, name
+    _check_conflicts(primitive, case, arithmetic, ptx)
+
+
+def _check_conflicts(primitive: str, case: Case, arithmetic: str, ptx: Ptx) -> None:
+    lines = report.sections["CUDA kernels: passes over shared memory that bank conflicts add"]
+    for name, machine in ptx.machines:
+        if not machine.counts["mma"]:
+            continue
+        main_loop = traffic.main_loop_conflicts(machine)
+        matrices = traffic.conflicts_of(machine, "ldmatrix")
+        lines.append(
+            f"{primitive:8} {case!s:28} {arithmetic:8} {name:58} ldmatrix {sum(matrices)}, main loop"
+            f" {sum(main_loop.values())}, elsewhere {machine.conflicts.total() - sum(main_loop.values())}"
+        )
+        assert matrices and not any(matrices)
+        assert not any(main_loop.values()), {it: n for it, n in main_loop.items() if n}
+
+
+def test_bank_conflicts_are_counted() -> None:
+    lanes = np.arange(32)
+    assert bank_conflicts(4 * lanes, 4, lanes) == 0
+    assert bank_conflicts(0 * lanes, 4, lanes) == 0
+    assert bank_conflicts(8 * lanes, 4, lanes) == 1
+    assert bank_conflicts(128 * lanes, 4, lanes) == 31
+    assert bank_conflicts(2 * lanes, 2, lanes) == 0
+    assert bank_conflicts(16 * lanes, 16, lanes) == 0
+    assert bank_conflicts(128 * lanes, 16, lanes) == 4 * 7
+    assert bank_conflicts(144 * lanes, 16, lanes) == 0
+
+
+@pytest.mark.parametrize(("pad", "conflicts"), [(8, False), (0, True)])
+def test_a_layout_with_bank_conflicts_is_found(pad: int, conflicts: bool, tmp_path: Path) -> None:
+    """The example's rows of 16 numbers, one after the other."""
+    text = (building.HERE / "examples" / "product.cu").read_text()
+    source = tmp_path / "product.cu"
+    source.write_text(text.replace("kPad = 8", f"kPad = {pad}"))
+    library = load(building.build([source]))
+    a, b, out = torch.randn(16, 32).bfloat16(), torch.randn(32, 16).bfloat16(), torch.empty(16, 8)
+    host = Host(library)
+    host.statistics()
+    assert library.example_product(0, *(ctypes.c_void_p(t.data_ptr()) for t in (a, b, out)), 32) == 0
+    assert (host.statistics()["ldmatrix_conflicts"] > 0) == conflicts

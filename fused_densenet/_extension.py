@@ -97,13 +97,11 @@ def returns_nothing(*arguments: object) -> None:
 
 _library = torch.library.Library("fused_densenet", "FRAGMENT")
 for _schema in SCHEMAS:
-    if not hasattr(torch.ops.fused_densenet, _schema.partition("(")[0]):
-        try:
-            _library.define(_schema)
-            torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_library)
-        except RuntimeError as error:  # an operator of the library has other arguments
-            _reason = str(error).strip().rpartition("reason: ")[2]
-            module, missing = None, f"the C++ extension was compiled from other sources ({_reason}); {REBUILD}"
+    try:
+        _library.define(_schema)
+        torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_library)
+    except RuntimeError:  # the library's operators are others
+        module, missing = None, f"the C++ extension was compiled from other sources; {REBUILD}"
 
 
 @functools.cache

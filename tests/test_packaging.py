@@ -347,6 +347,21 @@ def test_the_package_works_without_its_extension(tmp_path: Path, file: str | Non
     assert reason in warned[0]
 
 
+def test_an_extension_that_defines_operators_itself_is_not_used() -> None:
+    """As an older checkout may have left one behind."""
+    code = (
+        "import torch\n"
+        "older = torch.library.Library('fused_densenet', 'FRAGMENT')\n"
+        "older.define('place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()')\n"
+        "from fused_densenet import _extension\n"
+        "print(_extension.module, _extension.missing)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("None the C++ extension was compiled from other sources; run `pip install"), (
+        done.stderr
+    )
+
+
 def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "missing", "it was lost")
     _extension.warn_if_missing.cache_clear()

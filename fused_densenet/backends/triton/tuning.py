@@ -81,7 +81,7 @@ _TILES: dict[tuple[str, str], Choices] = {
     ("backward_data pooled", "half"): {256: [Tile(64, 64, 64, 8, 2)]},
     ("backward_data pooled", "tf32"): {256: [Tile(32, 64, 32, 4, 2)]},
     ("backward_data pooled", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
-    ("backward_weight", "half"): {256: [Tile(32, 64, 64, 8, 2), Tile(64, 64, 64, 8, 2), Tile(32, 64, 64, 4, 2)]},
+    ("backward_weight", "half"): {256: [Tile(32, 64, 64, 8, 2)]},
     ("backward_weight", "tf32"): {256: [Tile(32, 64, 64, 8, 1)]},
     ("backward_weight", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
     ("backward_weight pooled", "half"): {256: [Tile(32, 64, 64, 8, 1)]},
@@ -97,7 +97,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
             256: [Tile(32, 32, 256, 8, 2)],
         },
         ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
-        ("backward_weight", "tf32"): {256: [Tile(32, 64, 64, 4, 1)]},
+        ("backward_weight", "tf32"): {256: [Tile(32, 32, 64, 8, 1)]},
     },
     "sm_90": {
         ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 2)]},
@@ -113,11 +113,12 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         },
         ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 1)]},
         ("norm_relu_conv pooled", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
+        ("backward_data", "half"): {256: [Tile(64, 64, 32, 4, 2)]},
         ("backward_data", "tf32"): {16: [Tile(64, 64, 16, 8, 2)]},
         ("backward_data pooled", "tf32"): {256: [Tile(64, 64, 32, 8, 2)]},
         ("backward_pointwise", "half"): {64: [Tile(64, 32, 64, 8, 2)]},
         ("backward_pointwise", "tf32"): {16: [Tile(64, 32, 16, 4, 1)]},
-        ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 1)]},
+        ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(32, 32, 256, 8, 1)]},
         ("backward_pointwise pooled", "tf32"): {128: [Tile(16, 32, 128, 4, 1)]},
     },
     "gfx942": {
@@ -132,6 +133,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
             128: [Tile(32, 32, 128, 8, 1)],
             256: [Tile(16, 32, 256, 8, 1)],
         },
+        ("backward_pointwise pooled", "half"): {128: [Tile(16, 32, 128, 8, 1)]},
     },
 }
 """Where a family of GPUs differs: fewer registers or less shared memory than what the others use."""

@@ -138,9 +138,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing: list[Any] = [[None] * length for length in ctx.lengths]
     constants = [None] * (len(ctx.needs_input_grad) - 5)
-    if dout is None:
+    if dout is None and ctx.group is None:
         return (None, *nothing, *constants)
     tensors = ctx.saved_tensors  # read once: hooks unpack at every reading
+    if dout is None:  # as torch's SyncBatchNorm sends back for an empty batch; other ranks wait for this one's sums
+        dout = torch.zeros_like(tensors[0])
     saved, lists, keep = tensors[:5], _split(tensors[5:-1], ctx.lengths), tensors[-1]
     x_needed, weight_needed, gamma_needed, beta_needed = ctx.needs_input_grad[:4]
     gradients = dense_block_backward(

@@ -1,7 +1,7 @@
 """``FusedFeatures``: a ``nn.Sequential`` in which BN, ReLU and max pooling that follow each other run as one operator."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .functional import BatchMoments
 from .layers import interceptions, is_batch_norm, norm_relu_reasons, own_activation
 from .modules import affine_of, update_running
 from .ranks import sync_group
-from .recording import exports_operators
+from .recording import exports_operators, refuse_script
 from .statistics import frozen_statistics, statistics_of
 from .stem_op import stem
 
@@ -54,6 +54,9 @@ class FusedFeatures(nn.Sequential):
             x = modules[i][1](x)
             i += 1
         return x
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script()
 
     def runs(self) -> list[Run]:
         """What it replaces by one operator each."""

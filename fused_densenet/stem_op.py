@@ -107,8 +107,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
     nothing = [None] * len(ctx.needs_input_grad)
-    if dout is None:
+    pool, group = ctx.constants[2], ctx.constants[4]
+    if dout is None and group is None:
         return tuple(nothing)
+    if dout is None:  # other ranks wait for this one's sums
+        dout = _allocate(ctx.saved_tensors[0], pool).zero_()
     gradients = stem_backward(dout, *ctx.saved_tensors, *ctx.constants)
     return (*(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=False)), *nothing[3:])
 

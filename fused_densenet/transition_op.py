@@ -136,8 +136,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
     nothing = [None] * len(ctx.needs_input_grad)
-    if dout is None:
+    pool, group = ctx.constants[2], ctx.constants[4]
+    if dout is None and group is None:
         return tuple(nothing)
+    if dout is None:  # other ranks wait for this one's sums
+        x, weight = ctx.saved_tensors[:2]
+        dout = _allocate(x, weight, pool).zero_()
     needed = ctx.needs_input_grad[:4]
     gradients = transition_backward(dout, *ctx.saved_tensors, *ctx.constants, bool(needed[1]))
     return (*(g if wanted else None for g, wanted in zip(gradients, needed, strict=True)), *nothing[4:])

@@ -1,6 +1,5 @@
 """``fuse``: the dense blocks, transitions and stem of a network that somebody else built, run fused where they stand."""
 
-import logging
 from typing import TypeVar
 
 from torch import nn
@@ -13,7 +12,6 @@ from .swapping import is_swapped, swap, swap_back
 from .transition import FusedTransition
 
 Module = TypeVar("Module", bound=nn.Module)
-_logger = logging.getLogger("fused_densenet")
 
 
 def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = False) -> Module:
@@ -23,8 +21,8 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     segmentation_models_pytorch, and modules of other classes that are built alike, of ``denselayer1, denselayer2, ...``
     with ``norm1, relu1, conv1, norm2, relu2, conv2``, and give the same on a small random input. None of these packages
     is imported. A module that is replaced keeps its identity, parameters, state_dict keys and hooks, and is a
-    :class:`FusedDenseBlock`, :class:`FusedTransition` or :class:`FusedFeatures` besides what it was. What was found is logged at level INFO by
-    the logger ``fused_densenet``; ``print(fused_densenet.explain(model))`` shows it.
+    :class:`FusedDenseBlock`, :class:`FusedTransition` or :class:`FusedFeatures` besides what
+    it was. What was replaced, and what not and why, is printed; ``fused_densenet.explain`` tells it of a model at any later time.
 
     Args:
         model: the network, or a block itself.
@@ -43,7 +41,7 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(memory_efficient, bool | None):
         raise TypeError(f"memory_efficient: expected True, False or None, got {type(memory_efficient).__name__}")
-    findings = survey(model)
+    name, findings = type(model).__name__, survey(model)
     left = [_described(f) for f in findings if f.reasons and f.fused_class is FusedDenseBlock]
     if strict and left:
         raise FallbackError("not every dense block can be fused: " + "\n".join(left))
@@ -52,14 +50,7 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
             swap(finding.module, finding.fused_class)
         if memory_efficient is not None and isinstance(finding.module, FusedDenseBlock):
             finding.module.memory_efficient = memory_efficient
-    if not findings:
-        _logger.warning("%s: no dense block was found", type(model).__name__)
-    for kind in (FusedDenseBlock, FusedTransition, FusedFeatures):
-        count = sum(f.fused for f in findings if f.fused_class is kind)
-        _logger.info("%s: %d %s", type(model).__name__, count, kind.__name__)
-    for finding in findings:
-        if not finding.fused:
-            _logger.info("not fused: %s", _described(finding))
+    _print_report(name, findings)
     return model
 
 
@@ -76,6 +67,17 @@ def unfuse(model: Module) -> Module:
     for _, module in fused:
         swap_back(module)
     return model
+
+
+def _print_report(name: str, findings: list[Finding]) -> None:
+    counts = [
+        f"{sum(f.fused for f in findings if f.fused_class is kind)} {kind.__name__}"
+        for kind in (FusedDenseBlock, FusedTransition, FusedFeatures)
+    ]
+    print(f"fuse({name}): {', '.join(counts) if findings else 'no dense block was found'}")
+    for finding in findings:
+        if not finding.fused:
+            print(f"  not fused: {_described(finding)}")
 
 
 def _described(finding: Finding) -> str:

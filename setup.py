@@ -28,7 +28,7 @@ CUDA = ("FUSED_DENSENET_CUDA", "auto", "off", "required")
 CUDA_MODULE = "fused_densenet._cuda"
 MINIMUM_NVCC = (12, 8)  # the first for capabilities 10.0 and 12.0
 MINIMUM_CAPABILITY = (7, 5)
-ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # what TORCH_CUDA_ARCH_LIST replaces
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # for a machine without a GPU
 ROOT = Path(__file__).parent
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g"]
 
@@ -210,6 +210,20 @@ def find_nvcc() -> str | None:
     return next((found for found in map(shutil.which, wanted) if found), None)
 
 
+def default_architectures() -> str:
+    """Those of this machine's GPUs, as torch's own tools have it; all where there is none, or one that nvcc does not know."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ARCHITECTURES
+    every = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    here = sorted(capability for capability in every if capability >= MINIMUM_CAPABILITY)
+    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    if not here or any(f"compute_{major}{minor}" not in known for major, minor in here):
+        return ARCHITECTURES
+    return ";".join(map(dotted, here)) + "+PTX"
+
+
 def architectures(wanted: str) -> list[str]:
     """nvcc's flags for a list as TORCH_CUDA_ARCH_LIST has it: ``8.0;9.0+PTX``, or spaces between.
 
@@ -247,7 +261,7 @@ def build_cuda(library: Path, folder: Path) -> None:
     compile_all = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-MMD"]
     compile_binding = ["-Xcompiler=-Wall,-Wextra", f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
     compile_binding += ["-isystem", str(site / "include")]
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()
     compile_kernel = architectures(wanted)
     compile_binding.append(f"-DFD_ARCHITECTURES={':'.join(wanted.replace(';', ' ').split())}")
     # torch's CUDA libraries, where there are any, come with libtorch, of which itself nothing is used. nvcc would put

@@ -181,9 +181,12 @@ def test_sanitizer_build(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     assert "-fsanitize=address" in module.extra_link_args
 
 
-def fake_nvcc(home: Path, release: str) -> None:
+def fake_nvcc(home: Path, release: str, *architectures: str) -> None:
+    """It says of itself what it is asked: its version, or the architectures that it knows."""
     (home / "bin").mkdir()
-    (home / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    version = f"Cuda compilation tools, release {release}, V{release}.88"
+    answers = f"--version) echo '{version}' ;; --list-gpu-arch) echo '{' '.join(architectures)}' ;;"
+    (home / "bin/nvcc").write_text(f'#!/bin/sh\ncase "$1" in {answers} esac\n')
     (home / "bin/nvcc").chmod(0o755)
 
 
@@ -251,6 +254,31 @@ def test_architectures(setup: ModuleType, wanted: str, flags: list[str]) -> None
     assert setup.architectures(wanted) == [f"-gencode={flag}" for flag in flags]
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ([], "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ([(9, 0), (8, 0), (9, 0)], "8.0;9.0+PTX"),
+        ([(7, 0), (8, 6)], "8.6+PTX"),
+        ([(7, 0)], "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ([(9, 0), (99, 0)], "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+    ],
+)
+def test_architectures_of_this_machine(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capabilities: list[tuple[int, int]],
+    expected: str,
+) -> None:
+    fake_nvcc(tmp_path, "13.0", "compute_80", "compute_86", "compute_90")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    assert setup.default_architectures() == expected
+
+
 @pytest.mark.parametrize(("wanted", "said"), [("Hopper", "entries like 9.0"), ("7.0", "7.5 or newer, got '7.0'")])
 def test_architectures_that_cannot_be(setup: ModuleType, wanted: str, said: str) -> None:
     with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: expected .*{said}"):
@@ -261,6 +289,7 @@ def test_what_is_compiled_by_nvcc(setup: ModuleType, monkeypatch: pytest.MonkeyP
     """Every kernel for every default architecture, against the oldest torch's stable ABI, the runtime linked in."""
     commands: list[Any] = []
     monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CXX", "g++")
     setup.build_cuda(tmp_path / "library.so", tmp_path / "objects")
     assert commands == [["ninja", "-C", str(tmp_path / "objects")]]

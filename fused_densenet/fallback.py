@@ -84,14 +84,16 @@ def statistics_groups(layers: Sequence[LayerParts]) -> set[str | None]:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; some devices (meta) have none."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type  # a compiler's tensors are never on meta, and torch 2.11's cannot trace what asks
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
-def fallback_reasons(x: Tensor, layers: Sequence[LayerParts], layer_class: type) -> list[str]:
-    """Why a block of these layers cannot run fused on ``x``; empty if it can."""
+def fallback_reasons(x: Tensor, layers: Sequence[LayerParts], layer_class: type, groups: set[str | None]) -> list[str]:
+    """Why a block of these layers, of these :func:`statistics_groups`, cannot run fused on ``x``; empty if it can."""
     structure = structure_and_hook_reasons(layers, layer_class)
     reasons = context_reasons(x)
-    if len(statistics_groups(layers)) > 1:
+    if len(groups) > 1:
         reasons.append("its norms take their statistics over different processes")
     if not structure:
         reasons += dtype_reasons(x, layers[0].stages[0].conv.weight.dtype)
@@ -107,14 +109,7 @@ def dtype_reasons(x: Tensor, dtype: torch.dtype) -> list[str]:
 
 def context_reasons(x: Tensor) -> list[str]:
     """Why no module can run fused on ``x`` where it is called."""
-    reasons = []
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            reasons.append("a torch.func transform (grad, vmap, ...) is active")
-        if forward_ad._current_level >= 0:
-            reasons.append("forward-mode differentiation is active")
-        if torch.jit.is_tracing():
-            reasons.append("torch.jit.trace is recording")
+    reasons = [] if torch.compiler.is_compiling() else transform_reasons()
     if autocasts(x) and x.dtype not in (
         torch.float32,
         torch.float64,
@@ -123,6 +118,18 @@ def context_reasons(x: Tensor) -> list[str]:
         reasons.append(f"autocast to {torch.get_autocast_dtype(x.device.type)} of an input in {x.dtype}")
     if _global_hooks():
         reasons.append("hooks on all modules are registered")
+    return reasons
+
+
+def transform_reasons() -> list[str]:
+    """What is at work that needs to see every operator; not to be asked while torch compiles."""
+    reasons = []
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        reasons.append("a torch.func transform (grad, vmap, ...) is active")
+    if forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation is active")
+    if torch.jit.is_tracing():
+        reasons.append("torch.jit.trace is recording")
     return reasons
 
 

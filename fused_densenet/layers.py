@@ -4,7 +4,7 @@ torchvision, timm and TorchXRayVision keep a layer's modules in the layer, MONAI
 norms carry the activation; MONAI's dropout is a module, the others' a rate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -33,7 +33,6 @@ class LayerParts(NamedTuple):
         stages: its norm-relu-convs, one or two.
         drop_rate: of the dropout at its end, 0 where it does nothing.
         drops_channels: whether that dropout drops whole channels.
-        memory_efficient: whether the layer is set to compute its bottleneck again in backward.
     """
 
     layer: nn.Module
@@ -41,7 +40,6 @@ class LayerParts(NamedTuple):
     stages: list[Stage]
     drop_rate: float
     drops_channels: bool
-    memory_efficient: bool
 
 
 def take_apart(layer: nn.Module) -> LayerParts:
@@ -62,8 +60,12 @@ def take_apart(layer: nn.Module) -> LayerParts:
         stages,
         drop_rate if training else 0.0,
         isinstance(dropout, _CHANNEL_DROPOUTS),
-        any(getattr(layer, name, False) for name in ("memory_efficient", "grad_checkpointing")),
     )
+
+
+def is_memory_efficient(layer: nn.Module) -> bool:
+    """Whether a layer is set to compute its bottleneck again in backward."""
+    return any(getattr(layer, name, False) for name in ("memory_efficient", "grad_checkpointing"))
 
 
 def take_stage(modules: Mapping[str, Any], number: str) -> Stage:
@@ -153,38 +155,35 @@ def _is_timms_norm(norm: nn.Module) -> bool:
 
 
 def _conv_reasons(conv: Any) -> list[str]:
-    same = tuple(size // 2 for size in conv.kernel_size)
+    same = tuple([size // 2 for size in conv.kernel_size])
     reasons = []
     if conv.bias is not None:
         reasons.append("has a bias")
-    if conv.groups != 1 or set(conv.stride) != {1} or set(conv.dilation) != {1}:
+    if conv.groups != 1 or {*conv.stride, *conv.dilation} != {1}:
         reasons.append("is grouped, strided or dilated")
-    if (
-        conv.padding_mode != "zeros"
-        or (conv.padding not in ("same", same))
-        or any(k % 2 == 0 for k in conv.kernel_size)
-    ):
+    even = 0 in [size % 2 for size in conv.kernel_size]
+    if conv.padding_mode != "zeros" or conv.padding not in ("same", same) or even:
         reasons.append("does not pad with zeros to the size of its input")
     return reasons
 
 
 def intercepted(parts: LayerParts) -> list[str]:
     """The modules of a layer that something follows or replaces: hooks, or a ``forward`` of the instance."""
-    named = [("", parts.layer), *((f".{name}", module) for name, module in parts.modules.items())]
     nested = parts.layer._modules.get("layers")
-    if nested is not None:
-        named.append((".layers", nested))
-    return interceptions(named)
+    around = [("", parts.layer)] if nested is None else [("", parts.layer), (".layers", nested)]
+    return interceptions(around) + interceptions(parts.modules.items(), ".")
 
 
-def interceptions(named: Sequence[tuple[str, nn.Module]]) -> list[str]:
+def interceptions(named: Iterable[tuple[str, nn.Module | None]], prefix: str = "") -> list[str]:
     """Which of the modules, or of those inside a norm, something follows or replaces."""
     reasons = []
-    norms = [(name, module) for name, module in named if is_batch_norm(module)]
-    inside = [(f"{name}.{key}", module) for name, norm in norms for key, module in norm._modules.items() if module]
-    for name, module in (*named, *inside):
+    for name, module in named:
+        if module is None:
+            continue
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            reasons.append(f"{name} has hooks")
+            reasons.append(f"{prefix}{name} has hooks")
         if "forward" in module.__dict__:
-            reasons.append(f"{name} has a forward of its own")
+            reasons.append(f"{prefix}{name} has a forward of its own")
+        if module._modules and is_batch_norm(module):
+            reasons += interceptions(module._modules.items(), f"{prefix}{name}.")
     return reasons

@@ -16,7 +16,8 @@ from .fallback import (
     uses_batch_stats,
 )
 from .functional import BatchMoments, dense_block
-from .layers import LayerParts, take_apart
+from .layers import LayerParts, is_memory_efficient, take_apart
+from .recomputation import recomputed
 from .recording import exports_operators, one_call, refuse_script
 from .schedule import NormReluConv
 
@@ -61,13 +62,18 @@ class FusedDenseLayer(nn.Module):
         return hasattr(self, "conv2")
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
-        x = input if isinstance(input, Tensor) else torch.cat(input, dim=1)
-        out = self.conv1(self.relu1(self.norm1(x)))
+        inputs = [input] if isinstance(input, Tensor) else input
+        first = self._norm_relu_conv1
+        out = recomputed(self, first, *inputs) if self.memory_efficient else first(*inputs)
         if self.bottleneck:
             out = self.conv2(self.relu2(self.norm2(out)))
         if self.drop_rate > 0:
             out = nn.functional.dropout(out, p=self.drop_rate, training=self.training)
         return out
+
+    def _norm_relu_conv1(self, *inputs: Tensor) -> Tensor:
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+        return self.conv1(self.relu1(self.norm1(x)))
 
 
 class FusedDenseBlock(nn.ModuleDict):
@@ -125,7 +131,16 @@ class FusedDenseBlock(nn.ModuleDict):
             )
         self.num_input_features = num_input_features
         self.spatial_dims = spatial_dims
-        self.memory_efficient = memory_efficient
+
+    @property
+    def memory_efficient(self) -> bool:
+        """Whether any of its layers is set to compute its bottleneck again in backward; setting it sets all."""
+        return any(map(is_memory_efficient, self.children()))
+
+    @memory_efficient.setter
+    def memory_efficient(self, value: bool) -> None:
+        for layer in self.children():
+            layer.memory_efficient = value  # type: ignore[assignment]
 
     def forward(self, init_features: Tensor) -> Tensor:
         if isinstance(init_features, torch.fx.Proxy):
@@ -135,11 +150,12 @@ class FusedDenseBlock(nn.ModuleDict):
         if not torch.jit.is_tracing():  # to which sizes are tensors
             check_image(init_features, "init_features", self.num_input_features, self.spatial_dims)
         layers = self.parts()
-        reasons = fallback_reasons(init_features, layers, self.layer_class)
+        groups = statistics_groups(layers)
+        reasons = fallback_reasons(init_features, layers, self.layer_class, groups)
         if reasons:
             announce(reasons)
             return self._operator_by_operator(init_features)
-        (group,) = statistics_groups(layers) or {None}
+        (group,) = groups or {None}
         if init_features.numel() == 0 and group is None:
             return self._operator_by_operator(init_features)
         stages = [stage for parts in layers for stage in parts.stages]
@@ -166,9 +182,10 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
+        layers = self.parts()
         if x is None:
-            return structure_and_hook_reasons(self.parts(), self.layer_class)
-        return fallback_reasons(x, self.parts(), self.layer_class)
+            return structure_and_hook_reasons(layers, self.layer_class)
+        return fallback_reasons(x, layers, self.layer_class, statistics_groups(layers))
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()
@@ -191,15 +208,18 @@ class FusedDenseBlock(nn.ModuleDict):
 
 
 def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:
-    gamma, beta = affine_of(norm, conv.weight)
-    return NormReluConv(conv.weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
+    weight = conv.weight
+    gamma, beta = affine_of(norm, weight)
+    return NormReluConv(weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
 
 
 def affine_of(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """A norm's weight and bias; ones and zeros, of the dtype of ``like``, where it has none."""
-    gamma = like.new_ones(norm.num_features) if norm.weight is None else norm.weight
-    beta = like.new_zeros(norm.num_features) if norm.bias is None else norm.bias
-    return gamma, beta
+    gamma, beta = norm.weight, norm.bias
+    return (
+        like.new_ones(norm.num_features) if gamma is None else gamma,
+        like.new_zeros(norm.num_features) if beta is None else beta,
+    )
 
 
 def update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
@@ -213,12 +233,13 @@ def update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
     unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for norm, mean, var in zip(norms, moments.mean, moments.var, strict=True):
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        if norm.training and norm.track_running_stats and (running_mean := norm.running_mean) is not None:
             running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
-            running += [norm.running_mean, norm.running_var]
-            batch += [mean.to(norm.running_mean.dtype), (var * unbiased).to(norm.running_var.dtype)]
-            if norm.num_batches_tracked is not None:
-                counts.append(norm.num_batches_tracked)
+            running_var, count = norm.running_var, norm.num_batches_tracked
+            running += [running_mean, running_var]
+            batch += [mean.to(running_mean.dtype), (var * unbiased).to(running_var.dtype)]
+            if count is not None:
+                counts.append(count)
     for momentum, (running, batch, counts) in by_momentum.items():
         if counts:
             torch._foreach_add_(counts, 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .layers import take_apart
+from .layers import is_memory_efficient, take_apart
 from .modules import FusedDenseBlock
 
 
@@ -69,7 +69,7 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
 
 def _get_memory_efficient(block: Any) -> bool:
     setting = block.fused_settings.memory_efficient
-    return any(parts.memory_efficient for parts in block.parts()) if setting is None else setting
+    return any(map(is_memory_efficient, block.children())) if setting is None else setting
 
 
 def _set_memory_efficient(block: Any, value: bool) -> None:

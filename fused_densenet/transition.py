@@ -43,6 +43,13 @@ class TransitionParts(NamedTuple):
             reasons.append(f"pool is no average pooling of window and stride 2: {self.pool}")
         return reasons
 
+    def fallback_reasons(self, x: Tensor | None, structure: list[str]) -> list[str]:
+        """Those of :meth:`FusedTransition.fallback_reasons`, given :meth:`structure_reasons`."""
+        standing = structure + interceptions(self.modules.items())
+        if x is None:
+            return standing
+        return context_reasons(x) + (standing or dtype_reasons(x, self.stage.conv.weight.dtype))
+
 
 class FusedTransition(nn.Sequential):
     """BN-ReLU-conv1 and 2^d average pooling in one operator; a drop-in for torchvision's ``_Transition``.
@@ -87,9 +94,10 @@ class FusedTransition(nn.Sequential):
             return self._operator_by_operator(input)
         parts = self.parts()
         conv, norm, pool = parts.stage.conv, parts.stage.norm, parts.pool is not None
-        if not torch.jit.is_tracing() and not parts.structure_reasons():
+        structure = parts.structure_reasons()
+        if not torch.jit.is_tracing() and not structure:
             check_image(input, "input", norm.num_features, conv.weight.dim() - 2)
-        reasons = self.fallback_reasons(input)
+        reasons = parts.fallback_reasons(input, structure)
         if reasons:
             announce(reasons, "FusedTransition")
             return self._operator_by_operator(input)
@@ -111,21 +119,14 @@ class FusedTransition(nn.Sequential):
 
     def parts(self) -> TransitionParts:
         """Its modules, taken apart."""
-        modules: dict[str, Any] = dict(self._modules)
+        modules: dict[str, Any] = {name: module for name, module in self._modules.items() if module is not None}
         pool = modules.get("pool")
         return TransitionParts(modules, take_stage(modules, ""), None if isinstance(pool, nn.Identity) else pool)
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
         parts = self.parts()
-        structure = parts.structure_reasons() + interceptions(
-            [(n, m) for n, m in parts.modules.items() if m is not None]
-        )
-        return (
-            structure
-            if x is None
-            else context_reasons(x) + (structure or dtype_reasons(x, parts.stage.conv.weight.dtype))
-        )
+        return parts.fallback_reasons(x, parts.structure_reasons())
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:
         return super().forward(x)

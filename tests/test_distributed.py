@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, fuse, strict
+from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, FusedFeatures, FusedTransition, fuse, strict
 
 SIZE = (4, 16, 4, 8)  # layers, features, bn_size, growth_rate
 VARIANTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -138,6 +138,33 @@ def second_order(rank: int) -> None:
         gradient.square().sum().backward()
 
 
+class Undefined(torch.autograd.Function):
+    """The identity, which sends no gradient back, as torch's SyncBatchNorm does for an empty batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        return None
+
+
+def undefined_gradient(rank: int) -> None:
+    """The other rank waits for this one's sums: none is sent back as zeros are."""
+    channels = SIZE[1]
+    stem = FusedFeatures(nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    for module in map(sync, (FusedDenseBlock(*SIZE), FusedTransition(channels, 4), stem)):
+        x = torch.randn(2, channels, 4, 4)[rank : rank + 1].requires_grad_()
+        inputs = [x, *module.parameters()]
+        zeros, undefined = (
+            torch.autograd.grad((module(x) if rank == 0 else last(module(x))).square().sum(), inputs)
+            for last in (lambda out: 0 * out, Undefined.apply)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(zeros, undefined, strict=True))
+        assert undefined[0].any()
+
+
 def compiled(rank: int) -> None:
     block = sync(FusedDenseBlock(2, 8, 2, 4))
     x = torch.randn(2, 8, 4, 4)
@@ -147,8 +174,8 @@ def compiled(rank: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual.values(), expected.values(), strict=True))
 
 
-@pytest.mark.parametrize("check", [one_value, modes, groups, second_order, compiled])
-def test_synchronised_block(check: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("check", [one_value, modes, groups, second_order, undefined_gradient, compiled])
+def test_synchronised_modules(check: Callable[[int], None]) -> None:
     processes.run(check)
 
 

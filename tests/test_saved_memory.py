@@ -54,6 +54,17 @@ def test_recomputed_bottleneck(images: int) -> None:
     assert 5 < counted <= tolerance("saved MiB, memory_efficient")
 
 
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+@pytest.mark.parametrize(("memory_efficient", "torchvisions"), [(False, 102.5), (True, 38.0)])
+def test_operator_by_operator(memory_efficient: bool, torchvisions: float) -> None:
+    def hooked(layers: int, channels: int) -> FusedDenseBlock:
+        block = FusedDenseBlock(layers, channels, 4, 32, memory_efficient=memory_efficient)
+        block.denselayer1.conv2.register_forward_hook(lambda *_: None)
+        return block
+
+    assert saved_mebibytes(hooked) == pytest.approx(torchvisions, rel=tolerance("torchvision's saved MiB"))
+
+
 def test_nothing_is_kept_without_gradients() -> None:
     with torch.no_grad():
         assert saved_mebibytes(lambda n, c: FusedDenseBlock(n, c, 4, 32)) == 0

@@ -149,6 +149,22 @@ inline void* vector(const Argument& t, const Argument& data, int64_t channels) {
   return t.data;
 }
 
+// Two such vectors, one below the other: (2, C).
+inline void* two_vectors(const Argument& t, const Argument& data, int64_t channels) {
+  if (t.dim != 2 || t.sizes[0] != 2) {
+    refuse<WrongValue>(t, "expected shape (2, ", channels, "), got ", List{t.sizes, t.dim});
+  }
+  Argument row = t;
+  row.dim = 1, ++row.sizes, ++row.strides;
+  return vector(row, data, channels);
+}
+
+// A vector's channels, as an image of one pixel.
+inline Shape channels_of(const Argument& t) {
+  if (t.dim != 1) refuse<WrongValue>(t, "expected one dimension, got shape ", List{t.sizes, t.dim});
+  return {1, 1, 1, 1, 1, 1, 1, t.sizes[0], t.sizes[0]};
+}
+
 inline Moments moments(const Argument& mean, const Argument& var, const Argument& of) {
   if (!mean.given && !var.given) return {nullptr, nullptr};
   if (!mean.given) refuse<WrongValue>(mean, "expected a tensor beside ", var.name, ", got None");

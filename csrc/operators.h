@@ -87,6 +87,35 @@ struct Operators {
     Binding::run(problem, x, tf32);
   }
 
+  static void norm_scale(const Tensor& var_, const Tensor& gamma, double eps, const Tensor& scale) {
+    const Argument var = argument(var_, "var");
+    const Shape shape = channels_of(var);
+    Binding::check(var);
+    const NormScale problem{shape, vector(var, var, shape.in), vector(argument(gamma, "gamma"), var, shape.in), eps,
+                            vector(argument(scale, "scale"), var, shape.in)};
+    Binding::run(problem, var, false);
+  }
+
+  static void norm_backward(const Tensor& sums_, const Tensor& scale, const Tensor& var_, double eps,
+                            const Optional& pixels_, const Tensor& dgamma, const Tensor& correction_, bool accumulate) {
+    const Argument var = argument(var_, "var"), sums = argument(sums_, "sums"), pixels = argument(pixels_, "pixels");
+    const Argument correction = argument(correction_, "correction");
+    const Shape shape = channels_of(var);
+    Binding::check(var);
+    const NormBackward problem{shape,
+                               two_vectors(sums, var, shape.in),
+                               sums.strides[0],
+                               vector(argument(scale, "scale"), var, shape.in),
+                               vector(var, var, shape.in),
+                               eps,
+                               pixels.given ? vector(pixels, var, 1) : nullptr,
+                               vector(argument(dgamma, "dgamma"), var, shape.in),
+                               two_vectors(correction, var, shape.in),
+                               correction.strides[0],
+                               accumulate};
+    Binding::run(problem, var, false);
+  }
+
   static void norm_relu_pool(const Tensor& x_, const Tensor& mean, const Tensor& scale, const Tensor& shift,
                              const Tensor& out_) {
     const Argument x = argument(x_, "x"), out = argument(out_, "out");

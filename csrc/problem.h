@@ -112,4 +112,26 @@ struct PlaceBackward {
   Strided out;
 };
 
+// scale = gamma / sqrt(var + eps), per channel.
+struct NormScale {
+  Shape shape;  // `in` channels
+  const void *var, *gamma;
+  double eps;
+  void* scale;
+};
+
+// What two sums of `in` channels each, `sums` and `sums` + sums_ld, are to the norm whose scale they were taken with;
+// `correction` are two vectors, too. Where `pixels` is null the norm's statistics are constants.
+struct NormBackward {
+  Shape shape;
+  const void* sums;
+  int64_t sums_ld;
+  const void *scale, *var;
+  double eps;
+  const void* pixels;
+  void *dgamma, *correction;
+  int64_t correction_ld;
+  bool accumulate;
+};
+
 }  // namespace fused_densenet

@@ -28,13 +28,17 @@ SCHEMAS = (
     "norm_relu_conv_backward(Tensor stored, Tensor value, Tensor grad_scale, Tensor slope, Tensor grad_mean, "
     "Tensor offset, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) dx, "
     "bool accumulate, Tensor(b!)? dweight, Tensor(c!) sum_dz, Tensor(d!) sum_dz_centered, bool tf32=False) -> ()",
+    "norm_scale(Tensor var, Tensor gamma, float eps, Tensor(a!) scale) -> ()",
+    "norm_backward(Tensor sums, Tensor scale, Tensor var, float eps, Tensor? pixels, Tensor(a!) dgamma, "
+    "Tensor(b!) correction, bool accumulate) -> ()",
     "norm_relu_pool(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) out) -> ()",
     "norm_relu_pool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) dx, "
     "Tensor(b!) sum_dz, Tensor(c!) sum_dz_centered) -> ()",
 )
 """The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
-device (the last two the CPU's alone): defined below, once, so that the libraries load alone or together in any order. ``tf32`` lets a GPU multiply
-float32 data in TF32; other devices and dtypes ignore it."""
+device (``norm_scale`` and ``norm_backward`` CUDA's alone, the last two the CPU's): defined below, once, so that the
+libraries load alone or together in any order. ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes
+ignore it."""
 
 
 def extension_name(torch_version: str) -> str:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import schedule
 from .backends import BACKENDS
-from .higher_order import refuse_synchronised, second_order
+from .derivatives import norm_relu, refuse_synchronised, second_order
 from .schedule import Layer, NormReluConv, Saved
 
 
@@ -210,8 +210,7 @@ def _operator_by_operator(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     for layer in layers:
         new = x
         for c in layer.convolutions:
-            mean, var = (None, None) if c.batch_stats else (c.running_mean, c.running_var)
-            a = F.relu(F.batch_norm(new, mean, var, c.gamma, c.beta, c.batch_stats, eps=c.eps))
+            a = norm_relu(new, (c.running_mean, c.running_var), c.gamma, c.beta, c.eps, c.batch_stats)
             spatial = c.weight.dim() - 2
             convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
             new = convolve(a, c.weight.to(a.dtype), padding=[size // 2 for size in c.weight.shape[2:]])

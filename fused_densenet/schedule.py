@@ -99,12 +99,12 @@ def forward(
             y = saved.bottleneck[i] if bottleneck is None else bottleneck
             y_mean, y_var = saved.bottleneck_stats[:, i]
             first = layer.convolutions[0]
-            norm = norm_of(first, source_mean, source_var)
+            norm = norm_of(first, source_mean, source_var, backend)
             backend.norm_relu_conv(source, norm, weight_5d(first.weight), y, y_mean, y_var)
             synchronise(y_mean, y_var)
             source, source_mean, source_var = y, y_mean, y_var
         last = layer.convolutions[-1]
-        norm = norm_of(last, source_mean, source_var)
+        norm = norm_of(last, source_mean, source_var, backend)
         new, new_mean, new_var = data[..., width:end], mean[width:end], var[width:end]
         if layer.keep is None:
             backend.norm_relu_conv(source, norm, weight_5d(last.weight), new, new_mean, new_var)
@@ -140,18 +140,18 @@ def backward(
     data = as_pixels(buffer)  # a saved-tensor hook may have brought it back in another layout
     mean, var = saved.stats
     if not any(c.batch_stats for layer in layers for c in layer.convolutions):
-        mean = torch.zeros_like(mean)  # nothing is owed, and one image's NaN must not reach the others
+        mean = torch.zeros_like(mean)  # nothing is corrected, and one image's NaN must not reach the others
     stored = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device)
     backend.place(pixels_last(dout), stored, None, None)
     ones = torch.ones_like(mean)
-    owed = torch.zeros_like(saved.stats)  # what readers' statistics owe each channel: per 1, per (x - mean)
+    corrections = torch.zeros_like(saved.stats)  # by readers' statistics, of each channel: per 1, per (x - mean)
 
     def load(channels: slice) -> Gradient:
-        debt = owed[:, channels]
+        own = corrections[:, channels]
         if group is not None and channels.stop < data.shape[-1]:  # nobody reads the last layer's
-            debt = debt.contiguous()
-            sum_over_ranks(debt, group)
-        return Gradient(stored[..., channels], data[..., channels], ones[channels], -debt[1], mean[channels], -debt[0])
+            own = own.contiguous()
+            sum_over_ranks(own, group)
+        return Gradient(stored[..., channels], data[..., channels], ones[channels], own[1], mean[channels], own[0])
 
     recompute = saved.bottleneck.numel() == 0
     y_scratch = _scratch(data, layers) if recompute else None
@@ -166,7 +166,7 @@ def backward(
             grad = _dropout_backward(grad, layer, backend)
         source, source_mean, source_var = data[..., :width], mean[:width], var[:width]
         first = layer.convolutions[0]
-        first_norm = norm_of(first, source_mean, source_var)
+        first_norm = norm_of(first, source_mean, source_var, backend)
         if len(layer.convolutions) == 2:
             last = layer.convolutions[1]
             y_mean, y_var = saved.bottleneck_stats[:, i]
@@ -175,28 +175,29 @@ def backward(
             else:
                 y = y_scratch
                 backend.norm_relu_conv(source, first_norm, weight_5d(first.weight), y, None, None)
-            norm = norm_of(last, y_mean, y_var)
-            gradients, y_owed = convolution_backward(
-                grad, y, norm, y_var, last, dy, False, weight_needed[i][1], saved.pixels, backend
+            norm = norm_of(last, y_mean, y_var, backend)
+            own = torch.empty(2, y.shape[-1], dtype=mean.dtype, device=mean.device)
+            gradients = convolution_backward(
+                grad, y, norm, y_var, last, dy, own, False, weight_needed[i][1], saved.pixels, backend
             )
             if group is not None:
-                sum_over_ranks(y_owed, group)
+                sum_over_ranks(own, group)
             parameters[i].append(gradients)
-            grad = Gradient(dy, y, norm.scale, -y_owed[1], norm.mean, -y_owed[0])
-        gradients, source_owed = convolution_backward(
+            grad = Gradient(dy, y, norm.scale, own[1], norm.mean, own[0])
+        gradients = convolution_backward(
             grad,
             source,
             first_norm,
             source_var,
             first,
             stored[..., :width],
+            corrections[:, :width],
             True,
             weight_needed[i][0],
             saved.pixels,
             backend,
         )
         parameters[i].insert(0, gradients)
-        owed[:, :width] += source_owed
         end = width
     dx = empty_channels_last((dout.shape[0], end, *dout.shape[2:]), end, saved.buffer)
     backend.place_backward(load(slice(0, end)), pixels_last(dx))
@@ -210,12 +211,13 @@ def convolution_backward(
     var: Tensor,
     convolution: NormReluConv,
     dx: Tensor,
+    correction: Tensor,
     accumulate: bool,
     weight_needed: bool,
     pixels: Tensor,
     backend: ModuleType,
-) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor]:
-    """One convolution's parameter gradients, and what its norm's statistics owe ``x`` for this rank: ``(2, C)``."""
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """One convolution's parameter gradients; ``dx``, and ``correction`` for this rank, are stored or added to."""
     weight = convolution.weight
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_needed else None
     sums = torch.empty(2, x.shape[-1], dtype=accumulate_dtype(x.dtype), device=x.device)
@@ -230,18 +232,10 @@ def convolution_backward(
         sums[0],
         sums[1],
     )
-    rstd = torch.rsqrt((var if convolution.batch_stats else _running(convolution)[1]) + convolution.eps)
-    dgamma = (sums[1] * rstd).to(convolution.gamma.dtype)
-    dbeta = sums[0].to(convolution.beta.dtype)
-    owed = owed_by(norm, rstd, sums, pixels) if convolution.batch_stats else torch.zeros_like(sums)
-    return (dweight, dgamma, dbeta), owed
-
-
-def owed_by(norm: Norm, rstd: Tensor, sums: Tensor, pixels: Tensor) -> Tensor:
-    """What batch statistics owe: ``(2, C)``, per 1 and per ``x - mean``; ``sums`` of dz and dz (x - mean)."""
-    owed = sums * (norm.scale / pixels)
-    owed[1] *= rstd * rstd
-    return owed
+    batch_stats, eps = convolution.batch_stats, convolution.eps
+    var, count = (var, pixels) if batch_stats else (_running(convolution)[1], None)
+    dgamma = backend.norm_backward(sums, norm.scale, var, eps, count, correction, accumulate)
+    return dweight, dgamma.to(convolution.gamma.dtype), sums[0].to(convolution.beta.dtype)
 
 
 def _dropout_backward(grad: Gradient, layer: Layer, backend: ModuleType) -> Gradient:
@@ -257,11 +251,14 @@ def _noise(layer: Layer, like: Tensor) -> Tensor:
     return pixels_last(layer.keep).to(like.dtype) * layer.keep_scale
 
 
-def norm_of(convolution: NormReluConv, mean: Tensor, var: Tensor) -> Norm:
+def norm_of(convolution: NormReluConv, mean: Tensor, var: Tensor, backend: ModuleType) -> Norm:
     if not convolution.batch_stats:
         mean, var = _running(convolution)
-    scale = convolution.gamma.to(var.dtype) * torch.rsqrt(var + convolution.eps)
-    return Norm(mean, scale, convolution.beta.to(var.dtype).contiguous())
+    return norm_by(convolution.gamma, convolution.beta, convolution.eps, mean, var, backend)
+
+
+def norm_by(gamma: Tensor, beta: Tensor, eps: float, mean: Tensor, var: Tensor, backend: ModuleType) -> Norm:
+    return Norm(mean, backend.norm_scale(var, gamma, eps), beta.to(var.dtype).contiguous())
 
 
 def _running(convolution: NormReluConv) -> tuple[Tensor, Tensor]:

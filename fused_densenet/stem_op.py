@@ -4,17 +4,15 @@ Operator by operator a stem keeps the norm's input, ReLU's output and the places
 input, the last two need not be kept.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import BACKENDS, eager
-from .backends.contract import Gradient, Norm
-from .higher_order import refuse_synchronised, second_order
+from .backends import BACKENDS
+from .backends.contract import Gradient
+from .derivatives import register_derivatives
 from .ranks import sum_over_ranks
-from .schedule import as_pixels, empty_channels_last, owed_by, pixels_last
+from .schedule import as_pixels, empty_channels_last, norm_by, pixels_last
 
 
 @torch.library.custom_op("fused_densenet::stem", mutates_args=())
@@ -32,8 +30,9 @@ def stem(
 ) -> Tensor:
     """``relu(bn(x))``, or where ``pool`` its maxima over windows of 3, stride 2, padding 1; ``moments`` as transition's."""
     out = _allocate(x, pool)
-    run = getattr(BACKENDS[backend], "norm_relu_pool", eager.norm_relu_pool)
-    run(as_pixels(x), _norm(gamma, beta, moments, eps)[0], pixels_last(out))
+    kernels = BACKENDS[backend]
+    mean, var = moments
+    kernels.norm_relu_pool(as_pixels(x), norm_by(gamma, beta, eps, mean, var, kernels), pixels_last(out))
     return out
 
 
@@ -70,16 +69,17 @@ def stem_backward(
     """Returns the gradients of x, gamma and beta."""
     dx = empty_channels_last(x.shape, x.shape[1], x)
     source, dz = as_pixels(x), pixels_last(dx)
-    norm, rstd = _norm(gamma, beta, moments, eps)
-    sums = torch.empty_like(moments)
-    run = getattr(BACKENDS[backend], "norm_relu_pool_backward", eager.norm_relu_pool_backward)
-    run(as_pixels(dout), source, norm, dz, sums[0], sums[1])
-    dgamma, dbeta = (sums[1] * rstd).to(gamma.dtype), sums[0].to(beta.dtype)
-    owed = owed_by(norm, rstd, sums, pixels) if batch_stats else torch.zeros_like(sums)
+    kernels = BACKENDS[backend]
+    mean, var = moments
+    norm = norm_by(gamma, beta, eps, mean, var, kernels)
+    sums, correction = torch.empty_like(moments), torch.empty_like(moments)
+    kernels.norm_relu_pool_backward(as_pixels(dout), source, norm, dz, sums[0], sums[1])
+    count = pixels if batch_stats else None
+    dgamma = kernels.norm_backward(sums, norm.scale, var, eps, count, correction, False)
     if group is not None:
-        sum_over_ranks(owed, group)
-    BACKENDS[backend].place_backward(Gradient(dz, source, norm.scale, -owed[1], norm.mean, -owed[0]), dz)
-    return dx, dgamma, dbeta
+        sum_over_ranks(correction, group)
+    kernels.place_backward(Gradient(dz, source, norm.scale, correction[1], mean, correction[0]), dz)
+    return dx, dgamma.to(gamma.dtype), sums[0].to(beta.dtype)
 
 
 @stem_backward.register_fake
@@ -99,55 +99,14 @@ def _(
     return empty_channels_last(x.shape, x.shape[1], x), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.constants = inputs[5:]
-    ctx.set_materialize_grads(False)
+def _after_relu(a: Tensor, pool: bool) -> Tensor:
+    max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[a.dim() - 3]
+    return max_pool(a, 3, 2, 1) if pool else a
 
 
-def _backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
-    nothing = [None] * len(ctx.needs_input_grad)
-    pool, group = ctx.constants[2], ctx.constants[4]
-    if dout is None and group is None:
-        return tuple(nothing)
-    if dout is None:  # other ranks wait for this one's sums
-        dout = _allocate(ctx.saved_tensors[0], pool).zero_()
-    gradients = stem_backward(dout, *ctx.saved_tensors, *ctx.constants)
-    return (*(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=False)), *nothing[3:])
-
-
-stem.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    _, ctx.eps, ctx.batch_stats, ctx.pool, _, ctx.group = inputs[5:]
-    ctx.set_materialize_grads(False)
-
-
-def _double_backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
-    refuse_synchronised(ctx.group)
-    dout, x, gamma, beta, moments = ctx.saved_tensors
-
-    def operator_by_operator(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        mean, var = (None, None) if ctx.batch_stats else moments
-        a = F.relu(F.batch_norm(x, mean, var, gamma, beta, ctx.batch_stats, eps=ctx.eps))
-        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.dim() - 3]
-        return pool(a, 3, 2, 1) if ctx.pool else a
-
-    gradients = second_order(operator_by_operator, dout, (x, gamma, beta), second)
-    return (*gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients)))
-
-
-stem_backward.register_autograd(_double_backward, setup_context=_setup_double_context)
+register_derivatives(stem, stem_backward, _after_relu)
 
 
 def _allocate(x: Tensor, pool: bool) -> Tensor:
     sizes = [(size + 1) // 2 for size in x.shape[2:]] if pool else x.shape[2:]
     return empty_channels_last((*x.shape[:2], *sizes), x.shape[1], x)
-
-
-def _norm(gamma: Tensor, beta: Tensor, moments: Tensor, eps: float) -> tuple[Norm, Tensor]:
-    mean, var = moments
-    rstd = torch.rsqrt(var + eps)
-    return Norm(mean, gamma.to(var.dtype) * rstd, beta.to(var.dtype).contiguous()), rstd

@@ -61,6 +61,21 @@ def test_place(channels_first: bool, dtype: torch.dtype, name: str) -> None:
 
 
 @both
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_norms_vectors(accumulate: bool, name: str) -> None:
+    sums, correction = torch.randn(2, 300), torch.randn(2, 303)[:, 3:]
+    var, gamma, pixels = torch.rand(300), torch.randn(300), torch.tensor([7.0])
+    results = []
+    for backend, device in ((BACKENDS[name], "cuda"), (BACKENDS["eager"], "cpu")):
+        own = correction.clone().to(device)
+        scale = backend.norm_scale(var.to(device), gamma.to(device), 1e-3)
+        arguments = (sums.to(device), scale, var.to(device), 1e-3, pixels.to(device), own, accumulate)
+        results.append([t.cpu() for t in (scale, backend.norm_backward(*arguments), own)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@both
 @pytest.mark.parametrize("size", [(3, 32, 4, 32), (2, 24, 4, 12), (2, 20, None, 7)], ids=str)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_a_block_against_the_reference(size: tuple[int, int, int | None, int], dims: int, name: str) -> None:

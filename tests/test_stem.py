@@ -110,6 +110,26 @@ def test_gradients_of_first_and_second_order(sizes: tuple[int, ...], training: b
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool", [True, False])
+def test_autocast_changes_nothing(pool: bool, dtype: torch.dtype) -> None:
+    """As BN, ReLU and pooling it keeps the dtype of its input; the derivatives, too, of either order."""
+    ours, x = pair(2, 6, pool)[0], torch.randn(2, 6, 7, 6).to(dtype)
+
+    def derivatives(autocast: bool) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_(), *ours.parameters()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = ours(inputs[0])
+            first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        return [out, *first, *second]
+
+    for with_autocast, without in zip(derivatives(True), derivatives(False), strict=True):
+        assert with_autocast.dtype == without.dtype
+        assert torch.equal(with_autocast, without)
+
+
 def test_whole_stem_keeps_its_input_alone() -> None:
     """conv0's image and its result, and vectors: not ReLU's result, not the places of the maxima."""
     modules = OrderedDict(

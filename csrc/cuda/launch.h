@@ -27,6 +27,12 @@ int place(const Place&, Arithmetic, const Device&, void* workspace, void* stream
 size_t place_backward_workspace(const PlaceBackward&, Arithmetic, const Device&);
 int place_backward(const PlaceBackward&, Arithmetic, const Device&, void* workspace, void* stream);
 
+size_t norm_scale_workspace(const NormScale&, Arithmetic, const Device&);
+int norm_scale(const NormScale&, Arithmetic, const Device&, void* workspace, void* stream);
+
+size_t norm_backward_workspace(const NormBackward&, Arithmetic, const Device&);
+int norm_backward(const NormBackward&, Arithmetic, const Device&, void* workspace, void* stream);
+
 size_t conv1x1_forward_workspace(const Forward&, Arithmetic, const Device&);
 int conv1x1_forward(const Forward&, Arithmetic, const Device&, void* workspace, void* stream);
 

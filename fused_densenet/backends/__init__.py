@@ -1,6 +1,6 @@
 """The backends, and which of them runs where.
 
-Each backend implements the four functions of :mod:`fused_densenet.backends.contract`.
+Each backend has the functions of :mod:`fused_densenet.backends.contract`.
 """
 
 import contextlib

@@ -6,6 +6,7 @@ names backends in the order of preference; the first that can run is taken.
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -25,16 +26,19 @@ class ShapeClass(NamedTuple):
 FEW = 2**14
 """Pixels of the batch below which an image counts as "few": too few tiles for a large GPU."""
 
+MOST_HALO = 200
+"""Pixels of eight neighbours' halo that fit the shared memory of every GPU; a kernel with more is "large"."""
+
 PIXELS = ("few", "many")
 KERNELS = {
     "place": ("",),
     "place_backward": ("",),
-    "norm_relu_conv": ("1x1", "pooled 1x1", "3", "other"),
-    "norm_relu_conv_backward": ("1x1", "pooled 1x1", "3", "other"),
+    "norm_relu_conv": ("1x1", "pooled 1x1", "3", "other", "large"),
+    "norm_relu_conv_backward": ("1x1", "pooled 1x1", "3", "other", "large"),
 }
 
 TABLE: dict[ShapeClass, tuple[str, ...]] = {
-    ShapeClass(primitive, kernel, pixels): ("cuda", "triton", "eager")
+    ShapeClass(primitive, kernel, pixels): ("triton", "eager") if kernel == "large" else ("cuda", "triton", "eager")
     for primitive, kernels in KERNELS.items()
     for kernel in kernels
     for pixels in PIXELS
@@ -74,7 +78,10 @@ def classify(
     sizes = set(weight[2:])
     if sizes == {1}:
         return ShapeClass(primitive, "1x1" if image[:4] == result[:4] else "pooled 1x1", pixels)
-    return ShapeClass(primitive, "3" if sizes <= {1, 3} else "other", pixels)
+    if sizes <= {1, 3}:
+        return ShapeClass(primitive, "3", pixels)
+    *outer, innermost = weight[2:]
+    return ShapeClass(primitive, "other" if math.prod(outer) * (innermost + 7) <= MOST_HALO else "large", pixels)
 
 
 @functools.lru_cache(maxsize=4096)

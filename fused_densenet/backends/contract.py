@@ -1,4 +1,4 @@
-"""What a backend is: four functions over channels-last pixels.
+"""What a backend is: functions over channels-last pixels, four above all.
 
 Data is ``(N, D, H, W, C)``, sizes that a network does not have equal to 1, channel stride 1, the same stride between
 any two neighbouring pixels; a slice of channels of a wider buffer is such a tensor. A convolution weight is
@@ -24,7 +24,17 @@ A convolution of kernel size 1 also pools, where ``out`` (in backward: ``grad``)
 commute, cost a pooled convolution. ``dx`` and both sums are over all pixels of ``x``; a last pixel that an odd size
 leaves without a window has ``dz = 0``.
 
-Two more serve a network's stem; a backend that has none of its own uses the eager one's.
+For four more a backend that has none of its own takes the eager one's.
+
+``norm_scale(var, gamma, eps)``
+    Returns ``gamma / sqrt(var + eps)``, a vector.
+``norm_backward(sums, scale, var, eps, pixels, correction, accumulate)``
+    Returns the gradient of gamma, a vector, from ``sums`` ``(2, C)``, of ``dz`` and ``dz * (x - mean)``, of a norm with
+    that ``scale`` and ``var``. ``correction`` ``(2, C)`` is what the norm's statistics, taken of ``pixels`` values (a
+    tensor of one entry), add to the gradient of ``x`` beside ``scale * dz``, per 1 and per ``x - mean``: stored, or
+    added where ``accumulate``. Where ``pixels`` is None they are constants and add nothing. arXiv 1502.03167, section 3.
+
+The other two serve a network's stem:
 
 ``norm_relu_pool(x, norm, out)``
     ``out`` the activations ``a`` of ``x``, as above; or, where ``out`` has other sizes than ``x``, their maxima over

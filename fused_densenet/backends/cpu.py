@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .. import _extension
 from .contract import Gradient, Norm
+from .eager import norm_backward as norm_backward
+from .eager import norm_scale as norm_scale
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from .. import _extension
 from . import choice, eager, triton
 from .contract import Gradient, Norm, uses_tf32
+from .eager import norm_relu_pool as norm_relu_pool
+from .eager import norm_relu_pool_backward as norm_relu_pool_backward
 
 MINIMUM_CAPABILITY = (7, 5)
 
@@ -86,6 +88,20 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
         other.place_backward(grad, out)
     else:
         _operators.place_backward.default(*grad, out)
+
+
+def norm_scale(var: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    scale = torch.empty_like(var)
+    _operators.norm_scale.default(var, gamma.to(var.dtype).contiguous(), eps, scale)
+    return scale
+
+
+def norm_backward(
+    sums: Tensor, scale: Tensor, var: Tensor, eps: float, pixels: Tensor | None, correction: Tensor, accumulate: bool
+) -> Tensor:
+    dgamma = torch.empty_like(var)
+    _operators.norm_backward.default(sums, scale, var, eps, pixels, dgamma, correction, accumulate)
+    return dgamma
 
 
 def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:

@@ -78,6 +78,23 @@ def norm_relu_conv_backward(
     dx.copy_(dx + dz * norm.scale if accumulate else dz)
 
 
+def norm_scale(var: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    return gamma.to(var.dtype) * torch.rsqrt(var + eps)
+
+
+def norm_backward(
+    sums: Tensor, scale: Tensor, var: Tensor, eps: float, pixels: Tensor | None, correction: Tensor, accumulate: bool
+) -> Tensor:
+    rstd = torch.rsqrt(var + eps)
+    if not accumulate:
+        correction.zero_()
+    if pixels is not None:
+        owed = sums * (scale / pixels)
+        owed[1] *= rstd * rstd
+        correction -= owed
+    return sums[1] * rstd
+
+
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
     for images, maxima in zip(x.chunk(_CHUNKS), out.chunk(_CHUNKS), strict=True):
         a = _activation(images, norm)

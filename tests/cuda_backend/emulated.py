@@ -106,6 +106,33 @@ class Emulated:
         kept = [out] if in_place else []
         self._run("place_backward", lambda at: problems.place_backward(at, grad, out), out, [*grad], [out], kept)
 
+    def norm_scale(self, var: Tensor, gamma: Tensor, eps: float) -> Tensor:
+        scale = torch.empty_like(var)
+        self._run("norm_scale", lambda at: problems.norm_scale(at, var, gamma, eps, scale), var, [var, gamma], [scale])
+        return scale
+
+    def norm_backward(
+        self,
+        sums: Tensor,
+        scale: Tensor,
+        var: Tensor,
+        eps: float,
+        pixels: Tensor | None,
+        correction: Tensor,
+        accumulate: bool,
+    ) -> Tensor:
+        dgamma = torch.empty_like(var)
+        arguments = (sums, scale, var, eps, pixels, dgamma, correction, accumulate)
+        self._run(
+            "norm_backward",
+            lambda at: problems.norm_backward(at, *arguments),
+            var,
+            _present(sums, scale, var, pixels),
+            [dgamma, correction],
+            kept=[correction] if accumulate else [],
+        )
+        return dgamma
+
     def norm_relu_conv(
         self, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
     ) -> None:

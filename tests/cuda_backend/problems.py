@@ -84,7 +84,40 @@ class PlaceBackward(ctypes.Structure):
     _fields_ = [("shape", Shape), ("grad", Gradient), ("out", Strided)]
 
 
-PROBLEMS = {"place": Place, "place_backward": PlaceBackward, "forward": Forward, "backward": Backward}
+class NormScale(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("var", _pointer),
+        ("gamma", _pointer),
+        ("eps", ctypes.c_double),
+        ("scale", _pointer),
+    ]
+
+
+class NormBackward(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("sums", _pointer),
+        ("sums_ld", _i64),
+        ("scale", _pointer),
+        ("var", _pointer),
+        ("eps", ctypes.c_double),
+        ("pixels", _pointer),
+        ("dgamma", _pointer),
+        ("correction", _pointer),
+        ("correction_ld", _i64),
+        ("accumulate", ctypes.c_bool),
+    ]
+
+
+PROBLEMS = {
+    "place": Place,
+    "place_backward": PlaceBackward,
+    "norm_scale": NormScale,
+    "norm_backward": NormBackward,
+    "forward": Forward,
+    "backward": Backward,
+}
 
 
 def place(at: Arena, x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> Place:
@@ -94,6 +127,27 @@ def place(at: Arena, x: Tensor, out: Tensor | None, mean: Tensor | None, var: Te
 
 def place_backward(at: Arena, grad: LoadedGradient, out: Tensor) -> PlaceBackward:
     return PlaceBackward(_shape(out, out.shape[-1]), _gradient(at, grad), _strided(at, out))
+
+
+def norm_scale(at: Arena, var: Tensor, gamma: Tensor, eps: float, scale: Tensor) -> NormScale:
+    return NormScale(_vector_shape(var), at.address(var), at.address(gamma), eps, at.address(scale))
+
+
+def norm_backward(
+    at: Arena,
+    sums: Tensor,
+    scale: Tensor,
+    var: Tensor,
+    eps: float,
+    pixels: Tensor | None,
+    dgamma: Tensor,
+    correction: Tensor,
+    accumulate: bool,
+) -> NormBackward:
+    rows = (at.address(sums), sums.stride(0)), (at.address(correction), correction.stride(0))
+    vectors = at.address(scale), at.address(var)
+    tail = at.address(pixels), at.address(dgamma), *rows[1], accumulate
+    return NormBackward(_vector_shape(var), *rows[0], *vectors, eps, *tail)
 
 
 def forward(
@@ -133,6 +187,10 @@ def backward(
         at.address(sum_dz),
         at.address(sum_dz_centered),
     )
+
+
+def _vector_shape(vector: Tensor) -> Shape:
+    return Shape(1, 1, 1, 1, 1, 1, 1, len(vector), len(vector), 1, 1, 1)
 
 
 def _shape(image: Tensor, out_channels: int, weight: Tensor | None = None, out: Tensor | None = None) -> Shape:

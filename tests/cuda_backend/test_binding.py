@@ -170,6 +170,27 @@ def test_a_bad_argument_is_named(operators: Any, name: str, value: Tensor, said:
         assert torch.equal(arguments[key], before[key]), f"{key} was written"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("var", torch.ones(1, 6), "expected one dimension"),
+        ("var", torch.ones(6, dtype=torch.float64), "expected float32"),
+        ("sums", torch.ones(6), r"expected shape \(2, 6\), got \[6\]"),
+        ("scale", torch.ones(5), "expected 6 entries"),
+        ("pixels", torch.ones(2), "expected 1 entries"),
+        ("dgamma", torch.ones(6, dtype=torch.bfloat16), "expected dtype Float, got BFloat16"),
+        ("correction", torch.ones(6, 2).T, "expected stride 1, got 2"),
+    ],
+)
+def test_a_bad_vector_is_named(operators: Any, name: str, value: Tensor, said: str) -> None:
+    vectors = {key: torch.ones(6) for key in ("scale", "var", "dgamma")}
+    rows = {key: torch.ones(2, 6) for key in ("sums", "correction")}
+    arguments = {**vectors, **rows, "pixels": torch.ones(1), "eps": 1e-5, "accumulate": True}
+    operators.norm_backward(**arguments)
+    with pytest.raises(ValueError, match=f"{name}: .*{said}"):
+        operators.norm_backward(**{**arguments, name: value})
+
+
 def test_a_launch_that_fails_is_an_exception() -> None:
     absent = binding.load("fused_densenet_absent", [])
     x = torch.ones(1, 1, 2, 2, 8)
@@ -190,6 +211,11 @@ def test_opcheck(operators: Any) -> None:
     calls = {
         "place": ((x, torch.empty_like(x), torch.empty(6), torch.empty(6)), {}),
         "place_backward": ((), {**gradient, "out": torch.empty_like(stored)}),
+        "norm_scale": ((torch.ones(6), torch.ones(6), 1e-5, torch.empty(6)), {}),
+        "norm_backward": (
+            (torch.ones(2, 6), *torch.ones(2, 6), 1e-5, torch.ones(1), torch.empty(6), torch.ones(2, 9)[:, 3:], True),
+            {},
+        ),
         "norm_relu_conv": ((x, *(arguments[key] for key in Norm._fields), arguments["weight"], out, None, None), {}),
         "norm_relu_conv_backward": ((), arguments),
     }
@@ -209,9 +235,12 @@ x, dx = torch.ones(2, 1, 7, 7, 64), torch.ones(2, 1, 7, 7, 64)
 out, w = torch.ones(2, 1, 7, 7, 32), torch.ones(32, 64, 1, 3, 3)
 norm, sums, v = Norm(*torch.ones(3, 64)), torch.ones(2, 64), list(torch.ones(4, 32))
 grad = Gradient(out, out.clone(), *v)
+pixels, dsums = torch.ones(1), torch.ones(2, 64)
 calls = dict(
     place=lambda: cuda.place(x, dx, sums[0], sums[1]),
     place_backward=lambda: cuda.place_backward(grad, out),
+    norm_scale=lambda: cuda.norm_scale(sums[0], sums[1], 1e-5),
+    norm_backward=lambda: cuda.norm_backward(sums, sums[0], sums[1], 1e-5, pixels, dsums, True),
     norm_relu_conv=lambda: cuda.norm_relu_conv(x, norm, w, out, v[0], v[1]),
     norm_relu_conv_backward=lambda: cuda.norm_relu_conv_backward(grad, x, norm, w, dx, True, w, sums[0], sums[1]),
 )
@@ -228,7 +257,7 @@ def test_what_a_call_costs_on_the_host() -> None:
     assert done.returncode == 0, done.stderr
     costs = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     print("microseconds per call on the host:", costs)
-    assert len(costs) == 4
+    assert len(costs) == 6
     assert max(costs.values()) < 100
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import small
 import torch
 
 from fused_densenet import _extension, backends
@@ -85,6 +86,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         ((64, 1, 56, 56, 64), (32, 64, 1, 3, 3), (64, 1, 56, 56, 32), ("3", "many")),
         ((2, 1, 1, 50, 64), (32, 64, 1, 1, 3), (2, 1, 1, 50, 32), ("3", "few")),
         ((2, 1, 7, 7, 64), (32, 64, 1, 5, 5), (2, 1, 7, 7, 32), ("other", "few")),
+        ((2, 7, 7, 7, 64), (32, 64, 5, 5, 5), (2, 7, 7, 7, 32), ("large", "few")),
+        *(((2, 7, 7, 7, 64), (32, 64, *kernel), (2, 7, 7, 7, 32), ("other", "few")) for kernel in small.LARGEST),
         ((2, 1, 7, 7, 64), (32, 64, 1, 1, 1), (2, 1, 7, 7, 32), ("1x1", "few")),
         ((2, 1, 7, 7, 64), (32, 64, 1, 1, 1), (2, 1, 3, 3, 32), ("pooled 1x1", "few")),
     ],

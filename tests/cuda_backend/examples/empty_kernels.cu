@@ -3,14 +3,16 @@
 
 namespace fused_densenet {
 
-#define FD_EMPTY(name, Problem)                                                       \
-  size_t name##_workspace(const Problem&, Arithmetic, const Device&) { return 4096; } \
+#define FD_EMPTY(name, Problem, bytes)                                                 \
+  size_t name##_workspace(const Problem&, Arithmetic, const Device&) { return bytes; } \
   int name(const Problem&, Arithmetic, const Device&, void*, void*) { return 0; }
-FD_EMPTY(place, Place)
-FD_EMPTY(place_backward, PlaceBackward)
-FD_EMPTY(conv1x1_forward, Forward)
-FD_EMPTY(conv3_forward, Forward)
-FD_EMPTY(conv1x1_backward, Backward)
-FD_EMPTY(conv3_backward, Backward)
+FD_EMPTY(place, Place, 4096)
+FD_EMPTY(place_backward, PlaceBackward, 4096)
+FD_EMPTY(norm_scale, NormScale, 0)
+FD_EMPTY(norm_backward, NormBackward, 0)
+FD_EMPTY(conv1x1_forward, Forward, 4096)
+FD_EMPTY(conv3_forward, Forward, 4096)
+FD_EMPTY(conv1x1_backward, Backward, 4096)
+FD_EMPTY(conv3_backward, Backward, 4096)
 
 }  // namespace fused_densenet

@@ -34,7 +34,7 @@ void read_exactly(void* to, size_t bytes) {
 
 char* relocated(const std::vector<Buffer>& buffers, uint64_t address) {
   for (const Buffer& buffer : buffers) {
-    if (address >= buffer.begin && address < buffer.begin + std::max<uint64_t>(buffer.bytes, 1)) {
+    if (address >= buffer.begin && address < buffer.begin + buffer.bytes) {
       return buffer.copy + (address - buffer.begin);
     }
   }
@@ -49,6 +49,8 @@ int execute(const Request& request, const void* problem, void* workspace) {
   };
   if (name == "place") return run(place, static_cast<const Place*>(problem));
   if (name == "place_backward") return run(place_backward, static_cast<const PlaceBackward*>(problem));
+  if (name == "norm_scale") return run(norm_scale, static_cast<const NormScale*>(problem));
+  if (name == "norm_backward") return run(norm_backward, static_cast<const NormBackward*>(problem));
   if (name == "forward") return run(forward, static_cast<const Forward*>(problem));
   if (name == "backward") return run(backward, static_cast<const Backward*>(problem));
   return -1;

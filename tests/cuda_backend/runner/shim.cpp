@@ -13,6 +13,8 @@ namespace fused_densenet {
   __attribute__((weak)) int name(const Problem&, Arithmetic, const Device&, void*, void*) { return 801; }
 FD_ABSENT(place, Place)
 FD_ABSENT(place_backward, PlaceBackward)
+FD_ABSENT(norm_scale, NormScale)
+FD_ABSENT(norm_backward, NormBackward)
 FD_ABSENT(conv1x1_forward, Forward)
 FD_ABSENT(conv3_forward, Forward)
 FD_ABSENT(conv1x1_backward, Backward)
@@ -31,6 +33,8 @@ extern "C" {
   }
 FD_PRIMITIVE(place, Place)
 FD_PRIMITIVE(place_backward, PlaceBackward)
+FD_PRIMITIVE(norm_scale, NormScale)
+FD_PRIMITIVE(norm_backward, NormBackward)
 FD_PRIMITIVE(forward, Forward)
 FD_PRIMITIVE(backward, Backward)
 

@@ -35,7 +35,7 @@ class BackwardBlock {
     o_.x_vectors.load(f_.norm, o_.first_channel, o_.channels);
     o_.load_gradient_vectors(pass);
     o_.locate_rows();
-    for (int i = threadIdx.x; i < 2 * C::warps_m * C::channels; i += C::threads) o_.sums[i] = 0;
+    for (int i = threadIdx.x; i < 2 * C::warps_m * C::sums_ld; i += C::threads) o_.sums[i] = 0;
     o_.locate(first, 0, 0);
     __syncthreads();
     o_.fetch_x(0, 0);
@@ -125,34 +125,35 @@ class BackwardBlock {
 
   // ReLU's mask, the sums, and what goes into dx, in shared memory.
   __device__ void finish_data(int buffer, int slot) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, window = plan_.window.volume();
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int window = plan_.window.volume(), count = plan_.box.volume();
     const float share = 1.0f / static_cast<float>(window);
     const int* const pixels = o_.x_pixels(slot);
     const Matrix<T> x = o_.x(buffer), dx = o_.dx(buffer);
     for (int w = 0; w < window; ++w) {
-      const int first_row = w * plan_.rows;
+      const int first_row = w * count;
       bool exists[C::m_tiles][2];
 #pragma unroll
       for (int i = 0; i < C::m_tiles; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int p = tile_row(i) + g + 8 * h;
-          exists[i][h] = pixels[first_row + min(p, plan_.rows - 1)] != kOutside;
+          exists[i][h] = p < count && pixels[first_row + p] != kOutside;
         }
       }
 #pragma unroll
       for (int j = 0; j < C::n_tiles; ++j) {
         if (j / 2 >= pairs_) break;
         const int c = column_ + 8 * j + 2 * t;
-        const float* const vector = o_.x_vectors.data + c;
         float parts[4] = {};  // of the two channels: the sums of dz, then of dz (x - mean)
-        const float2 mean = load2(vector), scale = load2(vector + C::channels), shift = load2(vector + 2 * C::channels);
+        const float2 mean = load2(o_.x_vectors.at(0, c)), scale = load2(o_.x_vectors.at(1, c));
+        const float2 shift = load2(o_.x_vectors.at(2, c));
 #pragma unroll
         for (int i = 0; i < C::m_tiles; ++i) {
           if (tile_row(i) >= plan_.rows) break;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int row = first_row + tile_row(i) + g + 8 * h;
+            const int row = first_row + min(tile_row(i) + g + 8 * h, count - 1);
             const bool ok = exists[i][h];
             float2 in = load2(x.at(row, c));
             in = make_float2(ok ? in.x : mean.x, ok ? in.y : mean.y);
@@ -163,6 +164,7 @@ class BackwardBlock {
             parts[1] += dz.y;
             parts[2] = fmaf(dz.x, in.x - mean.x, parts[2]);
             parts[3] = fmaf(dz.y, in.y - mean.y, parts[3]);
+            if (!ok) continue;
             T* const to = dx.at(row, c);
             if (f_.accumulate) {
               const float2 old = load2(to);
@@ -171,7 +173,7 @@ class BackwardBlock {
             store2(to, dz.x, dz.y);
           }
         }
-        add_rows(parts, [&](int i, float sum) { o_.sums[(warp_m_ * 2 + i / 2) * C::channels + c + i % 2] += sum; });
+        add_rows(parts, [&](int i, float sum) { o_.sums[(warp_m_ * 2 + i / 2) * C::sums_ld + c + i % 2] += sum; });
       }
     }
   }
@@ -180,7 +182,9 @@ class BackwardBlock {
     const int* const pixels = o_.x_pixels(slot);
     const Matrix<T> from = o_.dx(buffer);
     T* const to = static_cast<T*>(f_.dx.data) + o_.first_channel;
-    o_.for_each_chunk(plan_.x_rows(), o_.x_chunks(), [&](int row, int column) {
+    const int column = o_.own_column(o_.x_chunks());
+    if (column == kOutside) return;
+    o_.for_each_row(plan_.x_rows(), o_.x_chunks(), [&](int row, int) {
       const int64_t p = pixels[row];
       if (p == kOutside) return;
       store_chunk(to + p * f_.dx.ld + column, from.at(row, column), o_.channels - column, plan_.dx_access);
@@ -194,7 +198,7 @@ class BackwardBlock {
       if (c >= o_.channels) continue;
       float sum = 0;
 #pragma unroll
-      for (int m = 0; m < C::warps_m; ++m) sum += o_.sums[m * 2 * C::channels + i];
+      for (int m = 0; m < C::warps_m; ++m) sum += o_.sums[(2 * m + i / C::channels) * C::sums_ld + c];
       partials[(static_cast<int64_t>(blockIdx.y) * 2 + i / C::channels) * f_.shape.in + o_.first_channel + c] = sum;
     }
   }

@@ -14,7 +14,7 @@ struct BackwardConfig {
   static constexpr int channels = Channels, warps_m = WarpsM, warps_n = WarpsN, row_tiles = RowTiles;
   static constexpr int threads = 32 * WarpsM * WarpsN;
   static constexpr int m_tiles = Pixels / (16 * WarpsM), n_tiles = Channels / (8 * WarpsN);
-  static constexpr int ld = Channels + 8;
+  static constexpr int ld = Channels + 8, sums_ld = Channels + 8;  // both sums of a channel in different banks
   static constexpr BackwardTile tile{sizeof(T), Pixels, Channels, WarpsM, 16 * WarpsM * RowTiles, AddsPasses};
   static_assert(Channels % 16 == 0 && m_tiles * 16 * WarpsM == Pixels && n_tiles % 2 == 0);
 };
@@ -34,9 +34,9 @@ struct BackwardOperands {
   const int first_channel, channels;  // of x; what the block owns
   Matrix<T> weight, g, a;             // rows: channels of x; the box's gradient with halo; its pixels
   T *raw, *x_data, *dx_data;
-  float* g_vectors;
-  float* sums;  // (warps_m, 2, channels), each entry one lane's
-  Vectors x_vectors;
+  Vectors g_vectors;  // scale, slope, mean, offset
+  float* sums;        // (warps_m, 2, C::sums_ld), each entry one lane's
+  NormVectors x_vectors;
   int *halo_pixels, *box_pixels;  // where a box's rows are in memory: two boxes' gradients, three boxes' x
   int* row_of;                    // the row of g under each pixel, before a tap's shift
   Group* groups;
@@ -53,9 +53,9 @@ struct BackwardOperands {
     raw = at(plan.raw_at);
     x_data = at(plan.x_at);
     dx_data = at(plan.dx_at);
-    g_vectors = reinterpret_cast<float*>(shared + plan.vectors_at);
-    x_vectors = {g_vectors + 4 * plan.pass_outputs, C::channels};
-    sums = x_vectors.data + Vectors::kCount * C::channels;
+    g_vectors = {reinterpret_cast<float*>(shared + plan.vectors_at), plan.pass_outputs};
+    x_vectors = {{g_vectors.data + 4 * plan.pass_outputs, C::channels}};
+    sums = x_vectors.data + NormVectors::kCount * C::channels;
     halo_pixels = reinterpret_cast<int*>(shared + plan.tables_at);
     box_pixels = halo_pixels + 2 * plan.halo.volume();
     row_of = box_pixels + 3 * plan.x_rows();
@@ -69,12 +69,24 @@ struct BackwardOperands {
   __device__ const int* gradient_pixels(int buffer) const { return halo_pixels + buffer * plan.halo.volume(); }
   __device__ const int* x_pixels(int slot) const { return box_pixels + slot * plan.x_rows(); }
 
-  // body(row, first column) for chunks of 16 bytes; a thread keeps its column.
+  // Threads that share a row of `chunks` chunks of 16 bytes: whole quarters of a warp, or an equal part of one.
+  static __device__ int lanes_of(int chunks) { return chunks > 4 ? (chunks + 7) & ~7 : chunks == 3 ? 4 : chunks; }
+
+  // The column of the chunks that this thread takes, kOutside where it has none.
+  static __device__ int own_column(int chunks) {
+    const int lanes = lanes_of(chunks), chunk = threadIdx.x % lanes;
+    return chunk < chunks && static_cast<int>(threadIdx.x) < C::threads / lanes * lanes ? chunk * kSize : kOutside;
+  }
+
+  // body(row, turn) for this thread's chunks: `turn` counts rows in the order in which they are taken.
   template <class Body>
-  __device__ void for_each_chunk(int rows, int chunks, Body body) const {
-    const int step = C::threads / chunks, column = threadIdx.x % chunks * kSize;
-    if (static_cast<int>(threadIdx.x) >= step * chunks) return;
-    for (int row = threadIdx.x / chunks; row < rows; row += step) body(row, column);
+  static __device__ void for_each_row(int rows, int chunks, Body body) {
+    constexpr int block = sizeof(T) == 2 ? 8 : 4;
+    const int lanes = lanes_of(chunks), step = C::threads / lanes;
+    for (int turn = threadIdx.x / lanes; turn < rows + block - 1; turn += step) {
+      const int row = row_of_turn<block>(turn, lanes);
+      if (row < rows) body(row, turn);
+    }
   }
   __device__ int x_chunks() const { return (channels + kSize - 1) / kSize; }
 
@@ -95,7 +107,7 @@ struct BackwardOperands {
     for (int v = 0; v < 4; ++v) {
       for (int k = threadIdx.x; k < pass.outputs; k += C::threads) {
         const int output = pass.first_output + k;
-        g_vectors[v * plan.pass_outputs + k] = output < f.shape.out ? static_cast<const float*>(from[v])[output] : 0;
+        *g_vectors.at(v, k) = output < f.shape.out ? static_cast<const float*>(from[v])[output] : 0;
       }
     }
   }
@@ -110,26 +122,26 @@ struct BackwardOperands {
   __device__ void locate(int tile, int buffer, int slot) {
     const Box &box = plan.box, &kernel = plan.kernel, &window = plan.window;
     const Box tile_at = place_in(plan.tiles, tile);
-    const int halo_rows = plan.halo.volume();
-    for (int i = threadIdx.x; i < halo_rows + plan.x_rows(); i += C::threads) {
-      const bool is_x = i >= halo_rows;
-      const int row = is_x ? (i - halo_rows) % plan.rows : i;
-      const bool exists = !is_x || row < box.volume();
+    const int halo_rows = plan.halo.volume(), first_x = (halo_rows + 31) / 32 * 32;  // a warp has rows of one kind
+    for (int i = threadIdx.x; i < first_x + plan.x_rows(); i += C::threads) {
+      const bool is_x = i >= first_x;
+      if (!is_x && i >= halo_rows) continue;
+      const int count = box.volume(), row = is_x ? (i - first_x) % count : i;
       Box at = place_in(is_x ? box : plan.halo, row), image = plan.image;
       at = {tile_at.n * box.n + at.n, tile_at.d * box.d + at.d - (is_x ? 0 : kernel.d / 2),
             tile_at.h * box.h + at.h - (is_x ? 0 : kernel.h / 2), tile_at.w * box.w + at.w - (is_x ? 0 : kernel.w / 2)};
       if (window.volume() > 1) {
         at = place_in(plan.windows, at.w);
         if (is_x) {
-          const Box in_window = place_in(window, (i - halo_rows) / plan.rows);
+          const Box in_window = place_in(window, (i - first_x) / count);
           at = {at.n, at.d * window.d + in_window.d, at.h * window.h + in_window.h, at.w * window.w + in_window.w};
         } else {
           image = {image.n, image.d / window.d, image.h / window.h, image.w / window.w};
         }
       }
-      const bool inside = exists && at.n < image.n && at.d >= 0 && at.d < image.d && at.h >= 0 && at.h < image.h &&
-                          at.w >= 0 && at.w < image.w;
-      int* const table = is_x ? box_pixels + slot * plan.x_rows() - halo_rows : halo_pixels + buffer * halo_rows;
+      const bool inside =
+          at.n < image.n && at.d >= 0 && at.d < image.d && at.h >= 0 && at.h < image.h && at.w >= 0 && at.w < image.w;
+      int* const table = is_x ? box_pixels + slot * plan.x_rows() - first_x : halo_pixels + buffer * halo_rows;
       table[i] = inside ? index_in(image, at) : kOutside;
     }
   }
@@ -183,12 +195,13 @@ struct BackwardOperands {
   __device__ void fetch_gradient(const Pass& pass, int buffer) {
     const int* const pixels = gradient_pixels(buffer);
     const Pixels &stored = f.grad.stored, &value = f.grad.value;
-    const int outputs = static_cast<int>(f.shape.out) - pass.first_output, rows = plan.halo.volume();
-    T* const raw_value = raw + rows * plan.pass_outputs;
-    for_each_chunk(rows, pass.outputs / kSize, [&](int row, int column) {
+    const int outputs = static_cast<int>(f.shape.out) - pass.first_output, column = own_column(pass.outputs / kSize);
+    if (column == kOutside) return;
+    T* const raw_value = raw + plan.raw_rows() * plan.pass_outputs;
+    for_each_row(plan.halo.volume(), pass.outputs / kSize, [&](int row, int turn) {
       const int64_t p = pixels[row];
       if (p == kOutside) return;
-      const int to = row * plan.pass_outputs + column, from = pass.first_output + column;
+      const int to = turn * plan.pass_outputs + column, from = pass.first_output + column;
       copy_numbers(raw + to, static_cast<const T*>(stored.data) + p * stored.ld + from, outputs - column,
                    plan.stored_access);
       copy_numbers(raw_value + to, static_cast<const T*>(value.data) + p * value.ld + from, outputs - column,
@@ -201,7 +214,9 @@ struct BackwardOperands {
     const int* const pixels = x_pixels(slot);
     const Matrix<T> to = x(buffer), old_to = dx(buffer);
     const bool old_too = plan.data && f.accumulate;
-    for_each_chunk(plan.x_rows(), x_chunks(), [&](int row, int column) {
+    const int column = own_column(x_chunks());
+    if (column == kOutside) return;
+    for_each_row(plan.x_rows(), x_chunks(), [&](int row, int) {
       const int64_t p = pixels[row];
       if (p == kOutside) return;
       const int from = first_channel + column, count = channels - column;
@@ -215,52 +230,55 @@ struct BackwardOperands {
 
   __device__ void transform_gradient(const Pass& pass, int buffer) {
     const int* const pixels = gradient_pixels(buffer);
-    const int chunks = pass.outputs / kSize, column = threadIdx.x % chunks * kSize, ld = plan.pass_outputs;
-    const int rows = plan.halo.volume();
+    const int chunks = pass.outputs / kSize, column = own_column(chunks), ld = plan.pass_outputs;
+    if (column == kOutside) return;
     float scale[kSize], slope[kSize], mean[kSize], offset[kSize];
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float* const vector = g_vectors + column + i;
-      scale[i] = vector[0], slope[i] = vector[ld], mean[i] = vector[2 * ld], offset[i] = vector[3 * ld];
-    }
-    for_each_chunk(rows, chunks, [&](int row, int) {
+    g_vectors.read(scale, 0, column);
+    g_vectors.read(slope, 1, column);
+    g_vectors.read(mean, 2, column);
+    g_vectors.read(offset, 3, column);
+    for_each_row(plan.halo.volume(), chunks, [&](int row, int turn) {
       Chunk<T> out;
       const bool inside = pixels[row] != kOutside;
-      const T* const from = raw + row * ld + column;
+      const T* const from = raw + turn * ld + column;
       const Chunk<T> stored = *reinterpret_cast<const Chunk<T>*>(from);
-      const Chunk<T> value = *reinterpret_cast<const Chunk<T>*>(from + rows * ld);
+      const Chunk<T> value = *reinterpret_cast<const Chunk<T>*>(from + plan.raw_rows() * ld);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float loaded = load_gradient(as_float(stored.element[i]), as_float(value.element[i]), scale[i], slope[i],
                                            mean[i], offset[i]);
         out.element[i] = Product<C::A>::number(inside ? loaded : 0.0f);
       }
-      *reinterpret_cast<Chunk<T>*>(g.at(row, column)) = out;
+      store_shared(g.at(row, column), __builtin_bit_cast(uint4, out));
     });
   }
 
   // The activation, averaged over windows; zero where there is no gradient (without a halo, rows of g are pixels).
   __device__ void transform_x(int buffer, int slot) {
     const int* const pixels = plan.kernel.volume() == 1 ? gradient_pixels(buffer) : x_pixels(slot);
-    const int column = threadIdx.x % x_chunks() * kSize, window = plan.window.volume(), count = plan.box.volume();
+    const int column = own_column(x_chunks()), window = plan.window.volume(), count = plan.box.volume();
+    if (column == kOutside) return;
     const float share = 1.0f / static_cast<float>(window);
     const Affine<C::A> affine(x_vectors, column);
     const Matrix<T> from = x(buffer);
-    for_each_chunk(plan.rows, x_chunks(), [&](int row, int) {
-      float sum[kSize] = {};
-      if (row < count && pixels[row] != kOutside) {
+    for_each_row(plan.rows, x_chunks(), [&](int row, int) {
+      uint4 out = make_uint4(0, 0, 0, 0);
+      const bool exists = row < count && pixels[row] != kOutside;
+      if (exists && window == 1) {
+        out = affine.activated(from.at(row, column));
+      } else if (exists) {
+        float mean[kSize] = {};
         for (int w = 0; w < window; ++w) {
-          const Chunk<T> in = *reinterpret_cast<const Chunk<T>*>(from.at(w * plan.rows + row, column));
+          const Chunk<T> in = *reinterpret_cast<const Chunk<T>*>(from.at(w * count + row, column));
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            sum[i] += relu(normalised(as_float(in.element[i]), affine.mean[i], affine.scale[i], affine.shift[i]));
+            const float z = normalised(as_float(in.element[i]), affine.mean[i], affine.scale[i], affine.shift[i]);
+            mean[i] = fmaf(relu(z), share, mean[i]);
           }
         }
+        out = affine.rectified(mean);
       }
-      Chunk<T> out;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) out.element[i] = Product<C::A>::number(sum[i] * share);
-      *reinterpret_cast<Chunk<T>*>(a.at(row, column)) = out;
+      store_shared(a.at(row, column), out);
     });
   }
 };

@@ -23,7 +23,8 @@ struct BackwardPlan {
   int weight_at, gradient_at, raw_at, x_at, activation_at, dx_at, vectors_at, tables_at, shared;
   int stored_access, value_access, x_access, dx_access;
   __host__ __device__ int passes() const { return output_passes * tap_passes; }
-  __host__ __device__ int x_rows() const { return rows * window.volume(); }
+  __host__ __device__ int x_rows() const { return box.volume() * window.volume(); }
+  __host__ __device__ int raw_rows() const { return (halo.volume() + 7) / 8 * 8; }  // whole blocks of row_of_turn
 };
 
 // What a kernel's template fixes.
@@ -72,11 +73,12 @@ inline void place_in_shared(BackwardPlan& plan, const BackwardTile& tile, bool a
   };
   plan.weight_at = take(plan.data ? size * tile.channels * plan.weight_ld : 0);
   plan.gradient_at = take(size * halo * plan.gradient_ld);
-  plan.raw_at = take(2 * size * halo * plan.pass_outputs);
+  plan.raw_at = take(2 * size * plan.raw_rows() * plan.pass_outputs);
   plan.x_at = take(2 * x_bytes);
   plan.activation_at = take(plan.weight ? size * plan.rows * conflict_free(tile.channels) : 0);
   plan.dx_at = take(plan.data ? (accumulate ? 2 : 1) * x_bytes : 0);
-  plan.vectors_at = take(4 * (4 * plan.pass_outputs + (Vectors::kCount + 2 * tile.warps_m) * tile.channels));
+  const int sums = 2 * tile.warps_m * (tile.channels + 8);
+  plan.vectors_at = take(4 * (4 * plan.pass_outputs + NormVectors::kCount * tile.channels + sums));
   plan.tables_at = take(4 * (2 * halo + 3 * plan.x_rows() + tile.pixels + groups + 1));
   plan.shared = static_cast<int>(std::min<int64_t>(end, INT32_MAX));
 }
@@ -93,7 +95,8 @@ inline bool make_plan(BackwardPlan& plan, const Backward& f, bool data, bool wei
   const bool one_pass = data && (weight || !tile.adds_passes);
   if (one_pass && tile.element * tile.channels * s.taps() * most > device.shared_per_block) return false;
   if (one_pass && weight && s.taps() * most > tile.weight_rows) return false;
-  for (int pixels = tile.pixels; pixels >= tile.pixels / 2; pixels -= 16) {
+  const int fewest = tile.adds_passes ? 1 : tile.pixels / 2;  // where nothing else fits, fragments of few pixels
+  for (int pixels = tile.pixels; pixels >= fewest; pixels = pixels > 16 ? pixels - 16 : pixels / 2) {
     divide_image(plan, s, pixels, tile.channels);
     for (int64_t outputs = std::min<int64_t>(most, 512);; outputs = round_up(outputs / 2, 8)) {
       for (int64_t taps = std::min(s.taps(), weight ? tile.weight_rows / outputs : s.taps()); taps >= 1; taps /= 2) {

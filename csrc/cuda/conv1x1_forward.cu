@@ -55,7 +55,7 @@ struct Layout {
     const int channels = kStage / element;
     vector_channels = (f.split_channels + channels - 1) / channels * channels;
     vectors = 0;
-    statistics = Vectors::kCount * vector_channels * int{sizeof(float)};
+    statistics = NormVectors::kCount * vector_channels * int{sizeof(float)};
     staging = statistics + static_cast<int>(Statistics::bytes(columns, parts));
     stages = staging + warps * staging_bytes;
     stage = (rows + columns) * kPitch;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   DYN_SMEM(shared);
   const int tid = threadIdx.x, threads = blockDim.x, lane = tid & 31, warp = tid >> 5;
   const Layout layout(f, threads, MI, element, Tile::template staging_bytes<T>());
-  const Vectors vectors{reinterpret_cast<float*>(shared), layout.vector_channels};
+  const NormVectors vectors{{reinterpret_cast<float*>(shared), layout.vector_channels}};
   const Statistics statistics{reinterpret_cast<float*>(shared + layout.statistics), layout.columns, layout.parts};
   unsigned char* staging = shared + layout.staging + warp * static_cast<int>(Tile::template staging_bytes<T>());
   const auto stage_at = [&](int stage) { return shared + layout.stages + stage * layout.stage; };
@@ -181,7 +181,9 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   const auto prepare = [&](int stage) {
     const Affine<A> affine(vectors, preparing * channels + chunk * per_chunk);
     unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
-    for (int i = rows_of(preparing, layout.rows); i > 0; --i, x += row_step * kPitch) affine.activate(x);
+    for (int i = rows_of(preparing, layout.rows); i > 0; --i, x += row_step * kPitch) {
+      store_shared(x, affine.activated(x));
+    }
     preparing = preparing + 1 == steps ? 0 : preparing + 1;
   };
 

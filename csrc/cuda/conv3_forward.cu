@@ -48,7 +48,7 @@ struct Layout {
     halo = f.halo.volume();
     rows = kWarps * tiles * 16;
     taps = f.kernel.volume();
-    statistics = Vectors::kCount * vector_channels * int{sizeof(float)};
+    statistics = NormVectors::kCount * vector_channels * int{sizeof(float)};
     staging = statistics + static_cast<int>(Statistics::bytes(columns, kWarps));
     tables = staging + kWarps * staging_bytes;
     rows_at = tables + kTables * halo * int{sizeof(int)};
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   DYN_SMEM(shared);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const Layout layout(f, MI, element, Tile::template staging_bytes<T>());
-  const Vectors vectors{reinterpret_cast<float*>(shared), layout.vector_channels};
+  const NormVectors vectors{{reinterpret_cast<float*>(shared), layout.vector_channels}};
   const Statistics statistics{reinterpret_cast<float*>(shared + layout.statistics), layout.columns, kWarps};
   unsigned char* staging = shared + layout.staging + warp * static_cast<int>(Tile::template staging_bytes<T>());
   int* row_places = reinterpret_cast<int*>(shared + layout.rows_at);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     unsigned char* x = stage_at(stage) + chunk * kChunk;
     const int end = places_of(preparing.step);
     for (int place = own_row; place < end; place += row_step) {
-      if (pixels[place] >= 0) affine.activate(x + place * kPitch);
+      if (pixels[place] >= 0) store_shared(x + place * kPitch, affine.activated(x + place * kPitch));
     }
     preparing.advance(steps);
   };

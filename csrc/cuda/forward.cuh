@@ -160,15 +160,17 @@ struct WarpTile {
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const T stored = rounded<T>(sum[i][j][e]);
-          sum[i][j][e] = as_float(stored);
-          reinterpret_cast<T*>(own + (e >> 1) * 8 * staging_pitch<T>() + 8 * j * sizeof(T))[e & 1] = stored;
+        for (int e = 0; e < 4; e += 2) {
+          float &low = sum[i][j][e], &high = sum[i][j][e + 1];
+          low = as_float(rounded<T>(low));
+          high = as_float(rounded<T>(high));
+          store2(reinterpret_cast<T*>(own + e / 2 * 8 * staging_pitch<T>()) + 8 * j, low, high);
         }
       }
       __syncwarp();
       for (int u = lane; u < 16 * units; u += 32) {
-        const int row = u / units, at = (u - row * units) * o.access;
+        const int turn = u / units, at = (u - turn * units) * o.access;
+        const int row = o.access == 16 ? row_of_turn<sizeof(T) == 2 ? 8 : 4>(turn, units) : turn;
         const int64_t p = pixel(i, row);
         if (p < 0) continue;
         unsigned char* to = o.data + p * o.pixel + first * int64_t{sizeof(T)} + at;

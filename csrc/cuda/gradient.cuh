@@ -1,4 +1,4 @@
-// The gradient on its way into a product, and pairs and chunks of numbers on their way out.
+// The gradient on its way into a product, and chunks of numbers on their way in and out.
 #pragma once
 
 #include "operand.cuh"
@@ -17,23 +17,6 @@ __device__ __forceinline__ void copy_numbers(T* to, const T* from, int count, in
   constexpr int size = sizeof(T);
   copy_chunk(reinterpret_cast<unsigned char*>(to), reinterpret_cast<const unsigned char*>(from),
              clamp(count, 0, 16 / size) * size, access);
-}
-
-__device__ __forceinline__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
-__device__ __forceinline__ float2 load2(const __nv_bfloat16* from) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
-}
-__device__ __forceinline__ float2 load2(const __half* from) {
-  return __half22float2(*reinterpret_cast<const __half2*>(from));
-}
-__device__ __forceinline__ void store2(float* to, float a, float b) {
-  *reinterpret_cast<float2*>(to) = make_float2(a, b);
-}
-__device__ __forceinline__ void store2(__nv_bfloat16* to, float a, float b) {
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
-}
-__device__ __forceinline__ void store2(__half* to, float a, float b) {
-  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
 }
 
 // The first `count` numbers of a chunk in shared memory to global memory.

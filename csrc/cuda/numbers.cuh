@@ -1,4 +1,5 @@
-// What data is stored as, what is computed in: float for each storage type, and back, rounded to nearest.
+// What data is stored as, what is computed in: float for each storage type, and back, rounded to nearest; one number,
+// two, or 16 bytes at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,6 +24,23 @@ __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
 template <>
 __device__ __forceinline__ __half rounded<__half>(float x) {
   return __float2half_rn(x);
+}
+
+__device__ __forceinline__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ __forceinline__ float2 load2(const __nv_bfloat16* from) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+}
+__device__ __forceinline__ float2 load2(const __half* from) {
+  return __half22float2(*reinterpret_cast<const __half2*>(from));
+}
+__device__ __forceinline__ void store2(float* to, float a, float b) {
+  *reinterpret_cast<float2*>(to) = make_float2(a, b);
+}
+__device__ __forceinline__ void store2(__nv_bfloat16* to, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
+}
+__device__ __forceinline__ void store2(__half* to, float a, float b) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
 }
 
 // 16 bytes of neighbouring elements, copied by one instruction where they are aligned.

@@ -18,12 +18,18 @@ constexpr int kStage = 4 * kChunk;  // bytes of a row in one stage
 constexpr int kPitch = 5 * kChunk;  // from one row of a stage to the next
 constexpr int kMostStages = 4;
 
-// Which row a thread copies and normalises in each pass of a block: four lanes take the chunks of a row, the next four
-// those of the row four below, which lie in the other half of the banks.
-__device__ __forceinline__ int own_row_of(int thread) {
-  const int four = thread / 4 % 8;
-  return thread / 32 * 8 + four / 2 + four % 2 * 4;
+// The row of shared memory that is taken at this turn, where a row is shared by `lanes` lanes of 16 bytes each. A
+// quarter of a warp is served at a time: one row, or 8 / lanes of them, which lie in different banks if they are Block
+// * lanes / 8 apart: Block is 8 where rows are an odd number of chunks apart, 4 where twice an odd number.
+template <int Block>
+__device__ __forceinline__ int row_of_turn(int turn, int lanes) {
+  const int shift = lanes == 4 ? 1 : lanes == 2 || (lanes == 1 && Block == 4) ? 2 : lanes == 1 ? 3 : 0;
+  const int in_block = turn % Block, together = in_block & ((1 << shift) - 1);
+  return turn - in_block + together * (Block >> shift) + (in_block >> shift);
 }
+
+// Which row a thread copies and normalises in each pass of a block; four lanes take a row.
+__device__ __forceinline__ int own_row_of(int thread) { return row_of_turn<8>(thread / 4, 4); }
 
 // The widest copy that the alignment of rows allows, in bytes; 2 is no asynchronous copy.
 inline int access_of(const void* data, int64_t row_bytes) {
@@ -100,12 +106,31 @@ __device__ __forceinline__ float normalised(float x, float mean, float scale, fl
 // NaN stays NaN.
 __device__ __forceinline__ float relu(float x) { return x < 0 ? 0.0f : x; }
 
-// The vectors of a block's channels in shared memory, `channels` of each, zero beyond the last: what lies there becomes
-// zero, because copies leave zeros. Null pointers stand for the identity.
+// Vectors of channels in shared memory, `channels` (a multiple of eight) of each. Lanes that read eight channels each,
+// four at a time, find them in different banks: in every other 32 channels neighbouring fours are exchanged.
 struct Vectors {
   float* data;
   int channels;
 
+  __device__ float* at(int vector, int channel) const {
+    return data + vector * channels + (channel ^ (channel >> 5 & 1) << 2);
+  }
+  template <int N>
+  __device__ void read(float (&to)[N], int vector, int channel) const {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(at(vector, channel + i));
+      to[i] = v.x;
+      to[i + 1] = v.y;
+      to[i + 2] = v.z;
+      to[i + 3] = v.w;
+    }
+  }
+};
+
+// A norm's vectors of a block's channels, zero beyond the last: what lies there becomes zero, because copies leave
+// zeros. Null pointers stand for the identity.
+struct NormVectors : Vectors {
   static constexpr int kCount = 3;
   __device__ void load(const Norm& norm, int64_t first, int count) const {
     const void* const from[kCount] = {norm.mean, norm.scale, norm.shift};
@@ -114,7 +139,7 @@ struct Vectors {
       for (int i = threadIdx.x; i < channels; i += blockDim.x) {
         const float* vector = static_cast<const float*>(from[v]);
         const float identity = v == 1 ? 1.0f : 0.0f;
-        data[v * channels + i] = i >= count ? 0.0f : vector == nullptr ? identity : vector[first + i];
+        *at(v, i) = i >= count ? 0.0f : vector == nullptr ? identity : vector[first + i];
       }
     }
   }
@@ -128,37 +153,27 @@ struct Affine {
   float mean[size], scale[size], shift[size];
 
   __device__ Affine(const Vectors& vectors, int channel) {
-    load(mean, vectors.data + channel);
-    load(scale, vectors.data + vectors.channels + channel);
-    load(shift, vectors.data + 2 * vectors.channels + channel);
+    vectors.read(mean, 0, channel);
+    vectors.read(scale, 1, channel);
+    vectors.read(shift, 2, channel);
   }
-  static __device__ void load(float (&to)[size], const float* from) {
+  // What is multiplied.
+  __device__ uint4 activated(const void* place) const {
+    const Chunk<T> chunk = *static_cast<const Chunk<T>*>(place);
+    float z[size];
 #pragma unroll
-    for (int i = 0; i < size; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from + i);
-      to[i] = v.x;
-      to[i + 1] = v.y;
-      to[i + 2] = v.z;
-      to[i + 3] = v.w;
-    }
+    for (int i = 0; i < size; ++i) z[i] = normalised(as_float(chunk.element[i]), mean[i], scale[i], shift[i]);
+    return rectified(z);
   }
-  __device__ void activate(unsigned char* place) const {
-    Chunk<T> chunk = *reinterpret_cast<Chunk<T>*>(place);
+  static __device__ uint4 rectified(const float (&z)[size]) {
     if constexpr (sizeof(T) == 2) {
-      uint4 pairs;
-      pairs.x = Product<A>::rectified(z(chunk, 0), z(chunk, 1));
-      pairs.y = Product<A>::rectified(z(chunk, 2), z(chunk, 3));
-      pairs.z = Product<A>::rectified(z(chunk, 4), z(chunk, 5));
-      pairs.w = Product<A>::rectified(z(chunk, 6), z(chunk, 7));
-      *reinterpret_cast<uint4*>(place) = pairs;
+      using P = Product<A>;
+      return make_uint4(P::rectified(z[0], z[1]), P::rectified(z[2], z[3]), P::rectified(z[4], z[5]),
+                        P::rectified(z[6], z[7]));
     } else {
-#pragma unroll
-      for (int i = 0; i < size; ++i) chunk.element[i] = Product<A>::number(relu(z(chunk, i)));
-      *reinterpret_cast<Chunk<T>*>(place) = chunk;
+      const auto bits = [](float x) { return __float_as_uint(Product<A>::number(relu(x))); };
+      return make_uint4(bits(z[0]), bits(z[1]), bits(z[2]), bits(z[3]));
     }
-  }
-  __device__ float z(const Chunk<T>& chunk, int i) const {
-    return normalised(as_float(chunk.element[i]), mean[i], scale[i], shift[i]);
   }
 };
 

@@ -16,8 +16,8 @@ namespace fused_densenet {
 template <Arithmetic>
 struct Product;
 
-// By tensor cores. A lane gives the address of one row of each operand to ldmatrix.
-template <class Type>
+// By tensor cores, with one of ptx.cuh's products. A lane gives the address of one row of each operand to ldmatrix.
+template <class Type, auto mma>
 struct TensorCores {
   using T = Type;
   static constexpr int kBytes = 32, kRows = 1, kTiles = 4;
@@ -38,6 +38,11 @@ struct TensorCores {
   static __device__ void load(Left& a, const unsigned char* row, const int (&offset)[kRows]) {
     ldmatrix_x4(a.r, row + offset[0]);
   }
+  static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, rows); }
+  static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
+    const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
+    mma(d, a.r, columns);
+  }
 
   // 16 columns in the order of fragments, 512 bytes in global memory: each lane reads 16 bytes of its own.
   static constexpr int kFragments = 512;
@@ -57,43 +62,27 @@ struct TensorCores {
 };
 
 template <>
-struct Product<Arithmetic::bf16> : TensorCores<__nv_bfloat16> {
+struct Product<Arithmetic::bf16> : TensorCores<__nv_bfloat16, mma_bf16> {
   static __device__ T number(float x) { return rounded<T>(x); }
   static __device__ uint32_t rectified(float low, float high) { return relu_bf16x2(low, high); }
-  static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, rows); }
-  static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
-    const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
-    mma_bf16(d, a.r, columns);
-  }
-  using TensorCores<__nv_bfloat16>::load;
 };
 
 template <>
-struct Product<Arithmetic::f16> : TensorCores<__half> {
+struct Product<Arithmetic::f16> : TensorCores<__half, mma_f16> {
   static __device__ T number(float x) { return rounded<T>(x); }
   static __device__ uint32_t rectified(float low, float high) { return relu_f16x2(low, high); }
-  static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, rows); }
-  static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
-    const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
-    mma_f16(d, a.r, columns);
-  }
-  using TensorCores<__half>::load;
 };
 
 // The left operand is rounded to TF32 where it is normalised, the right one here.
 template <>
-struct Product<Arithmetic::tf32> : TensorCores<float> {
+struct Product<Arithmetic::tf32> : TensorCores<float, mma_tf32> {
   static __device__ T number(float x) { return __uint_as_float(to_tf32(x)); }
   static __device__ void load(Right& b, const unsigned char* rows, int) {
     ldmatrix_x4(b.r, rows);
 #pragma unroll
     for (int i = 0; i < 4; ++i) b.r[i] = to_tf32(__uint_as_float(b.r[i]));
   }
-  static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
-    const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
-    mma_tf32(d, a.r, columns);
-  }
-  using TensorCores<float>::load;
+  using TensorCores<float, mma_tf32>::load;
 };
 
 // By fused multiply-adds, four channels at a time. Lanes with the same g, or the same t, read the same address. Chains

@@ -57,15 +57,11 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 }
 
 #ifdef FD_BEFORE_SM80
-// One product term by term, for what the tensor cores before sm_80 do not have. `number` gives the float at k of the
-// register a lane holds; Depth is 16 with two numbers in a register, 8 with one. Not inlined: there are hundreds of
-// products in a kernel, and ptxas takes minutes over as many copies.
-template <int Depth, class Number>
-__device__ __noinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                             Number number) {
+// A product of bfloat16 term by term, which the tensor cores before sm_80 do not have. Not unrolled: there are hundreds
+// of products in a kernel, and ptxas takes minutes over as many copies.
+__device__ __forceinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  constexpr int each = Depth / 8;
-#pragma unroll
+#pragma unroll 1
   for (int q = 0; q < 4; ++q) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -76,9 +72,9 @@ __device__ __noinline__ void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[
         column[i] = __shfl_sync(~0u, b[half], 4 * (2 * t + i) + q);
       }
 #pragma unroll
-      for (int k = 0; k < each; ++k) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) d[i] = fmaf(number(row[i >> 1], k), number(column[i & 1], k), d[i]);
+      for (int i = 0; i < 4; ++i) {
+        d[i] = fmaf(__uint_as_float(row[i >> 1] << 16), __uint_as_float(column[i & 1] << 16), d[i]);
+        d[i] = fmaf(__uint_as_float(row[i >> 1] & ~0xFFFFu), __uint_as_float(column[i & 1] & ~0xFFFFu), d[i]);
       }
     }
   }
@@ -90,7 +86,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
 #if defined(CUDA_HOST)
   ::cuda_host::mma_bf16(d, a, b);
 #elif defined(FD_BEFORE_SM80)
-  mma_by_shuffles<16>(d, a, b, [](uint32_t v, int k) { return __uint_as_float(k ? v & 0xFFFF0000u : v << 16); });
+  mma_by_shuffles(d, a, b);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -122,7 +118,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 #if defined(CUDA_HOST)
   return ::cuda_host::to_tf32(x);
 #elif defined(FD_BEFORE_SM80)
-  return __float_as_uint(x);
+  return __float_as_uint(x);  // never multiplied
 #else
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
@@ -159,7 +155,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
 #if defined(CUDA_HOST)
   ::cuda_host::mma_tf32(d, a, b);
 #elif defined(FD_BEFORE_SM80)
-  mma_by_shuffles<8>(d, a, b, [](uint32_t v, int) { return __uint_as_float(v); });
+  __trap();  // the binding asks for TF32 from sm_80 on only
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -189,6 +185,17 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(p))
+               : "memory");
+#endif
+}
+
+// 16 bytes to shared memory, aligned, by one instruction: the compiler may make four of an assignment, and these
+// conflict.
+__device__ __forceinline__ void store_shared(void* to, const uint4& v) {
+#ifdef CUDA_HOST
+  *static_cast<uint4*>(to) = v;
+#else
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 #endif
 }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from building import CSRC, JOBS, cached, headers, run, toolkit
 
 ARCHITECTURES = ("80", "90a", "100")
+PTX_OF = {"86": "80", "120": "80"}  # what is compiled from another architecture's PTX: the sources know of sm_80 only
 FLAGS = ["-std=c++20", "-O3", f"-I{CSRC / 'cuda'}"]
 
 

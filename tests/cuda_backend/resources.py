@@ -5,7 +5,7 @@
 
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,11 @@ _H200 = problems.Device(132, 227 << 10, 90)
 _A100 = problems.Device(108, 163 << 10, 80)
 _B200 = problems.Device(148, 227 << 10, 100)
 DEVICES = {"80": _A100, "90a": _H200, "100": _B200}
+SMALL_DEVICES = {  # T4, RTX 3090, RTX 5090: less shared memory for a block
+    "75": problems.Device(40, 64 << 10, 75),
+    "86": problems.Device(82, 99 << 10, 86),
+    "120": problems.Device(170, 99 << 10, 120),
+}
 
 
 class Layer(NamedTuple):
@@ -66,11 +71,11 @@ class _Nowhere:
         return None if tensor is None else 1 << 40
 
 
-def every_launch(device: problems.Device) -> Iterator[Launch]:
+def every_launch(device: problems.Device, layers: Sequence[Layer] = LAYERS) -> Iterator[Launch]:
     """All launches of all layers, in every arithmetic, forward and backward, and of placing their inputs."""
     library, noted = default_library(), []
     with launches(library, noted.append):
-        for layer in LAYERS:
+        for layer in layers:
             for name, arithmetic in ARITHMETIC.items():
                 for primitive, problem in _problems(layer, _DTYPES[name]):
                     code = library[f"cuda_host_{primitive}"](
@@ -93,6 +98,11 @@ def _problems(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, ctypes.St
     norm, moments = Norm(*vectors(layer.channels, 3)), vectors(layer.out_channels, 2)
     grad = Gradient(out, out, *vectors(layer.out_channels, 4))
     yield "place", problems.place(at, x, x, *vectors(layer.channels, 2))  # type: ignore[arg-type]
+    eps, one = 1e-5, torch.empty(1, device="meta")
+    var, gamma, scale = vectors(layer.channels, 3)
+    yield "norm_scale", problems.norm_scale(at, var, gamma, eps, scale)  # type: ignore[arg-type]
+    both = torch.empty(2, layer.channels, device="meta")
+    yield "norm_backward", problems.norm_backward(at, both, scale, var, eps, one, gamma, both, True)  # type: ignore[arg-type]
     yield "place_backward", problems.place_backward(at, grad, out)  # type: ignore[arg-type]
     yield "forward", problems.forward(at, x, norm, weight, out, *moments)  # type: ignore[arg-type]
     for accumulate in (False, True):
@@ -102,7 +112,7 @@ def _problems(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, ctypes.St
 
 def compiled(architecture: str) -> dict[str, nvcc.Resources]:
     """By plain name, of all kernels."""
-    paths = nvcc.all_ptx(kernels(), [architecture]).values()
+    paths = nvcc.all_ptx(kernels(), [nvcc.PTX_OF.get(architecture, architecture)]).values()
     return {nvcc.plain(n): used for path in paths for n, used in nvcc.resources(path, architecture).items()}
 
 

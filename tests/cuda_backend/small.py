@@ -14,6 +14,7 @@ ARITHMETIC = {  # dtype of the data, whether products are TF32, dtype of the rou
     "tf32": (torch.float32, True, torch.float16),
     "float32": (torch.float32, False, torch.float32),
 }
+LARGEST = [(5, 5, 1), (1, 11, 11), (3, 3, 15), (1, 1, 193)]  # kernels of choice.MOST_HALO
 CASES = [
     Case(LINE, 36, 48, ONE),
     Case((2, 1, 5, 7), 70, 33, ONE, accumulate=False),
@@ -21,6 +22,8 @@ CASES = [
     Case(LINE, 36, 12, ROW),
     Case(VOLUME, 24, 12, CUBE),
     Case((2, 1, 1, 1), 17, 5, SQUARE),
+    Case((2, 1, 9, 13), 70, 33, ONE, accumulate=False, pool=True),
+    Case((1, 3, 4, 5), 36, 12, ONE, pool=True),
 ]
 
 
@@ -34,7 +37,7 @@ def run(case: Case, arithmetic: str, executor: Executor | None, multiprocessors:
 def forward(case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int = 4) -> list[Tensor]:
     """Results of the forward primitive for dense, aligned tensors, the same numbers every time."""
     backend, dtype, x, norm, weight = _start(case, arithmetic, executor, multiprocessors)
-    results = [torch.empty(*case.pixels, case.K, dtype=dtype), torch.empty(case.K), torch.empty(case.K)]
+    results = [torch.empty(*case.out_pixels, case.K, dtype=dtype), torch.empty(case.K), torch.empty(case.K)]
     backend.norm_relu_conv(x, norm, weight, *results)
     return results
 
@@ -42,11 +45,26 @@ def forward(case: Case, arithmetic: str, executor: Executor | None, multiprocess
 def backward(case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int = 4) -> list[Tensor]:
     """Results of the backward primitive, the data gradient accumulated."""
     backend, dtype, x, norm, weight = _start(case, arithmetic, executor, multiprocessors)
-    stored, value = (torch.randn(*case.pixels, case.K).to(dtype) for _ in range(2))
+    stored, value = (torch.randn(*case.out_pixels, case.K).to(dtype) for _ in range(2))
     grad = Gradient(stored, value, *(torch.randn(case.K) for _ in range(4)))
     results = [torch.randn(x.shape).to(dtype), torch.empty_like(weight), torch.empty(case.C), torch.empty(case.C)]
     backend.norm_relu_conv_backward(grad, x, norm, weight, results[0], True, *results[1:])
     return results
+
+
+PRIMITIVES = {"forward": forward, "backward": backward}
+TURNS = {  # two problems, for the second a block's main loop takes more turns: over channels, over boxes of pixels
+    "forward": [
+        (Case((1, 1, 1, 256), 64, 128, ONE), Case((1, 1, 1, 256), 160, 128, ONE)),
+        (Case((1, 1, 16, 16), 64, 32, SQUARE), Case((1, 1, 16, 16), 160, 32, SQUARE)),
+        (Case((1, 1, 16, 16), 36, 12, SQUARE), Case((1, 1, 16, 16), 132, 12, SQUARE)),
+    ],
+    "backward": [
+        (Case((1, 1, 1, 64), 128, 128, ONE), Case((1, 1, 1, 192), 128, 128, ONE)),
+        (Case((1, 1, 14, 8), 64, 32, SQUARE), Case((1, 1, 28, 8), 64, 32, SQUARE)),
+        (Case((1, 1, 14, 8), 36, 12, SQUARE), Case((1, 1, 28, 8), 36, 12, SQUARE)),
+    ],
+}
 
 
 def _start(

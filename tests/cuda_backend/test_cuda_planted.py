@@ -2,32 +2,60 @@
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import building
 import pytest
 import small
 import torch
+import traffic
 from building import CSRC
 from cases import ONE, SQUARE, Case
 from emulated import Emulated, Executor, Host, load
-from ptx.parser import PtxError
 from ptx_launch import Ptx
-from sanitized import Sanitized, SanitizerError
+from sanitized import Sanitized
+
+Change = tuple[str, str]  # text that occurs in a kernel or in its headers, and what stands there instead
+
+
+def patched(source: Path, change: Change, folder: Path) -> Path:
+    """A copy with the change, for which its headers are in it; of the forward kernels bfloat16's, to compile sooner."""
+    old, new = change
+    text = with_headers(source, set())
+    assert old in text, f"{source.name} has no {old!r}"
+    copy = folder / source.name
+    copy.write_text(re.sub(r"Kind<Arithmetic::\w+>", "Kind<Arithmetic::bf16>", text.replace(old, new, 1)))
+    return copy
+
+
+def with_headers(source: Path, done: set[Path]) -> str:
+    """The text with that of csrc/cuda's headers, of each where it is included first."""
+
+    def header_of(include: re.Match[str]) -> str:
+        header = CSRC / "cuda" / include[1]
+        if header in done:
+            return ""
+        done.add(header)
+        return with_headers(header, done) if header.exists() else include[0]
+
+    return re.sub(r'#include "(\w+\.\w+)"', header_of, source.read_text().replace("#pragma once", ""))
+
+
+def executor(check: str, sources: Sequence[Path]) -> AbstractContextManager[Executor]:
+    """Of the kernels in ``sources``: the runner, PTX, or a sanitizer by its name."""
+    if check == "runner":
+        return contextlib.nullcontext(Host(load(building.build(sources))))
+    if check == "PTX":
+        return contextlib.nullcontext(Ptx("80", tuple(sources)))
+    return contextlib.closing(Sanitized(check, sources))
+
 
 PLACE = [CSRC / "cuda" / name for name in ("place.cu", "moments.cu")]
 TILE_WRITTEN = (
     "= load(x + offsets[pixel] + channel * step, step, left, in.whole);\n                    });\n  __syncthreads();"
 )
-
-
-def patched(source: Path, old: str, new: str, folder: Path) -> Path:
-    text = source.read_text()
-    assert old in text, f"{source.name} has no {old!r}"
-    copy = folder / source.name
-    copy.write_text(text.replace(old, new, 1))
-    return copy
 
 
 def place(executor: Executor) -> None:
@@ -37,19 +65,6 @@ def place(executor: Executor) -> None:
     Emulated(executor).place(x, out, mean, var)
     assert torch.equal(out, x)
     torch.testing.assert_close(mean, x.mean((0, 1, 2, 3)))
-
-
-def run_place(change: tuple[str, str], check: str, folder: Path) -> None:
-    sources = [patched(PLACE[0], *change, folder), PLACE[1]]
-    if check == "runner":
-        return place(Host(load(building.build(sources))))
-    if check == "PTX":
-        return place(Ptx("80", tuple(sources), load(building.build(sources))))
-    program = Sanitized(check, sources)
-    try:
-        place(program)
-    finally:
-        program.close()
 
 
 BARRIER = (TILE_WRITTEN, TILE_WRITTEN.replace("  __syncthreads();", ""))
@@ -74,9 +89,100 @@ SHARED = ("offsets[threadIdx.x] =", "offsets[threadIdx.x + 1] =")
         pytest.param(SHARED, "address", "out of bounds", id="shared index one too far, address sanitizer"),
     ],
 )
-def test_a_bug_in_a_kernel_is_found(change: tuple[str, str], check: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises((AssertionError, RuntimeError, PtxError, SanitizerError), match=message):
-        run_place(change, check, tmp_path)
+def test_a_bug_in_placing_is_found(change: Change, check: str, message: str, tmp_path: Path) -> None:
+    with (
+        executor(check, [patched(PLACE[0], change, tmp_path), *PLACE[1:]]) as kernels,
+        pytest.raises((AssertionError, RuntimeError), match=message),
+    ):
+        place(kernels)
+
+
+CASES = {
+    "1x1": Case((1, 1, 1, 131), 64, 48, ONE),
+    "pooled": Case((2, 1, 5, 7), 64, 48, ONE, pool=True),
+    "3x3": Case((1, 1, 7, 11), 64, 16, SQUARE),
+}
+SOURCES = {  # the kernel that multiplies, and those that run with it
+    "1x1 forward": ["conv1x1_forward.cu", "forward.cu", "moments.cu"],
+    "pooled forward": ["conv1x1_forward.cu", "forward.cu", "moments.cu"],
+    "3x3 forward": ["conv3_forward.cu", "forward.cu", "moments.cu"],
+    "1x1 backward": ["backward_small.cu", "conv1x1_backward.cu", "partials.cu"],
+    "pooled backward": ["backward_small.cu", "conv1x1_backward.cu", "partials.cu"],
+    "3x3 backward": ["conv3_backward.cu", "backward_small.cu", "partials.cu"],
+}
+
+
+def multiply(kernel: str, executor: Executor) -> None:
+    """One of :data:`SOURCES` in bfloat16, against the runner; one multiprocessor, so that blocks take many steps."""
+    case, primitive = kernel.split()
+    expected, results = (small.PRIMITIVES[primitive](CASES[case], "bfloat16", it, 1) for it in (None, executor))
+    for found, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+    if isinstance(executor, Host):
+        assert not executor.statistics()["ldmatrix_conflicts"], "bank conflicts"
+
+
+PREPARED = "if (i >= -1 && i + 1 < steps) prepare(current);"
+TRANSFORMED = "if (last_pass && more) o_.locate(tile + 1, buffer ^ 1, next_slot);"
+STAGE_BARRIER = (f"{PREPARED}\n    __syncthreads();", PREPARED)
+STAGE_WAIT = ("wait_for_all_but(stages - 2);", "")
+STAGE_ROW = ("(to + place * kPitch,", "(to + (place + 1) * kPitch,")
+STAGE_MISALIGNED = ("kPitch = 5 * kChunk", "kPitch = 5 * kChunk + 8")
+STAGE_CONFLICTS = ("kPitch = 5 * kChunk", "kPitch = 4 * kChunk")
+TABLE = ("row_places[i] =", "row_places[i + 1] =")
+OUT_PIXEL = ("return p < f.pixels ? p : -1;", "return p < f.pixels ? p + 1 : -1;")
+POOLED_PIXEL = ("if (out >= s.n * d * h * w) return;", "")
+X_PIXEL = ("x + p * f.pixel", "x + (p + 1) * f.pixel")
+SWAPPED = ('"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])')
+BOX_BARRIER = (f"{TRANSFORMED}\n        __syncthreads();", TRANSFORMED)
+BOX_WAIT = ("cp_async_wait<0>();\n        __syncthreads();", "__syncthreads();")
+DX_PIXEL = ("to + p * f_.dx.ld", "to + (p + 1) * f_.dx.ld")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "check", "message"),
+    [
+        pytest.param(*parameters, id=f"{name}, {parameters[0]}, {parameters[2]}")
+        for name, *parameters in [
+            ("removed barrier", "1x1 forward", STAGE_BARRIER, "thread", "data race"),
+            ("removed barrier", "3x3 forward", STAGE_BARRIER, "PTX", "shared-memory race"),
+            ("removed barrier", "3x3 backward", BOX_BARRIER, "thread", "data race"),
+            ("removed barrier", "1x1 backward", BOX_BARRIER, "PTX", "shared-memory race"),
+            ("missing wait", "3x3 forward", STAGE_WAIT, "runner", "difference: nan"),
+            ("missing wait", "1x1 forward", STAGE_WAIT, "PTX", "difference: nan"),
+            ("missing wait", "3x3 backward", BOX_WAIT, "runner", "difference: nan"),
+            ("row of a stage one too far", "3x3 forward", STAGE_ROW, "runner", "not in shared memory"),
+            ("entry of a table one too far", "3x3 forward", TABLE, "thread", "data race"),
+            ("stored pixel one too far", "1x1 forward", OUT_PIXEL, "address", "heap-buffer-overflow"),
+            ("stored pixel one too far", "1x1 backward", DX_PIXEL, "PTX", "store out of bounds"),
+            ("pixels that do not exist", "pooled forward", POOLED_PIXEL, "PTX", "load out of bounds"),
+            ("copied pixel one too far", "3x3 forward", X_PIXEL, "PTX", "load out of bounds"),
+            ("misaligned rows", "1x1 forward", STAGE_MISALIGNED, "runner", "not aligned to 16 bytes"),
+            ("rows in the same banks", "3x3 forward", STAGE_CONFLICTS, "runner", "bank conflicts"),
+            ("swapped operands of bfloat16's product", "1x1 forward", SWAPPED, "PTX", "not close"),
+        ]
+    ],
+)
+def test_a_bug_in_a_product_is_found(kernel: str, change: Change, check: str, message: str, tmp_path: Path) -> None:
+    """And nothing is found in the kernel as it is."""
+    first, *others = (CSRC / "cuda" / name for name in SOURCES[kernel])
+    with executor(check, [first, *others]) as correct:
+        multiply(kernel, correct)
+    with (
+        executor(check, [patched(first, change, tmp_path), *others]) as planted,
+        pytest.raises((AssertionError, RuntimeError), match=message),
+    ):
+        multiply(kernel, planted)
+
+
+@pytest.mark.parametrize("primitive", small.PRIMITIVES)
+def test_bank_conflicts_of_a_main_loop_are_found(primitive: str, tmp_path: Path) -> None:
+    """Of rows that are taken in their order, where neighbours share banks."""
+    first, *others = (CSRC / "cuda" / name for name in SOURCES[f"3x3 {primitive}"])
+    in_order = "return turn - in_block + together * (Block >> shift) + (in_block >> shift);", "return turn;"
+    sources = (patched(first, in_order, tmp_path), *others)
+    few, more = (traffic.bank_conflicts(primitive, case, "bfloat16", sources) for case in small.TURNS[primitive][1])
+    assert all(more[name][0] > few[name][0] for name in more)
 
 
 def _without_barriers(text: str) -> str:
@@ -93,23 +199,14 @@ def _swapped_operands(text: str) -> str:
     return re.sub(fragment, r"\1{\4,\5,\2,\3}", text)
 
 
-KERNELS = {"1x1": Case((1, 1, 1, 131), 64, 48, ONE), "3x3": Case((1, 1, 7, 11), 64, 16, SQUARE)}
-PRIMITIVES = {"forward": small.forward, "backward": small.backward}
-
-
 @pytest.mark.parametrize("change", [_without_barriers, _without_waits, _swapped_operands])
-@pytest.mark.parametrize("primitive", PRIMITIVES)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_bug_in_the_ptx_is_found(kernel: str, primitive: str, change: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("kernel", SOURCES)
+def test_a_bug_in_the_ptx_is_found(kernel: str, change: Callable[[str], str]) -> None:
     """Of the kernels that multiply; the others are left as they are."""
 
     def planted(text: str) -> str:
         return change(text) if "mma.sync" in text else text
 
-    expected = PRIMITIVES[primitive](KERNELS[kernel], "bfloat16", None)
-    for correct in (True, False):
-        expectation = contextlib.nullcontext() if correct else pytest.raises(AssertionError)
-        ptx = Ptx("80", change=str if correct else planted)
-        with expectation:
-            for found, wanted in zip(PRIMITIVES[primitive](KERNELS[kernel], "bfloat16", ptx), expected, strict=True):
-                torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+    multiply(kernel, Ptx("80"))
+    with pytest.raises(AssertionError):
+        multiply(kernel, Ptx("80", change=planted))

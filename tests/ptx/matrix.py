@@ -127,15 +127,15 @@ def _store_matrix(machine: Machine, it: Instruction, active: np.ndarray) -> None
 
 @instruction("mma")
 def _matrix_product(machine: Machine, it: Instruction, active: np.ndarray) -> None:
-    """``mma.sync.m16n8kK``: D = A B + C per warp; 32 bytes of A and B along K."""
+    """``mma.sync.m16n8kK``: D = A B + C per warp; 16 or 32 bytes of A and B along K."""
     warps = _warps(machine, it, active)
     kind = it.kind if it.kind != "f32" else it.modifiers[-2]
     k = int(next(m for m in it.modifiers if m.startswith("m16n8k")).removeprefix("m16n8k"))
     in_register = 1 if kind == "tf32" else 2
-    if kind not in ("bf16", "f16", "tf32") or k != 8 * in_register:
+    half = 4 * in_register  # along K, of one register in each of four lanes
+    if kind not in ("bf16", "f16", "tf32") or k not in (half, 2 * half):
         raise machine.error(it, "unknown instruction")
     targets, a_operands, b_operands, c_operands = (_items(operand) for operand in it.operands)
-    half = k // 2
 
     def fragment(operand: Operand) -> np.ndarray:
         bits = _by_warp(machine, operand, warps).view(UNSIGNED[32 // in_register])

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from tolerances import tolerance, ulp
 from torch import Tensor
 
 from fused_densenet.backends.contract import Gradient, Norm, accumulate_dtype
+
+LAYOUTS = ["contiguous", "channels_last", "strided"]
+"""Of weights."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,26 @@ class Shape:
     def out_pixels(self) -> tuple[int, ...]:
         n, *sizes = self.pixels
         return (n, *(size if size == 1 or not self.pool else size // 2 for size in sizes))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    dims = draw(st.integers(1, 3))
+    longest = (40, 11, 5)[dims - 1]
+    sizes = [draw(st.integers(1, longest)) if i >= 3 - dims else 1 for i in range(3)]
+    kernel = [draw(st.sampled_from([1, 3])) if i >= 3 - dims else 1 for i in range(3)]
+    if draw(st.booleans()):
+        kernel = [max(kernel) if i >= 3 - dims else 1 for i in range(3)]
+    channels = draw(st.one_of(st.integers(1, 70), st.sampled_from([8, 16, 64, 128])))
+    out_channels = draw(st.one_of(st.integers(1, 50), st.sampled_from([12, 32, 48, 128])))
+    pool = draw(st.booleans())
+    if pool:
+        kernel = [1, 1, 1]
+    return Shape((draw(st.integers(1, 3)), *sizes), channels, out_channels, tuple(kernel), pool)
+
+
+margins = st.sampled_from([0, 0, 1, 3, 8])
+"""Channels beside a slice."""
 
 
 @dataclass
@@ -184,7 +208,7 @@ def operators(
     first = x.permute(0, 4, 1, 2, 3).contiguous().detach().requires_grad_()
     gamma, beta = norm.scale.clone().requires_grad_(), norm.shift.clone().requires_grad_()
     ones = torch.ones(channels, dtype=norm.mean.dtype)
-    z = F.batch_norm(first, norm.mean, ones, gamma, beta, False, 0.0, 0.0)
+    z = F.batch_norm(first, norm.mean, ones, gamma, beta, False, 0.0, 1e-30)
     w = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     a, narrow = F.relu(z), w.to(x.dtype)
     if x.shape[1] == 2:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from primitives import (
+    LAYOUTS,
     Guarded,
     Shape,
     affine,
@@ -20,7 +21,9 @@ from primitives import (
     load_magnitude,
     loaded_gradient,
     make_weight,
+    margins,
     operators,
+    shapes,
     source,
     vector,
 )
@@ -31,7 +34,6 @@ from fused_densenet.backends.contract import accumulate_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["float64", "float32", "bfloat16", "float16"]
-LAYOUTS = ["contiguous", "channels_last", "strided"]
 WIDE = [
     Shape((1, 1, 28, 28), 128, 32, (1, 3, 3)),
     Shape((2, 1, 14, 14), 480, 128, (1, 1, 1)),
@@ -49,25 +51,6 @@ WIDE = [
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 all_backends = pytest.mark.parametrize("backend", ["eager", "cpu"])
 wide = pytest.mark.parametrize("shape", WIDE, ids=str)
-
-
-@st.composite
-def shapes(draw: st.DrawFn) -> Shape:
-    dims = draw(st.integers(1, 3))
-    longest = (40, 11, 5)[dims - 1]
-    sizes = [draw(st.integers(1, longest)) if i >= 3 - dims else 1 for i in range(3)]
-    kernel = [draw(st.sampled_from([1, 3])) if i >= 3 - dims else 1 for i in range(3)]
-    if draw(st.booleans()):
-        kernel = [max(kernel) if i >= 3 - dims else 1 for i in range(3)]
-    channels = draw(st.one_of(st.integers(1, 70), st.sampled_from([8, 16, 64, 128])))
-    out_channels = draw(st.one_of(st.integers(1, 50), st.sampled_from([12, 32, 48, 128])))
-    pool = draw(st.booleans())
-    if pool:
-        kernel = [1, 1, 1]
-    return Shape((draw(st.integers(1, 3)), *sizes), channels, out_channels, tuple(kernel), pool)
-
-
-margins = st.sampled_from([0, 0, 1, 3, 8])
 
 
 @all_backends

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CUBE, ONE, ROW, SQUARE
 from emulated import Emulated
+from hypothesis import given
+from hypothesis import strategies as st
 from primitives import (
+    LAYOUTS,
     Derivatives,
     Guarded,
     Shape,
@@ -17,16 +21,17 @@ from primitives import (
     load,
     loaded_gradient,
     make_weight,
+    margins,
     operators,
+    shapes,
     source,
     vector,
 )
+from small import ARITHMETIC, LARGEST
 from tolerances import assert_entries, assert_error_ratio
 from torch import Tensor
 
 from fused_densenet.backends.contract import Gradient, Norm
-
-POINT, ROW, SQUARE, CUBE = (1, 1, 1), (1, 1, 3), (1, 3, 3), (3, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,11 @@ class Case:
 
 
 CASES = [
-    Case(Shape((1, 1, 17, 19), 24, 48, POINT), 1),
-    Case(Shape((2, 1, 13, 11), 150, 128, POINT), 2, True, True, "contiguous", True, 8, 2),
-    Case(Shape((1, 1, 11, 13), 96, 192, POINT), 132, False, True, "strided", False, 4, 0),
-    Case(Shape((1, 1, 1, 31), 36, 300, POINT), 4, True, True, "channels_last", True, 2, 1),
-    Case(Shape((1, 1, 7, 5), 70, 600, POINT), 3, False, False, "contiguous", False, 1, 0, 64 << 10),
+    Case(Shape((1, 1, 17, 19), 24, 48, ONE), 1),
+    Case(Shape((2, 1, 13, 11), 150, 128, ONE), 2, True, True, "contiguous", True, 8, 2),
+    Case(Shape((1, 1, 11, 13), 96, 192, ONE), 132, False, True, "strided", False, 4, 0),
+    Case(Shape((1, 1, 1, 31), 36, 300, ONE), 4, True, True, "channels_last", True, 2, 1),
+    Case(Shape((1, 1, 7, 5), 70, 600, ONE), 3, False, False, "contiguous", False, 1, 0, 64 << 10),
     Case(Shape((2, 1, 13, 11), 48, 12, SQUARE), 2, False, True, "contiguous", True),
     Case(Shape((1, 1, 23, 19), 128, 32, SQUARE), 2, False),
     Case(Shape((3, 1, 7, 7), 136, 48, SQUARE), 132, True, True, "channels_last", False, 4, 4),
@@ -58,19 +63,16 @@ CASES = [
     Case(Shape((1, 3, 4, 5), 20, 40, CUBE), 2, True, True, "contiguous", True),
     Case(Shape((3, 1, 1, 37), 33, 20, ROW), 4, True, True, "strided", True, 3, 1),
     Case(Shape((1, 1, 11, 3), 9, 5, (1, 5, 7)), 1, False),
-    Case(Shape((2, 1, 9, 11), 150, 75, POINT, pool=True), 2, True, True, "contiguous", True),
-    Case(Shape((1, 1, 14, 6), 64, 512, POINT, pool=True), 3, False, True, "channels_last", False, 0, 8),
-    Case(Shape((2, 3, 4, 7), 20, 12, POINT, pool=True), 132, False, True, "contiguous", False, 1, 0),
-    Case(Shape((3, 1, 1, 13), 33, 16, POINT, pool=True), 1, True, False),
-    Case(Shape((1, 1, 1, 1), 5, 3, POINT), 132, False, True, "contiguous", True, 1, 1),
+    Case(Shape((2, 1, 9, 11), 150, 75, ONE, pool=True), 2, True, True, "contiguous", True),
+    Case(Shape((1, 1, 14, 6), 64, 512, ONE, pool=True), 3, False, True, "channels_last", False, 0, 8),
+    Case(Shape((2, 3, 4, 7), 20, 12, ONE, pool=True), 132, False, True, "contiguous", False, 1, 0),
+    Case(Shape((3, 1, 1, 13), 33, 16, ONE, pool=True), 1, True, False),
+    Case(Shape((1, 1, 1, 1), 5, 3, ONE), 132, False, True, "contiguous", True, 1, 1),
     Case(Shape((1, 1, 1, 1), 24, 12, SQUARE), 132),
+    Case(Shape((2, 1, 7, 2), 12, 24, ONE, pool=True), 132, shared=64 << 10),
+    Case(Shape((1, 4, 5, 4), 70, 36, ONE, pool=True), 1, shared=64 << 10),
+    *[Case(Shape((1, *kernel[:2], 9), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
 ]
-ARITHMETIC = {
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-    "tf32": (torch.float32, True),
-    "float32": (torch.float32, False),
-}
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 all_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -115,7 +117,32 @@ def make_problem(case: Case, dtype: torch.dtype) -> Problem:
 @all_arithmetic
 @all_cases
 def test_backward(case: Case, arithmetic: str) -> None:
-    dtype, tf32 = ARITHMETIC[arithmetic]
+    check(case, arithmetic)
+
+
+@all_arithmetic
+@given(
+    case=st.builds(
+        Case,
+        shapes(),
+        multiprocessors=st.sampled_from([1, 2, 132]),
+        accumulate=st.booleans(),
+        dweight=st.booleans(),
+        layout=st.sampled_from(LAYOUTS),
+        weight_in_float32=st.booleans(),
+        before=margins,
+        after=margins,
+        shared=st.sampled_from([64 << 10, 99 << 10, 227 << 10]),
+    ),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(arithmetic: str, case: Case, seed: int) -> None:
+    torch.manual_seed(seed)
+    check(case, arithmetic)
+
+
+def check(case: Case, arithmetic: str) -> None:
+    dtype, tf32, _ = ARITHMETIC[arithmetic]
     problem = make_problem(case, dtype)
     old = problem.dx.data.clone()
     backend = Emulated(tf32=tf32, multiprocessors=case.multiprocessors, shared_per_block=case.shared)
@@ -175,7 +202,7 @@ def _tf32(x: Tensor) -> Tensor:
 @all_arithmetic
 @pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[10]], ids=str)
 def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> None:
-    dtype, tf32 = ARITHMETIC[arithmetic]
+    dtype, tf32, _ = ARITHMETIC[arithmetic]
     problem = make_problem(case, dtype)
     old = problem.dx.data.clone()
     runs = []
@@ -190,12 +217,10 @@ def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> Non
 
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
 @pytest.mark.parametrize("multiprocessors", [1, 132])
-@pytest.mark.parametrize(
-    "shape", [Shape((2, 1, 8, 16), 128, 128, POINT), Shape((2, 1, 16, 8), 64, 24, SQUARE)], ids=str
-)
+@pytest.mark.parametrize("shape", [Shape((2, 1, 8, 16), 128, 128, ONE), Shape((2, 1, 16, 8), 64, 24, SQUARE)], ids=str)
 def test_no_product_too_many(shape: Shape, multiprocessors: int, arithmetic: str) -> None:
     """Two products of pixels by channels by rows (tap, output), where all are whole tiles."""
-    dtype, tf32 = ARITHMETIC[arithmetic]
+    dtype, tf32, _ = ARITHMETIC[arithmetic]
     problem = make_problem(Case(shape, multiprocessors), dtype)
     backend = Emulated(tf32=tf32, multiprocessors=multiprocessors)
     backend.statistics()

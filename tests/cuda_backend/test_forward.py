@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cases import CUBE, ONE, ROW, SQUARE
 from emulated import Emulated
+from hypothesis import given
+from hypothesis import strategies as st
 from primitives import (
+    LAYOUTS,
     Guarded,
     Shape,
     affine,
@@ -15,16 +19,17 @@ from primitives import (
     forward_magnitude,
     loaded_gradient,
     make_weight,
+    margins,
     operators,
+    shapes,
     source,
     vector,
 )
+from small import ARITHMETIC, LARGEST
 from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
 from torch import Tensor
 
 from fused_densenet.backends.contract import Norm
-
-POINT, LINE, SQUARE, CUBE = (1, 1, 1), (1, 1, 3), (1, 3, 3), (3, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,18 @@ class Case:
 
 
 CASES = [
-    Case(Shape((1, 1, 17, 19), 24, 48, POINT), 1),
-    Case(Shape((2, 1, 23, 29), 96, 48, POINT), 2, "contiguous", True, 8, 8),
-    Case(Shape((1, 1, 13, 53), 64, 128, POINT), 2, "channels_last", False, 0, 64),
-    Case(Shape((1, 1, 7, 7), 512, 128, POINT), 132, "contiguous", True),
-    Case(Shape((1, 1, 37, 29), 41, 192, POINT), 2, "strided", False, 1, 0),
-    Case(Shape((1, 5, 7, 11), 100, 160, POINT), 3, "contiguous", False, 4, 4),
-    Case(Shape((1, 1, 1, 31), 36, 300, POINT), 4, "contiguous", False, 2, 1),
-    Case(Shape((1, 1, 1, 1), 5, 3, POINT), 132, "contiguous", True),
-    Case(Shape((1, 1, 1, 1), 2100, 12, POINT), 1, "contiguous", False, 0, 4, 64 << 10),
-    Case(Shape((1, 1, 7, 11), 600, 208, POINT), 1, shared=64 << 10),
-    Case(Shape((3, 1, 15, 17), 100, 50, POINT, pool=True), 1, "contiguous", False, 4, 4),
-    Case(Shape((2, 5, 4, 7), 35, 17, POINT, pool=True), 132, "contiguous", True, 1),
+    Case(Shape((1, 1, 17, 19), 24, 48, ONE), 1),
+    Case(Shape((2, 1, 23, 29), 96, 48, ONE), 2, "contiguous", True, 8, 8),
+    Case(Shape((1, 1, 13, 53), 64, 128, ONE), 2, "channels_last", False, 0, 64),
+    Case(Shape((1, 1, 7, 7), 512, 128, ONE), 132, "contiguous", True),
+    Case(Shape((1, 1, 37, 29), 41, 192, ONE), 2, "strided", False, 1, 0),
+    Case(Shape((1, 5, 7, 11), 100, 160, ONE), 3, "contiguous", False, 4, 4),
+    Case(Shape((1, 1, 1, 31), 36, 300, ONE), 4, "contiguous", False, 2, 1),
+    Case(Shape((1, 1, 1, 1), 5, 3, ONE), 132, "contiguous", True),
+    Case(Shape((1, 1, 1, 1), 2100, 12, ONE), 1, "contiguous", False, 0, 4, 64 << 10),
+    Case(Shape((1, 1, 7, 11), 600, 208, ONE), 1, shared=64 << 10),
+    Case(Shape((3, 1, 15, 17), 100, 50, ONE, pool=True), 1, "contiguous", False, 4, 4),
+    Case(Shape((2, 5, 4, 7), 35, 17, ONE, pool=True), 132, "contiguous", True, 1),
     Case(Shape((2, 1, 17, 19), 48, 12, SQUARE), 1, "contiguous", False, 4, 4),
     Case(Shape((2, 1, 17, 19), 96, 24, SQUARE), 2, "strided", True, 3, 2),
     Case(Shape((1, 1, 31, 29), 64, 32, SQUARE), 1, "channels_last"),
@@ -61,19 +66,14 @@ CASES = [
     Case(Shape((1, 1, 37, 29), 33, 50, SQUARE), 2, "strided", False, 1),
     Case(Shape((5, 1, 1, 1), 160, 40, SQUARE), 132),
     Case(Shape((1, 1, 2, 3), 5, 3, SQUARE), 1),
-    Case(Shape((2, 1, 1, 67), 48, 12, LINE), 2, "contiguous", True),
-    Case(Shape((1, 1, 1, 131), 20, 7, LINE), 1, "channels_last", False, 2, 2),
+    Case(Shape((2, 1, 1, 67), 48, 12, ROW), 2, "contiguous", True),
+    Case(Shape((1, 1, 1, 131), 20, 7, ROW), 1, "channels_last", False, 2, 2),
     Case(Shape((2, 5, 6, 7), 48, 12, CUBE), 2),
     Case(Shape((1, 3, 11, 5), 24, 16, CUBE), 1, "channels_last", False, 0, 0, 99 << 10),
     Case(Shape((1, 2, 5, 7), 24, 12, (3, 1, 5)), 2),
     Case(Shape((1, 1, 13, 17), 128, 32, SQUARE), 1, shared=64 << 10),
+    *[Case(Shape((1, *kernel[:2], 9), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
 ]
-ARITHMETIC = {
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-    "tf32": (torch.float32, True),
-    "float32": (torch.float32, False),
-}
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 all_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -106,7 +106,30 @@ def make_problem(case: Case, dtype: torch.dtype) -> Problem:
 @all_arithmetic
 @all_cases
 def test_forward(case: Case, arithmetic: str) -> None:
-    dtype, tf32 = ARITHMETIC[arithmetic]
+    check(case, arithmetic)
+
+
+@all_arithmetic
+@given(
+    case=st.builds(
+        Case,
+        shapes(),
+        multiprocessors=st.sampled_from([1, 2, 132]),
+        layout=st.sampled_from(LAYOUTS),
+        weight_in_float32=st.booleans(),
+        before=margins,
+        after=margins,
+        shared=st.sampled_from([64 << 10, 99 << 10, 227 << 10]),
+    ),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(arithmetic: str, case: Case, seed: int) -> None:
+    torch.manual_seed(seed)
+    check(case, arithmetic)
+
+
+def check(case: Case, arithmetic: str) -> None:
+    dtype, tf32, _ = ARITHMETIC[arithmetic]
     problem = make_problem(case, dtype)
     backend = Emulated(tf32=tf32, multiprocessors=case.multiprocessors, shared_per_block=case.shared)
     backend.statistics()
@@ -137,7 +160,7 @@ def exact_of_tf32(x: Tensor, norm: Norm, weight: Tensor, pool: bool) -> Tensor:
 @all_arithmetic
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[13], CASES[16]], ids=str)
 def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> None:
-    dtype, tf32 = ARITHMETIC[arithmetic]
+    dtype, tf32, _ = ARITHMETIC[arithmetic]
     problem = make_problem(case, dtype)
     runs = []
     for seed in range(3):
@@ -151,8 +174,8 @@ def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> Non
     ("shape", "products", "copies"),
     [
         # 16-byte chunks of x once, and of the weight once in each of the blocks: two tiles of 256 pixels, one of 128
-        (Shape((2, 1, 16, 16), 48, 48, POINT), 512 // 16 * 6 * 3, 512 * 6 + 2 * 48 * 6),
-        (Shape((1, 1, 16, 16), 128, 128, POINT), 256 // 16 * 16 * 8, 256 * 16 + 2 * 128 * 16),
+        (Shape((2, 1, 16, 16), 48, 48, ONE), 512 // 16 * 6 * 3, 512 * 6 + 2 * 48 * 6),
+        (Shape((1, 1, 16, 16), 128, 128, ONE), 256 // 16 * 16 * 8, 256 * 16 + 2 * 128 * 16),
         # boxes of 16 x 16 pixels and their halo
         (Shape((1, 1, 32, 32), 128, 32, SQUARE), 1024 // 16 * 4 * 9 * 8, 4 * 18 * 18 * 16),
         (Shape((1, 1, 16, 16), 48, 12, SQUARE), 256 // 16 * 2 * 9 * 3, 18 * 18 * 6),
@@ -169,7 +192,7 @@ def test_no_product_and_no_copy_too_many(shape: Shape, products: int, copies: in
     assert statistics["cp_async"] == copies
 
 
-@pytest.mark.parametrize("kernel", [POINT, SQUARE], ids=str)
+@pytest.mark.parametrize("kernel", [ONE, SQUARE], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_variance_of_a_distant_output(kernel: tuple[int, int, int], multiprocessors: int) -> None:
     x = torch.randn(4, 1, 20, 20, 8)
@@ -188,7 +211,7 @@ def test_variance_of_a_distant_output(kernel: tuple[int, int, int], multiprocess
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_nan_passes_through(arithmetic: str, multiprocessors: int) -> None:
     """A NaN in one pixel reaches every output of its neighbourhood and no other: ReLU does not turn it into zero."""
-    dtype, tf32 = ARITHMETIC[arithmetic]
+    dtype, tf32, _ = ARITHMETIC[arithmetic]
     x = torch.randn(1, 1, 5, 5, 16).to(dtype)
     x[0, 0, 2, 2, 3] = float("nan")
     out = torch.empty(1, 1, 5, 5, 8, dtype=dtype)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "ptx.cuh"
 
@@ -51,8 +52,10 @@ inline Box choose_box(const Box& image, const Box& kernel, int rows, int columns
   int64_t least = 0;
   const int widest = image.w == 1 ? 1 : std::min(rows, (image.w + 7) / 8 * 8);
   for (int w = std::min(8, widest); w <= widest; w += 8) {
+    int h = 0;
     for (int most_h = 1; most_h <= std::min(image.h, rows / w); ++most_h) {
-      const int h = even_part(image.h, most_h);
+      const int last_h = std::exchange(h, even_part(image.h, most_h));
+      if (h == last_h) continue;
       const int d = even_part(image.d, std::max(1, rows / (w * h)));
       const bool whole = w >= image.w && h == image.h && d == image.d;
       const int n = whole ? even_part(image.n, std::max(1, rows / (w * h * d))) : 1;

@@ -1,16 +1,11 @@
-"""Microseconds of Python in each primitive, counted up to the launch in C, on kernels that are really compiled.
+"""Microseconds of Python in each primitive, counted up to the launch in C, on kernels that are really compiled."""
 
-Processor time of this thread, the median of many calls. What is limited is the fastest batch of them: beside other work
-a processor is slower, for all calls alike or for some.
-"""
-
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import report
 import torch
+from host_cost import microseconds
 from triton_offline import offline
 
 from fused_densenet.backends import triton as backend
@@ -18,20 +13,6 @@ from fused_densenet.backends.contract import Gradient, Norm
 from fused_densenet.backends.triton import plans
 
 LIMIT = 30.0
-BATCHES, CALLS = 40, 50
-
-
-def microseconds(call: Callable[[], None]) -> tuple[float, float]:
-    """Of the median and of the fastest batch."""
-    for _ in range(20):
-        call()
-    times = []
-    for _ in range(BATCHES):
-        start = time.thread_time_ns()
-        for _ in range(CALLS):
-            call()
-        times.append((time.thread_time_ns() - start) / CALLS / 1e3)
-    return statistics.median(times), min(times)
 
 
 def calls() -> dict[str, Callable[[], None]]:
@@ -65,7 +46,7 @@ def test_python_of_a_call(primitive: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     plans.forget()
     with offline("sm_90"):
-        median, fastest = microseconds(calls()[primitive])
+        cost = microseconds(calls()[primitive])
     plans.forget()
-    report.sections["Microseconds of Python in a call"].append(f"{primitive:16} {median:5.1f} (fastest {fastest:.1f})")
-    assert fastest < LIMIT
+    report.sections["Triton kernels: microseconds of Python in a call"].append(f"{primitive:16} {cost:5.1f}")
+    assert cost < LIMIT

@@ -17,7 +17,7 @@ from .fallback import (
 )
 from .functional import BatchMoments, dense_block
 from .layers import LayerParts, is_memory_efficient, take_apart
-from .recomputation import recomputed
+from .recomputation import concatenated, recomputed
 from .recording import exports_operators, one_call, refuse_script
 from .schedule import NormReluConv
 
@@ -63,17 +63,13 @@ class FusedDenseLayer(nn.Module):
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         inputs = [input] if isinstance(input, Tensor) else input
-        first = self._norm_relu_conv1
-        out = recomputed(self, first, *inputs) if self.memory_efficient else first(*inputs)
+        run = recomputed if self.memory_efficient else concatenated
+        out = run((self.norm1, self.relu1, self.conv1), *inputs)
         if self.bottleneck:
             out = self.conv2(self.relu2(self.norm2(out)))
         if self.drop_rate > 0:
             out = nn.functional.dropout(out, p=self.drop_rate, training=self.training)
         return out
-
-    def _norm_relu_conv1(self, *inputs: Tensor) -> Tensor:
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
-        return self.conv1(self.relu1(self.norm1(x)))
 
 
 class FusedDenseBlock(nn.ModuleDict):

@@ -1,12 +1,15 @@
 """A block with ``memory_efficient=True`` that runs operator by operator computes its bottlenecks again in backward."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from blocks import step
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.parametrizations import spectral_norm
 
 from fused_densenet import FallbackWarning, FusedDenseBlock
 
@@ -87,6 +90,81 @@ def test_nothing_is_recomputed_where_operators_are_recorded() -> None:
 
     for a, b in zip(results(recomputing), results(keeping), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_another_models_parameters() -> None:
+    """torch.func.functional_call: those of the forward pass, which are gone when the backward pass runs."""
+    x, results = images(), []
+    for block in pair():
+        torch.manual_seed(0)
+        others = {name: torch.randn_like(p).requires_grad_() for name, p in block.named_parameters()}
+        out = torch.func.functional_call(block, others, x)
+        results.append(torch.autograd.grad(out.square().sum(), list(others.values())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_parametrization_with_a_state() -> None:
+    """spectral_norm iterates once in every forward pass, and not again for the backward pass."""
+    results = []
+    for block in pair():
+        torch.manual_seed(0)
+        spectral_norm(block.denselayer2.conv1)
+        results.append(step(block, images(), steps=2))
+    assert all(torch.equal(results[0][name], expected) for name, expected in results[1].items())
+
+
+def test_a_forward_of_the_instance() -> None:
+    """It belongs to the module itself, of which a copy would write the same buffers again."""
+    block, _ = pair()
+    norm = block.denselayer1.norm1
+    norm.forward = norm.forward  # as adapters do it
+    block(images()).sum().backward()
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "norm1.weight"])
+def test_a_change_in_place_is_an_error(name: str) -> None:
+    """As it is where all is kept."""
+    for block in pair():
+        out = block(images())
+        with torch.no_grad():
+            block.denselayer2.get_parameter(name).add_(1)
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            out.sum().backward()
+
+
+def test_modes_and_statistics_are_those_of_the_forward_pass() -> None:
+    x, results = images(), []
+    for block, changes in zip(pair(), (True, False), strict=True):
+        out = block.eval()(x)
+        if changes:
+            block.train()
+            block.denselayer2.norm1.running_mean.add_(1)
+        results.append(torch.autograd.grad(out.square().sum(), list(block.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_threads() -> None:
+    """Backward passes leave the module alone."""
+    block, _ = pair()
+    buffers = dict(block.named_buffers())
+
+    def steps(seed: int) -> None:
+        for _ in range(20):
+            block(images()).sum().backward()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(steps, range(4)))
+    assert all(buffer is buffers[name] for name, buffer in block.named_buffers())
+    assert block.denselayer1.norm1.num_batches_tracked == 80
+
+
+def test_make_fx() -> None:
+    recomputing, _ = (block.eval() for block in pair())
+    x = images()
+    graph = make_fx(lambda v: torch.autograd.grad(recomputing(v).square().sum(), v)[0])(x.requires_grad_())
+    expected = torch.autograd.grad(recomputing(x).square().sum(), x)[0]
+    torch.testing.assert_close(graph(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_setting_is_the_layers() -> None:

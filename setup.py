@@ -211,14 +211,19 @@ def find_nvcc() -> str | None:
 
 
 def default_architectures() -> str:
-    """Those of this machine's GPUs, as torch's own tools have it; all where there is none, or one that nvcc does not know."""
+    """Those of this machine's NVIDIA GPUs, as torch's own tools have it; all where there is none that can be served."""
     import torch
 
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None or not torch.cuda.is_available():
         return ARCHITECTURES
-    every = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    try:
+        every = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+        command = [find_nvcc(), "--list-gpu-arch"]
+        known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        say(f"this machine's GPUs are not known ({error}): compiling for {ARCHITECTURES}")
+        return ARCHITECTURES
     here = sorted(capability for capability in every if capability >= MINIMUM_CAPABILITY)
-    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     if not here or any(f"compute_{major}{minor}" not in known for major, minor in here):
         return ARCHITECTURES
     return ";".join(map(dotted, here)) + "+PTX"

@@ -25,14 +25,14 @@ SMALL = [
 
 
 def commands(smoke: bool) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """By name, the command and the variables that it gets besides.
+    """By name, the command and the variables that it gets besides: kernels are compiled for the GPU that is there.
 
     ``smoke`` compiles nothing and collects the tests of one file, which are all skipped where there is no GPU.
     """
     tests = [str(REPOSITORY / "tests" / "test_gpu.py")] if smoke else [str(REPOSITORY / "tests")]
     # Tests of packages that are missing cannot even be read; they are not those of a GPU.
     options = ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    build = {"FUSED_DENSENET_BUILD": "off"} if smoke else {}
+    build = {"FUSED_DENSENET_BUILD": "off"} if smoke else {"TORCH_CUDA_ARCH_LIST": ""}
     return {
         "build": ([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], build),
         "tests": ([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options, *tests], {}),

@@ -272,11 +272,39 @@ def test_architectures_of_this_machine(
     expected: str,
 ) -> None:
     fake_nvcc(tmp_path, "13.0", "compute_80", "compute_86", "compute_90")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    fake_gpus(monkeypatch, tmp_path, capabilities)
+    assert setup.default_architectures() == expected
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, home: Path, capabilities: list[tuple[int, int]]) -> None:
+    """With the CUDA toolkit in ``home``."""
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
-    assert setup.default_architectures() == expected
+
+
+def test_architectures_of_gpus_that_cannot_be_asked(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All are compiled for: an nvcc that lists nothing, a GPU that answers with an error, one of AMD's."""
+    fake_nvcc(tmp_path, "13.0", "compute_90")
+    fake_gpus(monkeypatch, tmp_path, [(9, 0)])
+    assert setup.default_architectures() == "9.0+PTX"
+
+    def broken(device: int) -> tuple[int, int]:
+        raise RuntimeError("an error of CUDA")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", broken)
+        assert setup.default_architectures() == setup.ARCHITECTURES
+        assert "an error of CUDA" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "cuda", None)
+        assert setup.default_architectures() == setup.ARCHITECTURES
+    (tmp_path / "bin/nvcc").write_text("#!/bin/sh\nexit 1\n")
+    assert setup.default_architectures() == setup.ARCHITECTURES
 
 
 @pytest.mark.parametrize(("wanted", "said"), [("Hopper", "entries like 9.0"), ("7.0", "7.5 or newer, got '7.0'")])

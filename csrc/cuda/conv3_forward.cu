@@ -318,7 +318,7 @@ Plan make_plan(const Forward& f, const Device& device) {
   k.in = static_cast<int>(s.in);
   k.groups = static_cast<int>(ceil_div(ceil_div(s.out, kGroup), column_blocks));
   int64_t splits = 1;
-  for (int rows = kWarps * 16 * M::kTiles; rows >= 8; rows /= 2) {
+  for (int rows = kWarps * 16 * M::kTiles; rows >= 1; rows /= 2) {
     k.box = choose_box(k.image, k.kernel, rows, k.groups * kGroup);
     k.halo = halo_of(k.box, k.kernel);
     k.tiles = boxes_in(k.image, k.box);

@@ -73,6 +73,7 @@ CASES = [
     Case(Shape((2, 1, 7, 2), 12, 24, ONE, pool=True), 132, shared=64 << 10),
     Case(Shape((1, 4, 5, 4), 70, 36, ONE, pool=True), 1, shared=64 << 10),
     *[Case(Shape((1, *kernel[:2], 9), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
+    *[Case(Shape((9, 1, 1, 1), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
 ]
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)

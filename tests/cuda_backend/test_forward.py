@@ -73,6 +73,7 @@ CASES = [
     Case(Shape((1, 2, 5, 7), 24, 12, (3, 1, 5)), 2),
     Case(Shape((1, 1, 13, 17), 128, 32, SQUARE), 1, shared=64 << 10),
     *[Case(Shape((1, *kernel[:2], 9), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
+    *[Case(Shape((9, 1, 1, 1), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
 ]
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,9 +1,16 @@
 """Shapes that are small enough for every way of executing a kernel, and still cross the edges of its tiles."""
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import cases
 import torch
 from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
 from emulated import Emulated, Executor
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from primitives import LAYOUTS, margins, shapes
 from torch import Tensor
 
 from fused_densenet.backends.contract import Gradient, Norm
@@ -25,6 +32,32 @@ CASES = [
     Case((2, 1, 9, 13), 70, 33, ONE, accumulate=False, pool=True),
     Case((1, 3, 4, 5), 36, 12, ONE, pool=True),
 ]
+
+
+def any_case(kind: Callable[..., Any], **fields: SearchStrategy[Any]) -> SearchStrategy[Any]:
+    """A case, of a test's ``kind``, of any small shape: on any device, in any layout, with the fields that are its own."""
+    return st.builds(
+        kind,
+        shapes(),
+        multiprocessors=st.sampled_from([1, 2, 132]),
+        layout=st.sampled_from(LAYOUTS),
+        weight_in_float32=st.booleans(),
+        before=margins,
+        after=margins,
+        shared=st.sampled_from([64 << 10, 99 << 10, 227 << 10]),
+        **fields,
+    )
+
+
+@contextlib.contextmanager
+def no_conflicts(backend: Emulated, image: Sequence[int]) -> Iterator[None]:
+    """Inside, ldmatrix reads without bank conflicts; but for images (N, D, H, W) one pixel wide.
+
+    There the rows of a fragment are further apart than one pixel.
+    """
+    backend.statistics()
+    yield
+    assert backend.statistics()["ldmatrix_conflicts"] == 0 or image[3] == 1
 
 
 def run(case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int = 4) -> None:

@@ -9,7 +9,6 @@ from emulated import Emulated
 from hypothesis import given
 from hypothesis import strategies as st
 from primitives import (
-    LAYOUTS,
     Guarded,
     Shape,
     affine,
@@ -19,13 +18,11 @@ from primitives import (
     forward_magnitude,
     loaded_gradient,
     make_weight,
-    margins,
     operators,
-    shapes,
     source,
     vector,
 )
-from small import ARITHMETIC, LARGEST
+from small import ARITHMETIC, LARGEST, any_case, no_conflicts
 from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
 from torch import Tensor
 
@@ -119,19 +116,7 @@ def test_forward(case: Case, arithmetic: str) -> None:
 
 
 @all_arithmetic
-@given(
-    case=st.builds(
-        Case,
-        shapes(),
-        multiprocessors=st.sampled_from([1, 2, 132]),
-        layout=st.sampled_from(LAYOUTS),
-        weight_in_float32=st.booleans(),
-        before=margins,
-        after=margins,
-        shared=st.sampled_from([64 << 10, 99 << 10, 227 << 10]),
-    ),
-    seed=st.integers(0, 99),
-)
+@given(case=any_case(Case), seed=st.integers(0, 99))
 def test_any_shape(arithmetic: str, case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     run(case, arithmetic)
@@ -142,10 +127,8 @@ def run(case: Case, arithmetic: str) -> tuple[Problem, Tensor, Tensor]:
     dtype, tf32, rounding = ARITHMETIC[arithmetic]
     problem = make_problem(case, dtype)
     backend = Emulated(tf32=tf32, multiprocessors=case.multiprocessors, shared_per_block=case.shared)
-    backend.statistics()
-    problem.run(backend)
-    narrow = case.shape.pixels[3] == 1  # rows of fragments are then further apart than one pixel
-    assert backend.statistics()["ldmatrix_conflicts"] == 0 or narrow
+    with no_conflicts(backend, case.shape.pixels):
+        problem.run(backend)
     operands = problem.x, problem.norm, problem.weight, case.shape.pool
     exact, magnitude = exact_forward(*operands), forward_magnitude(*operands)
     assert_entries(problem.out.data, exact, magnitude, rounding, "out")

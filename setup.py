@@ -1,7 +1,7 @@
 """Builds the compiled extensions, or says what to do.
 
 The CPU's is linked against the torch that is installed here, by torch's own tools, so it is built without isolation;
-its name carries that torch's version (fused_densenet/_extension.py). The CUDA kernels become one library for every
+its name carries that torch's version (fused_densenet/backends/extension.py). The CUDA kernels become one library for every
 torch, compiled by nvcc and ninja. The README lists the variables that steer the build.
 """
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import fused_densenet
 from fused_densenet import reference
-from fused_densenet.models import CONFIGURATIONS
+from fused_densenet.nn.densenet import CONFIGURATIONS
 
 
 def duplication(settings: Settings, trained: Trained, advance: Advance) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fused_densenet
 from fused_densenet import reference
-from fused_densenet.models import Network, cifar_arguments
+from fused_densenet.nn.densenet import Network, cifar_arguments
 
 
 class Published(NamedTuple):
@@ -67,7 +67,7 @@ def _conv_norm(width: int, out: int, kernel: int, stride: int = 1) -> list[nn.Mo
 
 
 def _imagenet(name: str) -> Callable[[], nn.Module]:
-    return lambda: reference.DenseNet(**fused_densenet.models.CONFIGURATIONS[name])
+    return lambda: reference.DenseNet(**fused_densenet.nn.densenet.CONFIGURATIONS[name])
 
 
 def _cifar(depth: int, growth_rate: int, bottleneck: bool) -> Callable[[], nn.Module]:

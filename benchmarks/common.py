@@ -22,7 +22,7 @@ from torch import nn
 import fused_densenet
 from fused_densenet import FusedDenseBlock, FusedTransition
 from fused_densenet.backends import choose
-from fused_densenet.stem import FusedFeatures
+from fused_densenet.nn.stem import FusedFeatures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 MIB = 2**20

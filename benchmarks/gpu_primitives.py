@@ -16,9 +16,10 @@ from gpu_run import Run
 from gpu_timing import ARITHMETICS, Rates, Work, graph_of, interleaved, tf32
 from torch import Tensor
 
-from fused_densenet import FusedDenseBlock, schedule, use_backend
+from fused_densenet import FusedDenseBlock, use_backend
 from fused_densenet.backends import BACKENDS
 from fused_densenet.backends.contract import Gradient, Norm, pooled
+from fused_densenet.ops import schedule
 
 CALLS = 10
 """In a CUDA graph."""

@@ -1,5 +1,5 @@
 // The primitives' operators for CPU tensors and the module that Python imports; the schemas are
-// fused_densenet/_extension.py's.
+// fused_densenet/backends/extension.py's.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>

@@ -4,13 +4,13 @@
 """
 
 from . import reference
+from .adopt.explain import explain
+from .adopt.fuse import fuse, unfuse
 from .backends import use_backend
-from .csp import CSPDenseBlock, CSPDenseNet, csp_densenet121, csp_densenet169, csp_densenet201, csp_densenet264
-from .explanation import explain
-from .fallback import FallbackError, FallbackWarning, strict
-from .functional import dense_block
-from .fusing import fuse, unfuse
-from .models import (
+from .fallback.reasons import FallbackError, FallbackWarning, strict
+from .nn.block import FusedDenseBlock, FusedDenseLayer
+from .nn.csp import CSPDenseBlock, CSPDenseNet, csp_densenet121, csp_densenet169, csp_densenet201, csp_densenet264
+from .nn.densenet import (
     DenseNet,
     densenet121,
     densenet161,
@@ -20,9 +20,9 @@ from .models import (
     densenet_bc,
     densenet_cifar,
 )
-from .modules import FusedDenseBlock, FusedDenseLayer
-from .stem import FusedFeatures
-from .transition import FusedTransition
+from .nn.stem import FusedFeatures
+from .nn.transition import FusedTransition
+from .ops.functional import dense_block
 
 __version__ = "0.1.0"
 

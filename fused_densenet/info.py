@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-from . import __version__, _extension
-from .backends import BACKENDS, choice, choose, cuda
+from . import __version__
+from .backends import BACKENDS, choice, choose, cuda, extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,9 +36,9 @@ def report() -> str:
 
 
 def _extension_line() -> str:
-    module = _extension.module
+    module = extension.module
     if module is None:
-        return f"none; {_extension.missing}"
+        return f"none; {extension.missing}"
     return (
         f"{module.__name__.rpartition('.')[2]}, compiled by {module.compiler}; "
         f"kernels {module.instruction_set()}, for bfloat16 {module.instruction_set_bfloat16()}"
@@ -46,9 +46,9 @@ def _extension_line() -> str:
 
 
 def _cuda_line() -> str:
-    if _extension.cuda is None:
-        return f"none; {_extension.cuda_missing}"
-    return f"compiled for compute capability {', '.join(cuda.architectures(_extension.cuda))}"
+    if extension.cuda is None:
+        return f"none; {extension.cuda_missing}"
+    return f"compiled for compute capability {', '.join(cuda.architectures(extension.cuda))}"
 
 
 def _devices() -> list[torch.device]:

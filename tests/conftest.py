@@ -9,7 +9,8 @@ import pytest
 import report
 import torch
 
-from fused_densenet import fallback, use_backend
+from fused_densenet import use_backend
+from fused_densenet.fallback import reasons
 
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -37,7 +38,7 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fallbacks_warn_again() -> None:
     """A fallback warns once per process and reason: each test starts anew."""
-    fallback._warn_once.cache_clear()
+    reasons._warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

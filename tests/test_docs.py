@@ -67,7 +67,7 @@ def _reasons(file: Path) -> Iterator[str]:
 
 def test_every_reason_is_explained() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    files = ("fallback", "layers", "recognition", "transition")
+    files = ("fallback/reasons", "fallback/anatomy", "adopt/recognition", "nn/transition")
     phrases = {phrase for name in files for phrase in _reasons(ROOT / "fused_densenet" / f"{name}.py")}
     assert len(phrases) > 30
     assert not [phrase for phrase in phrases if phrase not in page]

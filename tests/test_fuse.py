@@ -78,7 +78,7 @@ def test_memory_efficient(own: bool, wanted: bool | None, monkeypatch: pytest.Mo
     assert block.memory_efficient is (own if wanted is None else wanted)
     seen = []
     monkeypatch.setattr(
-        fused_densenet.modules,
+        fused_densenet.nn.block,
         "dense_block",
         lambda *args, **options: seen.append(options) or fused_densenet.dense_block(*args, **options),
     )

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fused_densenet
-from fused_densenet import _extension, backends, info
-from fused_densenet.backends import choice
+from fused_densenet import backends, info
+from fused_densenet.backends import choice, extension
 from fused_densenet.backends.choice import ShapeClass
 
 
@@ -37,8 +37,8 @@ def test_says_of_every_backend_whether_it_runs(dtype: str) -> None:
 
 
 def test_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "module", None)
-    monkeypatch.setattr(_extension, "missing", "it was lost")
+    monkeypatch.setattr(extension, "module", None)
+    monkeypatch.setattr(extension, "missing", "it was lost")
     report = info.report()
     assert "extension: none; it was lost" in report
     title, *lines = section(report, "cpu, float32:")
@@ -49,7 +49,7 @@ def test_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None
 def test_says_what_compiled_the_extension_and_what_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("fused_densenet._C_torch_9_9")
     vars(module).update(compiler="99.1", instruction_set=lambda: "avx2", instruction_set_bfloat16=lambda: "avx512_bf16")
-    monkeypatch.setattr(_extension, "module", module)
+    monkeypatch.setattr(extension, "module", module)
     assert "extension: _C_torch_9_9, compiled by 99.1; kernels avx2, for bfloat16 avx512_bf16" in info.report()
 
 
@@ -63,11 +63,11 @@ def test_says_which_backend_runs_what_on_nvidia_gpus() -> None:
 
 
 def test_says_what_the_cuda_kernels_were_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "cuda", object())
+    monkeypatch.setattr(extension, "cuda", object())
     monkeypatch.setattr(backends.cuda, "architectures", lambda library: ["8.0", "9.0+PTX"])
     assert "CUDA kernels: compiled for compute capability 8.0, 9.0+PTX" in info.report()
-    monkeypatch.setattr(_extension, "cuda", None)
-    monkeypatch.setattr(_extension, "cuda_missing", "they were lost")
+    monkeypatch.setattr(extension, "cuda", None)
+    monkeypatch.setattr(extension, "cuda_missing", "they were lost")
     assert "CUDA kernels: none; they were lost" in info.report()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 TESTS = pathlib.Path(__file__).parent / "test_cpu_primitives.py"
-REPORT = "from fused_densenet import _extension; print(_extension.module.instruction_set())"
+REPORT = "from fused_densenet.backends import extension; print(extension.module.instruction_set())"
 
 
 @pytest.mark.parametrize(("capability", "instruction_set"), [("avx2", "avx2"), ("default", "portable")])

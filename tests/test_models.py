@@ -13,7 +13,8 @@ from blocks import step
 from networks import assert_same_step
 
 import fused_densenet
-from fused_densenet import DenseNet, models, reference
+from fused_densenet import DenseNet, reference
+from fused_densenet.nn import densenet as models
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_densenet import _extension
+from fused_densenet.backends import extension
 
 ROOT = Path(__file__).parent.parent
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
@@ -164,7 +164,7 @@ def test_an_unknown_value_of_a_variable(setup: ModuleType, monkeypatch: pytest.M
 
 def test_what_is_compiled(setup: ModuleType) -> None:
     module = setup.extensions()["ext_modules"][0]
-    assert module.name == f"fused_densenet.{_extension.extension_name(torch.__version__)}"
+    assert module.name == f"fused_densenet.{extension.extension_name(torch.__version__)}"
     assert "csrc/binding.cpp" in module.sources
     kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")}
     assert set(module.sources) == {"csrc/binding.cpp", *kernels}
@@ -350,7 +350,7 @@ def test_the_readme_has_every_variable() -> None:
 
 def test_one_minimum_compiler(setup: ModuleType) -> None:
     oldest = f"g++ {setup.dotted(setup.MINIMUM_GCC)} or newer"
-    assert oldest == _extension.COMPILER
+    assert oldest == extension.COMPILER
     assert oldest in (ROOT / "README.md").read_text()
 
 
@@ -370,7 +370,7 @@ def test_one_minimum_compiler(setup: ModuleType) -> None:
 def test_why_there_is_no_extension(tmp_path: Path, files: list[str], reason: str | None) -> None:
     for name in files:
         (tmp_path / name).touch()
-    said = _extension.absent(tmp_path, "2.12.1")
+    said = extension.absent(tmp_path, "2.12.1")
     assert said is None if reason is None else said is not None and reason in said
 
 
@@ -378,7 +378,7 @@ def test_why_there_is_no_extension(tmp_path: Path, files: list[str], reason: str
     ("file", "reason"),
     [
         (None, "was not compiled when fused_densenet was installed"),
-        (f"{_extension.extension_name(torch.__version__)}{SUFFIX}", "does not load"),
+        (f"{extension.extension_name(torch.__version__)}{SUFFIX}", "does not load"),
         (f"_C_torch_1_13{SUFFIX}", f"was compiled for torch 1.13 and torch {torch.__version__} is running"),
     ],
 )
@@ -390,10 +390,10 @@ def test_the_package_works_without_its_extension(tmp_path: Path, file: str | Non
         (tmp_path / "fused_densenet" / file).write_text("not a library")
     code = (
         "import torch, fused_densenet\n"
-        "from fused_densenet import _extension\n"
+        "from fused_densenet.backends import extension\n"
         "block = fused_densenet.FusedDenseBlock(2, 4, 2, 4)\n"
         "block(torch.randn(2, 4, 5, 5)).sum().backward()\n"
-        "print(fused_densenet.__file__, _extension.missing)"
+        "print(fused_densenet.__file__, extension.missing)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -410,8 +410,8 @@ def test_an_extension_that_defines_operators_itself_is_not_used() -> None:
         "import torch\n"
         "older = torch.library.Library('fused_densenet', 'FRAGMENT')\n"
         "older.define('place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()')\n"
-        "from fused_densenet import _extension\n"
-        "print(_extension.module, _extension.missing)"
+        "from fused_densenet.backends import extension\n"
+        "print(extension.module, extension.missing)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("None the C++ extension was compiled from other sources; run `pip install"), (
@@ -420,26 +420,26 @@ def test_an_extension_that_defines_operators_itself_is_not_used() -> None:
 
 
 def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "missing", "it was lost")
-    _extension.warn_if_missing.cache_clear()
+    monkeypatch.setattr(extension, "missing", "it was lost")
+    extension.warn_if_missing.cache_clear()
     with pytest.warns(RuntimeWarning, match="slower on the CPU.*it was lost"):
-        _extension.warn_if_missing()
+        extension.warn_if_missing()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _extension.warn_if_missing()
+        extension.warn_if_missing()
 
 
 def test_a_loaded_extension_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "missing", None)
-    _extension.warn_if_missing.cache_clear()
+    monkeypatch.setattr(extension, "missing", None)
+    extension.warn_if_missing.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _extension.warn_if_missing()
+        extension.warn_if_missing()
 
 
 def test_the_extension_shares_torchs_threads() -> None:
     """One OpenMP runtime, in a process that has nothing but the package (scikit-learn, say, brings another)."""
-    assert _extension.module is not None, _extension.missing
+    assert extension.module is not None, extension.missing
     program = "import pathlib, fused_densenet; print(pathlib.Path('/proc/self/maps').read_text())"
     maps = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     mapped = {line.split()[-1] for line in maps.splitlines() if ".so" in line}

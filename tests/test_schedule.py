@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_densenet import FusedDenseBlock, ops, use_backend
+from fused_densenet import FusedDenseBlock, use_backend
 from fused_densenet.backends import eager
+from fused_densenet.ops import block as ops
 
 KINDS = ["bottleneck", "recomputed bottleneck", "plain"]
 STATISTICS = ["batch", "running", "mixed"]

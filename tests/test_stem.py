@@ -11,9 +11,9 @@ from tolerances import assert_no_worse, assert_same
 from torch import Tensor, nn
 
 from fused_densenet import FallbackError, FallbackWarning, strict
-from fused_densenet.statistics import statistics_of
-from fused_densenet.stem import FusedFeatures
-from fused_densenet.stem_op import stem, stem_backward
+from fused_densenet.nn.stem import FusedFeatures
+from fused_densenet.ops.statistics import statistics_of
+from fused_densenet.ops.stem import stem, stem_backward
 
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, FusedTransition, reference, strict
-from fused_densenet.statistics import channel_moments, statistics_of
-from fused_densenet.transition_op import transition as transition_op
-from fused_densenet.transition_op import transition_backward
+from fused_densenet.ops.statistics import channel_moments, statistics_of
+from fused_densenet.ops.transition import transition as transition_op
+from fused_densenet.ops.transition import transition_backward
 
 
 def pair(spatial_dims: int, channels: int = 10, out: int = 6) -> tuple[FusedTransition, reference.Transition]:
@@ -125,7 +125,7 @@ def test_statistics_of_a_block_are_not_taken_again(monkeypatch: pytest.MonkeyPat
     expected = theirs(out)
     torch.testing.assert_close(ours(out.clone()), expected)
     with monkeypatch.context() as patch:
-        patch.setattr("fused_densenet.statistics.channel_moments", None)
+        patch.setattr("fused_densenet.ops.statistics.channel_moments", None)
         torch.testing.assert_close(ours(out), expected)
         with torch.no_grad():
             out.detach().mul_(2)
@@ -135,7 +135,7 @@ def test_statistics_of_a_block_are_not_taken_again(monkeypatch: pytest.MonkeyPat
 
 
 def test_statistics_end_with_their_tensor() -> None:
-    from fused_densenet import statistics
+    from fused_densenet.ops import statistics
 
     out = FusedDenseBlock(1, 4, 4, 2)(torch.randn(2, 4, 3, 3))
     before = len(statistics._known)

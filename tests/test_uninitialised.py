@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from fused_densenet import FusedDenseBlock, schedule
+from fused_densenet import FusedDenseBlock
 from fused_densenet.backends import BACKENDS
+from fused_densenet.ops import schedule
 
 
 def test_empty_is_nan() -> None:

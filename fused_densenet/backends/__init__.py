@@ -11,8 +11,7 @@ from types import ModuleType
 
 import torch
 
-from .. import _extension
-from . import cpu, cuda, eager, triton
+from . import cpu, cuda, eager, extension, triton
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
 """All backends by name, the preferred first."""
@@ -50,7 +49,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
         names = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]  # the interpreter is for tests
         name = next(name for name in names if BACKENDS[name].unavailable(device, dtype) is None)
         if name == "eager" and device.type == "cpu" and not torch.compiler.is_compiling():
-            _extension.warn_if_missing()
+            extension.warn_if_missing()
         return name
     reason = BACKENDS[name].unavailable(device, dtype)
     if reason is not None:

@@ -6,7 +6,7 @@ Every function follows the contract of :mod:`fused_densenet.backends`.
 import torch
 from torch import Tensor
 
-from .. import _extension
+from . import extension
 from .contract import Gradient, Norm
 from .eager import norm_backward as norm_backward
 from .eager import norm_scale as norm_scale
@@ -15,8 +15,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if _extension.missing is not None:
-        return _extension.missing
+    if extension.missing is not None:
+        return extension.missing
     if device.type != "cpu":
         return f"it serves the CPU, not {device.type}"
     return None if dtype in _DTYPES else f"it has no kernels for {dtype}"

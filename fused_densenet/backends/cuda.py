@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
-from . import choice, eager, triton
+from . import choice, eager, extension, triton
 from .contract import Gradient, Norm, uses_tf32
 from .eager import norm_relu_pool as norm_relu_pool
 from .eager import norm_relu_pool_backward as norm_relu_pool_backward
@@ -30,8 +29,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it serves NVIDIA GPUs, not {'AMD' if device.type == 'cuda' else device.type}"
     if dtype not in _DTYPES:
         return f"it has no kernels for {dtype}"
-    if _extension.cuda is None:
-        return _extension.cuda_missing
+    if extension.cuda is None:
+        return extension.cuda_missing
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     return _unfit(torch.cuda.current_device() if device.index is None else device.index)
@@ -39,17 +38,17 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _unfit(index: int) -> str | None:
-    assert _extension.cuda is not None
+    assert extension.cuda is not None
     capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM_CAPABILITY:
         return f"it needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
-    compiled = architectures(_extension.cuda)
+    compiled = architectures(extension.cuda)
     if not any(_runs(architecture, capability) for architecture in compiled):
         return (
             f"it was compiled for compute capability {', '.join(compiled)}, this GPU has {capability[0]}.{capability[1]}; "
-            f"set TORCH_CUDA_ARCH_LIST and {_extension.REBUILD}"
+            f"set TORCH_CUDA_ARCH_LIST and {extension.REBUILD}"
         )
-    return problem(_extension.cuda, index)
+    return problem(extension.cuda, index)
 
 
 def architectures(library: ctypes.CDLL) -> list[str]:

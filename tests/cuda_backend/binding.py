@@ -8,7 +8,7 @@ from typing import Any
 import building
 import torch
 
-from fused_densenet import _extension
+from fused_densenet.backends import extension
 
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-O2", f"-isystem{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020B000000000000", "-DTORCH_STABLE_ONLY"]
@@ -31,9 +31,9 @@ def _load(namespace: str, kernels: tuple[Path, ...]) -> Any:
 
 def define(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "FRAGMENT")
-    for schema in _extension.SCHEMAS:
+    for schema in extension.SCHEMAS:
         library.define(schema)
-        torch.library.register_fake(f"{namespace}::{schema.partition('(')[0]}", _extension.returns_nothing, lib=library)
+        torch.library.register_fake(f"{namespace}::{schema.partition('(')[0]}", extension.returns_nothing, lib=library)
     return library
 
 

@@ -6,8 +6,8 @@ import pytest
 import small
 import torch
 
-from fused_densenet import _extension, backends
-from fused_densenet.backends import choice, cuda, triton
+from fused_densenet import backends
+from fused_densenet.backends import choice, cuda, extension, triton
 from fused_densenet.backends.choice import ShapeClass
 
 GPU = torch.device("cuda", 0)
@@ -19,7 +19,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(_extension, "cuda", object())
+    monkeypatch.setattr(extension, "cuda", object())
     monkeypatch.setattr(cuda, "architectures", lambda library: ["8.0", "9.0"])
     monkeypatch.setattr(cuda, "problem", lambda library, index: None)
     caches = (cuda._unfit, triton._too_old, choice.backend)
@@ -34,8 +34,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_cuda_then_triton_then_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(backends.BACKENDS) == ["cpu", "cuda", "triton", "eager"]
     assert backends.choose(GPU, torch.bfloat16) == "cuda"
-    monkeypatch.setattr(_extension, "cuda", None)
-    monkeypatch.setattr(_extension, "cuda_missing", "it was lost")
+    monkeypatch.setattr(extension, "cuda", None)
+    monkeypatch.setattr(extension, "cuda_missing", "it was lost")
     monkeypatch.setattr(triton, "_installed", lambda: True)
     assert backends.choose(GPU, torch.bfloat16) == "triton"
     monkeypatch.setattr(triton, "_installed", lambda: False)
@@ -72,8 +72,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.unavailable(GPU, torch.float64) == "it has no kernels for torch.float64"
     monkeypatch.setattr(cuda, "problem", lambda library, index: "CUDA error 35")
     assert cuda.unavailable(GPU, torch.float32) == "CUDA error 35"
-    monkeypatch.setattr(_extension, "cuda", None)
-    monkeypatch.setattr(_extension, "cuda_missing", "it was lost")
+    monkeypatch.setattr(extension, "cuda", None)
+    monkeypatch.setattr(extension, "cuda_missing", "it was lost")
     assert cuda.unavailable(GPU, torch.float32) == "it was lost"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert cuda.unavailable(GPU, torch.float32) == "it serves NVIDIA GPUs, not AMD"

@@ -10,8 +10,7 @@ import building
 import pytest
 import torch
 
-from fused_densenet import _extension
-from fused_densenet.backends import choice
+from fused_densenet.backends import choice, extension
 
 ROOT = building.CSRC.parent
 NAMES = list(choice.KERNELS)
@@ -20,7 +19,7 @@ NAMES = list(choice.KERNELS)
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The installed library, or one made for this test."""
-    if _extension.cuda is not None:
+    if extension.cuda is not None:
         return ROOT / "fused_densenet/_cuda.so"
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import BACKENDS
-from .backends.contract import Gradient
+from ..backends import BACKENDS
+from ..backends.contract import Gradient
 from .derivatives import register_derivatives
 from .ranks import sum_over_ranks
 from .schedule import as_pixels, empty_channels_last, norm_by, pixels_last

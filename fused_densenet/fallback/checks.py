@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .fallback import autocasts, uses_batch_stats
-from .ranks import sync_group
+from ..ops.ranks import sync_group
+from .reasons import autocasts, uses_batch_stats
 
 
 def check_counts(counts: Mapping[str, object]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
-from .fallback import transform_reasons
+from .reasons import transform_reasons
 
 
 def concatenated(modules: Sequence[nn.Module], *inputs: Tensor) -> Tensor:

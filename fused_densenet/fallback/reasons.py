@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-from .layers import LayerParts, intercepted, structure_reasons
-from .ranks import sync_group
+from ..ops.ranks import sync_group
+from .anatomy import LayerParts, intercepted, structure_reasons
 
 _VARIABLE = "FUSED_DENSENET_STRICT"
 _thread = threading.local()

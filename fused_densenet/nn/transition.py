@@ -6,17 +6,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .backends import choose
-from .checks import check_counts, check_image, check_parameters, check_spatial_dims
-from .fallback import announce, autocasts, context_reasons, dtype_reasons
-from .functional import BatchMoments
-from .layers import Stage, interceptions, stage_reasons, take_stage
-from .modules import CONV, NORM, norm_relu_conv_of, update_running
-from .ranks import sync_group
-from .recording import exports_operators, one_call, refuse_script
-from .schedule import NormReluConv
-from .statistics import BatchStatistics, frozen_statistics, statistics_of
-from .transition_op import transition as transition_op
+from ..backends import choose
+from ..fallback.anatomy import Stage, interceptions, stage_reasons, take_stage
+from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
+from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons
+from ..fallback.recording import exports_operators, one_call, refuse_script
+from ..ops.functional import BatchMoments
+from ..ops.ranks import sync_group
+from ..ops.schedule import NormReluConv
+from ..ops.statistics import BatchStatistics, frozen_statistics, statistics_of
+from ..ops.transition import transition as transition_op
+from .block import CONV, NORM, norm_relu_conv_of, update_running
 
 AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 

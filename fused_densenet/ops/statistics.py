@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .backends import BACKENDS
-from .backends.contract import accumulate_dtype
+from ..backends import BACKENDS
+from ..backends.contract import accumulate_dtype
 from .ranks import merge_moments
 from .schedule import pixels_last
 

@@ -47,6 +47,9 @@ def extension_name(torch_version: str) -> str:
     return f"_C_torch_{major}_{minor}"
 
 
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
 def absent(folder: pathlib.Path, torch_version: str) -> str | None:
     """Why ``folder`` holds no extension for this Python and ``torch_version``, and what to do, or None."""
     name = extension_name(torch_version)
@@ -64,18 +67,18 @@ def absent(folder: pathlib.Path, torch_version: str) -> str | None:
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    reason = absent(pathlib.Path(__file__).parent, torch.__version__)
+    reason = absent(_PACKAGE, torch.__version__)
     if reason is not None:
         return None, reason
     name = extension_name(torch.__version__)
     try:
-        return importlib.import_module(f"{__package__}.{name}"), None
+        return importlib.import_module(f"fused_densenet.{name}"), None
     except ImportError as error:
         return None, f"the C++ extension {name} does not load ({error}); {REBUILD}"
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
-    file = pathlib.Path(__file__).parent / "_cuda.so"
+    file = _PACKAGE / "_cuda.so"
     if not file.exists():
         return (
             None,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import BACKENDS
-from .backends.contract import Gradient, pooled
+from ..backends import BACKENDS
+from ..backends.contract import Gradient, pooled
 from .derivatives import register_derivatives
 from .ranks import sum_over_ranks
 from .schedule import (

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..backends import BACKENDS
 from . import schedule
-from .backends import BACKENDS
 from .derivatives import norm_relu, refuse_synchronised, second_order
 from .schedule import Layer, NormReluConv, Saved
 

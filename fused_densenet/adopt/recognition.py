@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends import use_backend
-from .fallback import strict
-from .layers import structure_reasons, take_apart
-from .modules import FusedDenseBlock
-from .stem import FusedFeatures, run_at
+from ..backends import use_backend
+from ..fallback.anatomy import structure_reasons, take_apart
+from ..fallback.reasons import strict
+from ..nn.block import FusedDenseBlock
+from ..nn.stem import FusedFeatures, run_at
+from ..nn.transition import FusedTransition
 from .swapping import swap
-from .transition import FusedTransition
 
 _PACKAGES = {
     "torchvision.models.densenet": {"_DenseBlock", "_DenseLayer", "_Transition"},

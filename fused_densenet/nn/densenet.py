@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_counts
-from .modules import CONV, NORM, FusedDenseBlock
+from ..fallback.checks import check_counts
+from .block import CONV, NORM, FusedDenseBlock
 from .stem import FusedFeatures
 from .transition import FusedTransition
 from .weights import Weights, load_weights

@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends.contract import Gradient, Norm, accumulate_dtype
+from ..backends.contract import Gradient, Norm, accumulate_dtype
 from .ranks import merge_moments, sum_over_ranks
 
 

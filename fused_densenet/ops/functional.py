@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .backends import choose
+from ..backends import choose
+from . import block as ops
 from .schedule import NormReluConv
 from .statistics import BatchStatistics, remember
 

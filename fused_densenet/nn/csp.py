@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .models import CONFIGURATIONS, Network
-from .modules import FusedDenseBlock
+from .block import FusedDenseBlock
+from .densenet import CONFIGURATIONS, Network
 from .transition import FusedTransition
 
 Fusion = Literal["first", "last", "both"]

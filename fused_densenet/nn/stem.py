@@ -6,16 +6,16 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .backends import choose
-from .backends.contract import accumulate_dtype
-from .fallback import announce, context_reasons, uses_batch_stats
-from .functional import BatchMoments
-from .layers import interceptions, is_batch_norm, norm_relu_reasons, own_activation
-from .modules import affine_of, update_running
-from .ranks import sync_group
-from .recording import exports_operators, refuse_script
-from .statistics import frozen_statistics, statistics_of
-from .stem_op import stem
+from ..backends import choose
+from ..backends.contract import accumulate_dtype
+from ..fallback.anatomy import interceptions, is_batch_norm, norm_relu_reasons, own_activation
+from ..fallback.reasons import announce, context_reasons, uses_batch_stats
+from ..fallback.recording import exports_operators, refuse_script
+from ..ops.functional import BatchMoments
+from ..ops.ranks import sync_group
+from ..ops.statistics import frozen_statistics, statistics_of
+from ..ops.stem import stem
+from .block import affine_of, update_running
 
 _MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 

@@ -7,19 +7,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .checks import check_block_arguments, check_image, check_parameters
-from .fallback import (
+from ..fallback.anatomy import LayerParts, is_memory_efficient, take_apart
+from ..fallback.checks import check_block_arguments, check_image, check_parameters
+from ..fallback.reasons import (
     announce,
     fallback_reasons,
     statistics_groups,
     structure_and_hook_reasons,
     uses_batch_stats,
 )
-from .functional import BatchMoments, dense_block
-from .layers import LayerParts, is_memory_efficient, take_apart
-from .recomputation import concatenated, recomputed
-from .recording import exports_operators, one_call, refuse_script
-from .schedule import NormReluConv
+from ..fallback.recomputation import concatenated, recomputed
+from ..fallback.recording import exports_operators, one_call, refuse_script
+from ..ops.functional import BatchMoments, dense_block
+from ..ops.schedule import NormReluConv
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LEGACY_KEY = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12]\.\w+)")

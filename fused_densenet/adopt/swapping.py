@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .layers import is_memory_efficient, take_apart
-from .modules import FusedDenseBlock
+from ..fallback.anatomy import is_memory_efficient, take_apart
+from ..nn.block import FusedDenseBlock
 
 
 @dataclass

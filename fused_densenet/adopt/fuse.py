@@ -4,12 +4,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from .fallback import FallbackError
-from .modules import FusedDenseBlock
+from ..fallback.reasons import FallbackError
+from ..nn.block import FusedDenseBlock
+from ..nn.stem import FusedFeatures
+from ..nn.transition import FusedTransition
 from .recognition import Finding, survey
-from .stem import FusedFeatures
 from .swapping import is_swapped, swap, swap_back
-from .transition import FusedTransition
 
 Module = TypeVar("Module", bound=nn.Module)
 

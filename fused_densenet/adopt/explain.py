@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import choose, rejected
-from .fallback import quiet, uses_batch_stats
-from .modules import FusedDenseBlock
+from ..backends import choose, rejected
+from ..fallback.reasons import quiet, uses_batch_stats
+from ..nn.block import FusedDenseBlock
+from ..nn.stem import FusedFeatures
+from ..nn.transition import FusedTransition
 from .recognition import Finding, survey
-from .stem import FusedFeatures
-from .transition import FusedTransition
 
 _KINDS = {FusedDenseBlock: "dense block", FusedTransition: "transition", FusedFeatures: "stem"}
 

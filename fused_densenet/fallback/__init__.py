@@ -1,0 +1,1 @@
+"""Why something runs operator by operator instead of fused, and how it runs then."""

@@ -1,0 +1,1 @@
+"""The functional operators, their derivatives and the algorithm above the primitives."""

@@ -137,10 +137,8 @@ inline Strided strided(const Argument& t) {
   return {t.data, {t.strides[0], t.strides[1], t.strides[2], t.strides[3], t.strides[4]}};
 }
 
-// One entry per channel, in the accumulation type of `data`.
-inline void* vector(const Argument& t, const Argument& data, int64_t channels) {
-  const ScalarType dtype = data.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (t.dtype != dtype) refuse<WrongType>(t, "expected dtype ", dtype, ", got ", t.dtype);
+// One entry per channel.
+inline void* entries(const Argument& t, const Argument& data, int64_t channels) {
   check_device(t, data);
   if (t.dim != 1 || t.sizes[0] != channels) {
     refuse<WrongValue>(t, "expected ", channels, " entries, got shape ", List{t.sizes, t.dim});
@@ -149,21 +147,30 @@ inline void* vector(const Argument& t, const Argument& data, int64_t channels) {
   return t.data;
 }
 
-// Two such vectors, one below the other: (2, C).
-inline void* two_vectors(const Argument& t, const Argument& data, int64_t channels) {
+// A vector in the accumulation type of `data`.
+inline void* vector(const Argument& t, const Argument& data, int64_t channels) {
+  const ScalarType dtype = data.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (t.dtype != dtype) refuse<WrongType>(t, "expected dtype ", dtype, ", got ", t.dtype);
+  return entries(t, data, channels);
+}
+
+// Row `i` of two such vectors, one below the other: (2, C).
+inline void* row(const Argument& t, int i, const Argument& data, int64_t channels) {
   if (t.dim != 2 || t.sizes[0] != 2) {
     refuse<WrongValue>(t, "expected shape (2, ", channels, "), got ", List{t.sizes, t.dim});
   }
-  Argument row = t;
-  row.dim = 1, ++row.sizes, ++row.strides;
-  return vector(row, data, channels);
+  Argument one = t;
+  one.dim = 1, ++one.sizes, ++one.strides;
+  const size_t element = t.dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
+  return static_cast<char*>(vector(one, data, channels)) + static_cast<size_t>(i * t.strides[0]) * element;
 }
 
-// A vector's channels, as an image of one pixel.
-inline Shape channels_of(const Argument& t) {
-  if (t.dim != 1) refuse<WrongValue>(t, "expected one dimension, got shape ", List{t.sizes, t.dim});
-  return {1, 1, 1, 1, 1, 1, 1, t.sizes[0], t.sizes[0]};
+// A norm's weight or bias, or a gradient of them: a vector as above, or one of the data's own type.
+inline void* affine(const Argument& t, const Argument& data, int64_t channels) {
+  return t.dtype == data.dtype ? entries(t, data, channels) : vector(t, data, channels);
 }
+
+inline bool is_narrow(const Argument& t) { return t.dtype == ScalarType::BFloat16 || t.dtype == ScalarType::Half; }
 
 inline Moments moments(const Argument& mean, const Argument& var, const Argument& of) {
   if (!mean.given && !var.given) return {nullptr, nullptr};
@@ -172,9 +179,25 @@ inline Moments moments(const Argument& mean, const Argument& var, const Argument
   return {vector(mean, of, of.channels()), vector(var, of, of.channels())};
 }
 
-inline Norm norm(const Argument& mean, const Argument& scale, const Argument& shift, const Argument& x) {
+inline void* like_weight(const Argument& t, const Argument& weight, const Argument& data) {
+  if (t.dtype != weight.dtype) refuse<WrongType>(t, "expected dtype ", weight.dtype, ", got ", t.dtype);
+  return affine(t, data, data.channels());
+}
+
+inline Norm norm(const Argument& mean, const Argument& var, const Argument& weight, const Argument& bias, double eps,
+                 const Argument& x) {
   const int64_t c = x.channels();
-  return {vector(mean, x, c), vector(scale, x, c), vector(shift, x, c)};
+  return {vector(mean, x, c),           vector(var, x, c), affine(weight, x, c),
+          like_weight(bias, weight, x), is_narrow(weight), eps};
+}
+
+// `weight` is the norm's.
+inline Owed owed(const Argument& dweight, const Argument& dbias, const Argument& correction, const Argument& pixels,
+                 const Argument& weight, const Argument& x) {
+  const bool given = correction.given;
+  return {like_weight(dweight, weight, x), like_weight(dbias, weight, x),
+          given ? row(correction, 0, x, x.channels()) : nullptr, given ? row(correction, 1, x, x.channels()) : nullptr,
+          pixels.given ? vector(pixels, x, 1) : nullptr};
 }
 
 inline Weight weight_of(const Argument& w, const Argument& x) {
@@ -230,17 +253,17 @@ inline bool check_maxima(const Argument& result, const Argument& x) {
   return pools;
 }
 
-inline Gradient gradient(const Argument& stored, const Argument& value, const Argument& scale, const Argument& slope,
-                         const Argument& mean, const Argument& offset, const Argument& like, int64_t channels,
-                         const Shape& image) {
+inline Gradient gradient(const Argument& stored, const Argument& value, const Argument& mean,
+                         const Argument& correction, const Argument& like, int64_t channels, const Shape& image) {
   check_image(stored, like, channels, image);
+  if (value.given != mean.given || value.given != correction.given) {
+    const Argument& missing = value.given ? (mean.given ? correction : mean) : value;
+    refuse<WrongValue>(missing, "expected value, value_mean and value_correction, all of them or none, got None");
+  }
+  if (!value.given) return {pixels(stored), {nullptr, 0}, nullptr, nullptr, nullptr};
   check_image(value, like, channels, image);
-  return {pixels(stored),
-          pixels(value),
-          vector(scale, like, channels),
-          vector(slope, like, channels),
-          vector(mean, like, channels),
-          vector(offset, like, channels)};
+  return {pixels(stored), pixels(value), vector(mean, like, channels), row(correction, 0, like, channels),
+          row(correction, 1, like, channels)};
 }
 
 }  // namespace fused_densenet

@@ -11,9 +11,12 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <variant>
+#include <vector>
 
 #include "cpu/params.h"
 #include "operators.h"
+#include "program.h"
 
 namespace fused_densenet {
 namespace {
@@ -51,37 +54,68 @@ struct Cpu {
     if (data.device != DeviceType::CPU) refuse<WrongValue>(data, "expected a CPU tensor, got one on ", On{data});
   }
 
-  static void run(const Place& problem, const Argument& data, bool) {
-    run(problem, data, &Kernels::place_workspace, &Kernels::place);
+  template <class P>
+  static void run(const P& problem, const Argument& data, bool) {
+    const Call<P> call(problem, kernels_for(dtype_of(data), capability().c_str()));
+    if (call.nothing()) return;
+    const Workspace workspace(call.bytes());
+    call.run(workspace.address());
   }
-  static void run(const PlaceBackward& problem, const Argument& data, bool) {
-    run(problem, data, &Kernels::place_backward_workspace, &Kernels::place_backward);
-  }
-  static void run(const Forward& problem, const Argument& data, bool) {
-    run(problem, data, &Kernels::forward_workspace, &Kernels::forward);
-  }
-  static void run(const Backward& problem, const Argument& data, bool) {
-    run(problem, data, &Kernels::backward_workspace, &Kernels::backward);
-  }
-  static void run(const NormReluPool& problem, const Argument& data, bool) {
-    run(problem, data, &Kernels::norm_relu_pool_workspace, &Kernels::norm_relu_pool);
-  }
-  static void run(const NormReluPoolBackward& problem, const Argument& data, bool) {
-    run(problem, data, &Kernels::norm_relu_pool_backward_workspace, &Kernels::norm_relu_pool_backward);
+
+  // One workspace for all calls.
+  static void run_program(const Tensor& program, at::TensorList tensors) {
+    std::vector<Argument> operands;
+    operands.reserve(tensors.size());
+    for (const Tensor& t : tensors) operands.push_back(argument(t, "operand"));
+    if (operands.empty()) throw WrongValue("operands: expected at least one tensor");
+    check(operands[0]);
+    if (program.scalar_type() != at::kLong || !program.is_contiguous()) {
+      throw WrongValue("program: expected a contiguous tensor of int64");
+    }
+    const auto problems = Decoder(program.const_data_ptr<int64_t>(), program.numel(), operands).problems();
+    const Kernels& kernels = kernels_for(dtype_of(operands[0]), capability().c_str());
+    size_t bytes = 0;
+    for (const Problem& problem : problems) {
+      std::visit([&](const auto& p) { bytes = std::max(bytes, Call(p, kernels).bytes()); }, problem);
+    }
+    const Workspace workspace(bytes);
+    for (const Problem& problem : problems) {
+      std::visit(
+          [&](const auto& p) {
+            const Call call(p, kernels);
+            if (!call.nothing()) call.run(workspace.address());
+          },
+          problem);
+    }
   }
 
  private:
-  template <class Problem>
-  static void run(const Problem& problem, const Argument& data, size_t (*Kernels::*workspace)(const Problem&, int),
-                  void (*Kernels::*kernel)(const Problem&, void*, const Parallel&)) {
-    if (problem.shape.pixels() == 0) return;
-    const Kernels& kernels = kernels_for(dtype_of(data), capability().c_str());
-    const Parallel threads = parallel(problem.shape.work());
-    const size_t bytes = (kernels.*workspace)(problem, threads.threads);
-    const Tensor memory = at::empty({static_cast<int64_t>(bytes) + 64}, at::kByte);
-    const uintptr_t address = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64;
-    (kernels.*kernel)(problem, reinterpret_cast<void*>(address), threads);
-  }
+  // Aligned to 64 bytes.
+  class Workspace {
+   public:
+    explicit Workspace(size_t bytes) : memory_(at::empty({static_cast<int64_t>(bytes) + 64}, at::kByte)) {}
+    void* address() const {
+      return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64);
+    }
+
+   private:
+    Tensor memory_;
+  };
+
+  template <class P>
+  class Call {
+   public:
+    Call(const P& problem, const Kernels& kernels)
+        : problem_(problem), entry_(entry(kernels, problem)), threads_(parallel(problem.shape.work())) {}
+    bool nothing() const { return problem_.shape.pixels() == 0; }
+    size_t bytes() const { return nothing() ? 0 : entry_.workspace(problem_, threads_.threads); }
+    void run(void* workspace) const { entry_.run(problem_, workspace, threads_); }
+
+   private:
+    const P& problem_;
+    const Entry<P>& entry_;
+    Parallel threads_;
+  };
 };
 
 // An operator whose refusals are TypeError and ValueError in Python.
@@ -111,6 +145,7 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("norm_relu_conv_backward", Translated<&Operators::norm_relu_conv_backward>::call);
   m.impl("norm_relu_pool", Translated<&Operators::norm_relu_pool>::call);
   m.impl("norm_relu_pool_backward", Translated<&Operators::norm_relu_pool_backward>::call);
+  m.impl("run_program", Translated<&Cpu::run_program>::call);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -1,6 +1,6 @@
 // The primitives' operators for CUDA tensors, against torch's stable ABI: one library for torch 2.11 and later, with or
-// without CUDA of its own. The schemas are fused_densenet/backends/extension.py's. Under CUDA_HOST (tests) the same operators
-// serve CPU tensors with the kernels that the runner executes.
+// without CUDA of its own. The schemas are fused_densenet/backends/extension.py's. Under CUDA_HOST (tests) the same
+// operators serve CPU tensors with the kernels that the runner executes.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -30,23 +30,21 @@ struct Operators {
     Binding::run(problem, x, false);
   }
 
-  static void place_backward(const Tensor& stored, const Tensor& value, const Tensor& scale, const Tensor& slope,
-                             const Tensor& mean, const Tensor& offset, const Tensor& out_) {
+  static void place_backward(const Tensor& stored, const Optional& value, const Optional& value_mean,
+                             const Optional& value_correction, const Tensor& out_) {
     const Argument out = argument(out_, "out");
     check_data(out, out);
     Binding::check(out);
     const Shape image = image_of(out);
-    const PlaceBackward problem{image,
-                                gradient(argument(stored, "stored"), argument(value, "value"), argument(scale, "scale"),
-                                         argument(slope, "slope"), argument(mean, "mean"), argument(offset, "offset"),
-                                         out, out.channels(), image),
-                                strided(out)};
+    const PlaceBackward problem{
+        image, gradient_of(argument(stored, "stored"), value, value_mean, value_correction, out, out.channels(), image),
+        strided(out)};
     Binding::run(problem, out, false);
   }
 
-  static void norm_relu_conv(const Tensor& x_, const Tensor& mean, const Tensor& scale, const Tensor& shift,
-                             const Tensor& weight_, const Tensor& out_, const Optional& out_mean,
-                             const Optional& out_var, bool tf32) {
+  static void norm_relu_conv(const Tensor& x_, const Tensor& mean, const Tensor& var, const Tensor& gamma,
+                             const Tensor& beta, double eps, const Tensor& weight_, const Tensor& out_,
+                             const Optional& out_mean, const Optional& out_var, bool tf32) {
     const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), out = argument(out_, "out");
     check_data(x, x);
     Binding::check(x);
@@ -54,17 +52,17 @@ struct Operators {
     const Shape shape = shape_of(x, weight, out);
     check_image(out, x, weight.sizes[0], shape);
     const Forward problem{
-        shape, pixels(x),   norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
+        shape, pixels(x),   norm_of(mean, var, gamma, beta, eps, x),
         w,     pixels(out), moments(argument(out_mean, "out_mean"), argument(out_var, "out_var"), out)};
     Binding::run(problem, x, tf32);
   }
 
-  static void norm_relu_conv_backward(const Tensor& stored_, const Tensor& value, const Tensor& grad_scale,
-                                      const Tensor& slope, const Tensor& grad_mean, const Tensor& offset,
-                                      const Tensor& x_, const Tensor& mean, const Tensor& scale, const Tensor& shift,
+  static void norm_relu_conv_backward(const Tensor& stored_, const Optional& value, const Optional& value_mean,
+                                      const Optional& value_correction, const Tensor& x_, const Tensor& mean,
+                                      const Tensor& var, const Tensor& gamma, const Tensor& beta, double eps,
                                       const Tensor& weight_, const Tensor& dx_, bool accumulate,
-                                      const Optional& dweight_, const Tensor& sum_dz, const Tensor& sum_dz_centered,
-                                      bool tf32) {
+                                      const Optional& dweight_, const Tensor& dgamma, const Tensor& dbeta,
+                                      const Optional& correction, const Optional& count, bool tf32) {
     const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), stored = argument(stored_, "stored");
     const Argument dx = argument(dx_, "dx"), dweight = argument(dweight_, "dweight");
     check_data(x, x);
@@ -72,80 +70,63 @@ struct Operators {
     const Weight w = weight_of(weight, x);
     check_image(dx, x, x.channels(), image_of(x));
     const Shape shape = shape_of(x, weight, stored);
-    const Backward problem{
-        shape,
-        gradient(stored, argument(value, "value"), argument(grad_scale, "grad_scale"), argument(slope, "slope"),
-                 argument(grad_mean, "grad_mean"), argument(offset, "offset"), x, weight.sizes[0], shape),
-        pixels(x),
-        norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
-        w,
-        pixels(dx),
-        accumulate,
-        dweight.given ? weight_gradient_of(dweight, weight, x) : Weight{},
-        vector(argument(sum_dz, "sum_dz"), x, x.channels()),
-        vector(argument(sum_dz_centered, "sum_dz_centered"), x, x.channels())};
+    const Backward problem{shape,
+                           gradient_of(stored, value, value_mean, value_correction, x, weight.sizes[0], shape),
+                           pixels(x),
+                           norm_of(mean, var, gamma, beta, eps, x),
+                           w,
+                           pixels(dx),
+                           accumulate,
+                           dweight.given ? weight_gradient_of(dweight, weight, x) : Weight{},
+                           owed_of(dgamma, dbeta, correction, count, gamma, x)};
     Binding::run(problem, x, tf32);
   }
 
-  static void norm_scale(const Tensor& var_, const Tensor& gamma, double eps, const Tensor& scale) {
-    const Argument var = argument(var_, "var");
-    const Shape shape = channels_of(var);
-    Binding::check(var);
-    const NormScale problem{shape, vector(var, var, shape.in), vector(argument(gamma, "gamma"), var, shape.in), eps,
-                            vector(argument(scale, "scale"), var, shape.in)};
-    Binding::run(problem, var, false);
-  }
-
-  static void norm_backward(const Tensor& sums_, const Tensor& scale, const Tensor& var_, double eps,
-                            const Optional& pixels_, const Tensor& dgamma, const Tensor& correction_, bool accumulate) {
-    const Argument var = argument(var_, "var"), sums = argument(sums_, "sums"), pixels = argument(pixels_, "pixels");
-    const Argument correction = argument(correction_, "correction");
-    const Shape shape = channels_of(var);
-    Binding::check(var);
-    const NormBackward problem{shape,
-                               two_vectors(sums, var, shape.in),
-                               sums.strides[0],
-                               vector(argument(scale, "scale"), var, shape.in),
-                               vector(var, var, shape.in),
-                               eps,
-                               pixels.given ? vector(pixels, var, 1) : nullptr,
-                               vector(argument(dgamma, "dgamma"), var, shape.in),
-                               two_vectors(correction, var, shape.in),
-                               correction.strides[0],
-                               accumulate};
-    Binding::run(problem, var, false);
-  }
-
-  static void norm_relu_pool(const Tensor& x_, const Tensor& mean, const Tensor& scale, const Tensor& shift,
-                             const Tensor& out_) {
+  static void norm_relu_pool(const Tensor& x_, const Tensor& mean, const Tensor& var, const Tensor& gamma,
+                             const Tensor& beta, double eps, const Tensor& out_) {
     const Argument x = argument(x_, "x"), out = argument(out_, "out");
     check_data(x, x);
     Binding::check(x);
     const bool pools = check_maxima(out, x);
-    const NormReluPool problem{image_of(x), pools, pixels(x),
-                               norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
-                               pixels(out)};
+    const NormReluPool problem{image_of(x), pools, pixels(x), norm_of(mean, var, gamma, beta, eps, x), pixels(out)};
     Binding::run(problem, x, false);
   }
 
-  static void norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& mean, const Tensor& scale,
-                                      const Tensor& shift, const Tensor& dx_, const Tensor& sum_dz,
-                                      const Tensor& sum_dz_centered) {
+  static void norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& mean, const Tensor& var,
+                                      const Tensor& gamma, const Tensor& beta, double eps, const Tensor& dx_,
+                                      const Tensor& dgamma, const Tensor& dbeta, const Optional& correction,
+                                      const Optional& count) {
     const Argument x = argument(x_, "x"), grad = argument(grad_, "grad"), dx = argument(dx_, "dx");
     check_data(x, x);
     Binding::check(x);
     check_image(dx, x, x.channels(), image_of(x));
     const bool pools = check_maxima(grad, x);
-    const NormReluPoolBackward problem{
-        image_of(x),
-        pools,
-        pixels(grad),
-        pixels(x),
-        norm(argument(mean, "mean"), argument(scale, "scale"), argument(shift, "shift"), x),
-        pixels(dx),
-        vector(argument(sum_dz, "sum_dz"), x, x.channels()),
-        vector(argument(sum_dz_centered, "sum_dz_centered"), x, x.channels())};
+    const NormReluPoolBackward problem{image_of(x),
+                                       pools,
+                                       pixels(grad),
+                                       pixels(x),
+                                       norm_of(mean, var, gamma, beta, eps, x),
+                                       pixels(dx),
+                                       owed_of(dgamma, dbeta, correction, count, gamma, x)};
     Binding::run(problem, x, false);
+  }
+
+ private:
+  static Norm norm_of(const Tensor& mean, const Tensor& var, const Tensor& gamma, const Tensor& beta, double eps,
+                      const Argument& x) {
+    return norm(argument(mean, "mean"), argument(var, "var"), argument(gamma, "gamma"), argument(beta, "beta"), eps, x);
+  }
+
+  static Gradient gradient_of(const Argument& stored, const Optional& value, const Optional& mean,
+                              const Optional& correction, const Argument& like, int64_t channels, const Shape& image) {
+    return gradient(stored, argument(value, "value"), argument(mean, "value_mean"),
+                    argument(correction, "value_correction"), like, channels, image);
+  }
+
+  static Owed owed_of(const Tensor& dgamma, const Tensor& dbeta, const Optional& correction, const Optional& pixels,
+                      const Tensor& gamma, const Argument& x) {
+    return owed(argument(dgamma, "dgamma"), argument(dbeta, "dbeta"), argument(correction, "correction"),
+                argument(pixels, "pixels"), argument(gamma, "gamma"), x);
   }
 };
 

@@ -28,15 +28,26 @@ struct Pixels {
   int64_t ld;
 };
 
-// (x - mean) * scale + shift, one entry per channel, in the accumulation type.
+// (x - mean) * scale + bias with scale = weight / sqrt(var + eps), one entry per channel. Mean and variance are in the
+// accumulation type, weight and bias in that or, where `narrow`, in the data's.
 struct Norm {
-  const void *mean, *scale, *shift;
+  const void *mean, *var, *weight, *bias;
+  bool narrow;
+  double eps;
 };
 
-// g = scale * stored + (slope * (value - mean) + offset), one entry per channel.
+// g = stored + (slope * (value - mean) + constant), one entry per channel in the accumulation type; g = stored where
+// `mean` is null.
 struct Gradient {
   Pixels stored, value;
-  const void *scale, *slope, *mean, *offset;
+  const void *mean, *constant, *slope;
+};
+
+// Where a norm's gradients go (of its weight's type), and what its statistics, taken of `pixels` values (as many as x
+// has where it is null), add to the gradient of x; nowhere where `constant` is null.
+struct Owed {
+  void *dweight, *dbias, *constant, *slope;
+  const void* pixels;
 };
 
 // W[out][in][kd][kh][kw], any strides; float32, or the data's type.
@@ -72,7 +83,7 @@ struct Backward {
   Pixels dx;
   bool accumulate;
   Weight dweight;  // data is null where it is not needed
-  void *sum_dz, *sum_dz_centered;
+  Owed owed;
 };
 
 // The activations of x, or their maxima over windows of 3, stride 2, one pixel of padding.
@@ -90,7 +101,7 @@ struct NormReluPoolBackward {
   Pixels grad, x;
   Norm norm;
   Pixels dx;
-  void *sum_dz, *sum_dz_centered;
+  Owed owed;
 };
 
 // An image in any strides (n, d, h, w, c) beside pixels of our own.
@@ -110,28 +121,6 @@ struct PlaceBackward {
   Shape shape;
   Gradient grad;
   Strided out;
-};
-
-// scale = gamma / sqrt(var + eps), per channel.
-struct NormScale {
-  Shape shape;  // `in` channels
-  const void *var, *gamma;
-  double eps;
-  void* scale;
-};
-
-// What two sums of `in` channels each, `sums` and `sums` + sums_ld, are to the norm whose scale they were taken with;
-// `correction` are two vectors, too. Where `pixels` is null the norm's statistics are constants.
-struct NormBackward {
-  Shape shape;
-  const void* sums;
-  int64_t sums_ld;
-  const void *scale, *var;
-  double eps;
-  const void* pixels;
-  void *dgamma, *correction;
-  int64_t correction_ld;
-  bool accumulate;
 };
 
 }  // namespace fused_densenet

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tolerances import tolerance, ulp
 from torch import Tensor
 
-from fused_densenet.backends.contract import Gradient, Norm, accumulate_dtype
+from fused_densenet.backends.contract import Gradient, Norm, Owed, accumulate_dtype
 
+PIXELS = (0, 1, 2, 3)
 LAYOUTS = ["contiguous", "channels_last", "strided"]
 """Of weights."""
 
@@ -113,24 +114,36 @@ def source(values: Tensor, before: int, after: int) -> Tensor:
     return Guarded(values.shape, values.dtype, before, after, float("nan")).set(values).data
 
 
-def affine(channels: int, dtype: torch.dtype) -> Norm:
+def draw_norm(channels: int, dtype: torch.dtype, affine_dtype: torch.dtype | None = None) -> Norm:
+    """Weight and bias in ``affine_dtype``, by default that of statistics."""
     accumulate = accumulate_dtype(dtype)
     sign = torch.randint(0, 2, (channels,)) * 2 - 1
-    scale = (0.5 + torch.rand(channels)) * sign
-    return Norm(torch.randn(channels).to(accumulate), scale.to(accumulate), torch.randn(channels).to(accumulate))
+    weight, var = (0.5 + torch.rand(channels)) * sign, 0.5 + torch.rand(channels)
+    mean, bias = torch.randn(2, channels)
+    narrow = affine_dtype or accumulate
+    return Norm(mean.to(accumulate), var.to(accumulate), weight.to(narrow), bias.to(narrow), 1e-2)
 
 
-def loaded_gradient(pixels: Sequence[int], channels: int, dtype: torch.dtype) -> Gradient:
-    accumulate = accumulate_dtype(dtype)
+def scale_of(norm: Norm) -> Tensor:
+    return norm.weight.double() * _rstd(norm)
+
+
+def _rstd(norm: Norm) -> Tensor:
+    return (norm.var.double() + norm.eps).rsqrt()
+
+
+def loaded_gradient(pixels: Sequence[int], channels: int, dtype: torch.dtype, plain: bool = False) -> Gradient:
+    """Owing something, or ``plain``."""
     stored, value = (source(torch.randn(*pixels, channels).to(dtype), 2, 5) for _ in range(2))
-    vectors = [torch.randn(channels).to(accumulate) for _ in range(4)]
-    return Gradient(stored, value, *vectors)
+    if plain:
+        return Gradient(stored)
+    wide = torch.randn(2, channels + 3).to(accumulate_dtype(dtype))
+    return Gradient(stored, value, torch.randn(channels).to(wide.dtype), wide[:, 1:-2])
 
 
 def clear_of_zero(x: Tensor, norm: Norm) -> Tensor:
     """``x`` with the values moved away for which ReLU's input is within rounding of zero, in the dtype of ``x``."""
-    mean, scale, shift = (v.double() for v in norm)
-    root = mean - shift / scale
+    root = norm.mean.double() - norm.bias.double() / scale_of(norm)
     distance = x.double() - root
     margin = 0.05 + 0.02 * root.abs()
     moved = torch.where(distance < 0, root - margin, root + margin)
@@ -150,28 +163,65 @@ def make_weight(shape: Shape, dtype: torch.dtype, layout: str) -> Tensor:
 
 
 def load(grad: Gradient) -> Tensor:
-    stored, value, scale, slope, mean, offset = (t.double() for t in grad)
-    return scale * stored + slope * (value - mean) + offset
+    stored = grad.stored.double()
+    if grad.value is None or grad.mean is None or grad.correction is None:
+        return stored
+    constant, slope = grad.correction.double()
+    return stored + slope * (grad.value.double() - grad.mean.double()) + constant
 
 
 def load_magnitude(grad: Gradient) -> Tensor:
-    stored, value, scale, slope, mean, offset = (t.double().abs() for t in grad)
-    return scale * stored + slope * (value + mean) + offset
+    stored = grad.stored.double().abs()
+    if grad.value is None or grad.mean is None or grad.correction is None:
+        return stored
+    constant, slope = grad.correction.double().abs()
+    return stored + slope * (grad.value.double().abs() + grad.mean.double().abs()) + constant
 
 
 @dataclass
 class Derivatives:
-    """What the backward primitive returns, before ``dx`` is stored or accumulated."""
+    """What the backward primitive returns, before ``dx`` and the correction are stored or accumulated."""
 
-    dz: Tensor
+    dx: Tensor
     dweight: Tensor
-    sum_dz: Tensor
-    sum_dz_centered: Tensor
+    dgamma: Tensor
+    dbeta: Tensor
+    constant: Tensor
+    slope: Tensor
+
+
+OWED = ("dgamma", "dbeta", "constant", "slope")
+
+
+@dataclass
+class Debts:
+    """Guarded memory for what a norm is owed; the correction, ``old`` before, between guards of its own."""
+
+    norm: Norm
+    batch_stats: bool
+
+    def __post_init__(self) -> None:
+        channels, accumulate = len(self.norm.mean), self.norm.mean.dtype
+        self._gradients = [Guarded((channels,), self.norm.weight.dtype, 3, 2, float("nan")) for _ in range(2)]
+        self._correction = Guarded((2, channels), accumulate, 2, 4)
+        self.old = self._correction.data.double().clone()
+
+    def owed(self, pixels: Tensor | None = None) -> Owed:
+        correction = self._correction.data if self.batch_stats else None
+        return Owed(*(g.data for g in self._gradients), correction, pixels)
+
+    def found(self, accumulated: bool) -> dict[str, Tensor]:
+        """What was left; of the correction what was added."""
+        for name, guarded in zip(OWED, (*self._gradients, self._correction), strict=False):
+            guarded.check(name)
+        names = OWED if self.batch_stats else OWED[:2]
+        correction = self._correction.data.double() - self.old if accumulated else self._correction.data
+        return dict(zip(names, (*(g.data for g in self._gradients), *correction), strict=False))
 
 
 def exact_forward(x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Tensor:
-    mean, scale, shift = (v.double() for v in norm)
-    return _conv(((x.double() - mean) * scale + shift).relu(), weight.double(), pool)
+    a = ((x.double() - norm.mean.double()) * scale_of(norm) + norm.bias.double()).relu()
+    return _conv(a, weight.double(), pool)
 
 
 def forward_magnitude(x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Tensor:
@@ -180,11 +230,11 @@ def forward_magnitude(x: Tensor, norm: Norm, weight: Tensor, pool: bool = False)
 
 def exact_backward(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Derivatives:
     """By autograd."""
-    mean, scale, shift = (v.double() for v in norm)
-    z = ((x.double() - mean) * scale + shift).requires_grad_()
+    centered = x.double() - norm.mean.double()
+    z = (centered * scale_of(norm) + norm.bias.double()).requires_grad_()
     w = weight.double().requires_grad_()
     dz, dweight = torch.autograd.grad(_conv(z.relu(), w, pool), [z, w], load(grad))
-    return Derivatives(dz, dweight, dz.sum((0, 1, 2, 3)), (dz * (x.double() - mean)).sum((0, 1, 2, 3)))
+    return _derivatives(dz, dweight, centered, scale_of(norm), norm, -1)
 
 
 def backward_magnitude(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool = False) -> Derivatives:
@@ -193,22 +243,25 @@ def backward_magnitude(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, po
     w = weight.double().abs().requires_grad_()
     dz, dweight = torch.autograd.grad(_conv(a, w, pool), [a, w], load_magnitude(grad))
     distance = x.double().abs() + norm.mean.double().abs()
-    return Derivatives(dz, dweight, dz.sum((0, 1, 2, 3)), (dz * distance).sum((0, 1, 2, 3)))
+    return _derivatives(dz, dweight, distance, scale_of(norm).abs(), norm, 1)
+
+
+def _derivatives(dz: Tensor, dweight: Tensor, centered: Tensor, scale: Tensor, norm: Norm, sign: int) -> Derivatives:
+    dgamma, dbeta, share = (dz * centered).sum(PIXELS) * _rstd(norm), dz.sum(PIXELS), sign * scale / dz[..., 0].numel()
+    return Derivatives(scale * dz, dweight, dgamma, dbeta, share * dbeta, share * dgamma * _rstd(norm))
 
 
 def operators(
     grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool = False
-) -> tuple[Tensor, Derivatives, Tensor]:
-    """Operator by operator in the dtype of ``x``: output, derivatives, and batch normalisation's gradient by ``x``.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Operator by operator in the dtype of ``x``: output, and derivatives by name.
 
     Products of a volume of depth 2 are float32, rounded afterwards: torch's weight gradient of such a bfloat16
     convolution reads unwritten memory.
     """
-    channels = x.shape[-1]
     first = x.permute(0, 4, 1, 2, 3).contiguous().detach().requires_grad_()
-    gamma, beta = norm.scale.clone().requires_grad_(), norm.shift.clone().requires_grad_()
-    ones = torch.ones(channels, dtype=norm.mean.dtype)
-    z = F.batch_norm(first, norm.mean, ones, gamma, beta, False, 0.0, 1e-30)
+    gamma, beta = norm.weight.float().requires_grad_(), norm.bias.float().requires_grad_()
+    z = F.batch_norm(first, norm.mean, norm.var, gamma, beta, False, 0.0, norm.eps)
     w = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     a, narrow = F.relu(z), w.to(x.dtype)
     if x.shape[1] == 2:
@@ -216,15 +269,14 @@ def operators(
     out = _convolve(a, narrow).to(x.dtype)
     out = _pool(out) if pool else out
     g = load(grad).to(x.dtype).permute(0, 4, 1, 2, 3).contiguous()
-    dz, dx, dgamma, dbeta, dweight = torch.autograd.grad(out, [z, first, gamma, beta, w], g)
+    dx, dgamma, dbeta, dweight = torch.autograd.grad(out, [first, gamma, beta, w], g)
     last = (0, 2, 3, 4, 1)
-    derivatives = Derivatives(dz.permute(last), dweight, dbeta, dgamma)
-    return out.detach().permute(last), derivatives, dx.permute(last)
+    derivatives = {"dx": dx.permute(last), "dweight": dweight, "dgamma": dgamma, "dbeta": dbeta}
+    return out.detach().permute(last), derivatives
 
 
 def _activation_magnitude(x: Tensor, norm: Norm) -> Tensor:
-    mean, scale, shift = (v.double().abs() for v in norm)
-    return (x.double().abs() + mean) * scale + shift
+    return (x.double().abs() + norm.mean.double().abs()) * scale_of(norm).abs() + norm.bias.double().abs()
 
 
 def _conv(a: Tensor, weight: Tensor, pool: bool) -> Tensor:

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from primitives import (
     LAYOUTS,
+    Debts,
     Guarded,
     Shape,
-    affine,
     backward_magnitude,
     check_moments,
     clear_of_zero,
+    draw_norm,
     exact_backward,
     exact_forward,
     forward_magnitude,
@@ -30,7 +31,7 @@ from primitives import (
 from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
 
 from fused_densenet.backends import BACKENDS
-from fused_densenet.backends.contract import accumulate_dtype
+from fused_densenet.backends.contract import Gradient, Norm, Owed, accumulate_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["float64", "float32", "bfloat16", "float16"]
@@ -96,7 +97,7 @@ def check_forward(
     moments: bool,
 ) -> None:
     weight_dtype = _weight_dtype(dtype, weight_in_float32)
-    norm = affine(shape.channels, dtype)
+    norm = draw_norm(shape.channels, dtype, weight_dtype)
     values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
     x = source(values, before, after)
     weight = make_weight(shape, weight_dtype, layout)
@@ -113,7 +114,7 @@ def check_forward(
         check_moments(out.data, mean, var)
     if dtype in (torch.bfloat16, torch.float16):
         grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
-        theirs, _, _ = operators(grad, values, norm, weight, shape.pool)
+        theirs, _ = operators(grad, values, norm, weight, shape.pool)
         assert_error_ratio(out.data, theirs, exact, dtype, "out", magnitude)
 
 
@@ -127,6 +128,8 @@ def check_forward(
     after=margins,
     accumulate=st.booleans(),
     want_dweight=st.booleans(),
+    batch_stats=st.booleans(),
+    plain=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_norm_relu_conv_backward(
@@ -139,10 +142,13 @@ def test_norm_relu_conv_backward(
     after: int,
     accumulate: bool,
     want_dweight: bool,
+    batch_stats: bool,
+    plain: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    check_backward(backend, shape, dtype, layout, weight_in_float32, before, after, accumulate, want_dweight)
+    options = (accumulate, want_dweight, batch_stats, plain)
+    check_backward(backend, shape, dtype, layout, weight_in_float32, before, after, *options)
 
 
 @all_dtypes
@@ -170,45 +176,56 @@ def check_backward(
     after: int,
     accumulate: bool,
     want_dweight: bool,
+    batch_stats: bool = True,
+    plain: bool = False,
 ) -> None:
     weight_dtype = _weight_dtype(dtype, weight_in_float32)
-    norm = affine(shape.channels, dtype)
+    norm = draw_norm(shape.channels, dtype, weight_dtype)
     values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
     x = source(values, before, after)
     weight = make_weight(shape, weight_dtype, layout)
-    grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
+    grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype, plain)
     dx = Guarded(values.shape, dtype, after, before + 1)
     old = dx.data.clone()
     if not accumulate:
         dx.data.fill_(float("nan"))
     dweight = torch.full(weight.shape, float("nan"), dtype=weight_dtype) if want_dweight else None
-    sums = [vector(shape.channels, dtype) for _ in range(2)]
-    BACKENDS[backend].norm_relu_conv_backward(
-        grad, x, norm, weight, dx.data, accumulate, dweight, sums[0].data, sums[1].data
-    )
+    debts = Debts(norm, batch_stats)
+    arguments = (grad, x, norm, weight, dx.data, accumulate, dweight, debts.owed())
+    BACKENDS[backend].norm_relu_conv_backward(*arguments)
     exact = exact_backward(grad, values, norm, weight, shape.pool)
     magnitude = backward_magnitude(grad, values, norm, weight, shape.pool)
-    exact_dx, dx_magnitude = exact.dz, magnitude.dz
-    if accumulate:
-        exact_dx = old.double() + norm.scale.double() * exact.dz
-        dx_magnitude = old.double().abs() + norm.scale.double().abs() * magnitude.dz
-    assert_entries(dx.data, exact_dx, dx_magnitude, dtype, "dx")
+    found = {"dx": dx.data, **debts.found(accumulate)} | ({} if dweight is None else {"dweight": dweight})
     dx.check("dx")
-    if dweight is not None:
-        assert_entries(dweight, exact.dweight, magnitude.dweight, dtype, "dweight")
-    for name, total in zip(("sum_dz", "sum_dz_centered"), sums, strict=True):
-        assert_entries(total.data, getattr(exact, name), getattr(magnitude, name), dtype, name)
-        total.check(name)
+    if accumulate:
+        exact.dx, magnitude.dx = old.double() + exact.dx, old.double().abs() + magnitude.dx
+        magnitude.constant, magnitude.slope = (
+            magnitude.constant + debts.old[0].abs(),
+            magnitude.slope + debts.old[1].abs(),
+        )
+    for name, result in found.items():
+        assert_entries(result, getattr(exact, name), getattr(magnitude, name), dtype, name)
     if dtype in (torch.bfloat16, torch.float16):
-        _, theirs, their_dx = operators(grad, values, norm, weight, shape.pool)
-        their_dx = (old + their_dx) if accumulate else theirs.dz
-        assert_error_ratio(dx.data, their_dx, exact_dx, dtype, "dx", dx_magnitude)
-        if dweight is not None:
-            assert_error_ratio(dweight, theirs.dweight, exact.dweight, dtype, "dweight", magnitude.dweight)
-        for name, total in zip(("sum_dz", "sum_dz_centered"), sums, strict=True):
-            of = (getattr(result, name) for result in (theirs, exact, magnitude))
-            their_sum, exact_sum, sum_magnitude = of
-            assert_error_ratio(total.data, their_sum, exact_sum, dtype, name, sum_magnitude)
+        _, theirs = operators(grad, values, norm, weight, shape.pool)
+        if accumulate:
+            theirs["dx"] = old + theirs["dx"]
+        for name in found.keys() & theirs.keys():
+            of = (found[name], theirs[name], getattr(exact, name), dtype, name, getattr(magnitude, name))
+            assert_error_ratio(*of)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_statistics_of_more_pixels(backend: str) -> None:
+    """Those of several ranks: what they owe is shared among all their pixels."""
+    x, weight, norm = torch.randn(2, 1, 3, 4, 8), torch.randn(5, 8, 1, 1, 1), draw_norm(8, torch.float32)
+    grad, found = Gradient(torch.randn(2, 1, 3, 4, 5)), []
+    for pixels in (None, torch.tensor([240.0])):
+        debts = Debts(norm, True)
+        arguments = (grad, x, norm, weight, torch.empty_like(x), False, None, debts.owed(pixels))
+        BACKENDS[backend].norm_relu_conv_backward(*arguments)
+        found.append(debts.found(False))
+    for name, times in (("dgamma", 1), ("dbeta", 1), ("constant", 10), ("slope", 10)):
+        torch.testing.assert_close(found[1][name] * times, found[0][name], rtol=1e-5, atol=0)
 
 
 @all_backends
@@ -244,10 +261,10 @@ def test_place(
 
 @all_backends
 @all_dtypes
-@given(shape=shapes(), channels_first=st.booleans())
-def test_place_backward(backend: str, dtype: torch.dtype, shape: Shape, channels_first: bool) -> None:
+@given(shape=shapes(), channels_first=st.booleans(), plain=st.booleans())
+def test_place_backward(backend: str, dtype: torch.dtype, shape: Shape, channels_first: bool, plain: bool) -> None:
     n, d, h, w = shape.pixels
-    grad = loaded_gradient(shape.pixels, shape.channels, dtype)
+    grad = loaded_gradient(shape.pixels, shape.channels, dtype, plain)
     out = torch.empty(n, d, h, w, shape.channels, dtype=dtype)
     if channels_first:
         out = torch.empty(n, shape.channels, d, h, w, dtype=dtype).permute(0, 2, 3, 4, 1)
@@ -274,7 +291,7 @@ def test_variance_of_a_distant_channel(backend: str, pixels: tuple[int, int, int
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3)], ids=str)
 def test_variance_of_a_distant_output(backend: str, kernel: tuple[int, int, int]) -> None:
     x = torch.randn(4, 1, 20, 20, 8)
-    norm = affine(8, torch.float32)._replace(mean=torch.zeros(8), scale=torch.ones(8), shift=torch.full((8,), 1000.0))
+    norm = Norm(torch.zeros(8), torch.ones(8), torch.ones(8), torch.full((8,), 1000.0), 0.0)
     weight = torch.zeros(24, 8, *kernel)
     weight[torch.arange(24), torch.arange(24) % 8, kernel[0] // 2, kernel[1] // 2, kernel[2] // 2] = 1
     out, mean, var = torch.empty(4, 1, 20, 20, 24), torch.empty(24), torch.empty(24)
@@ -290,7 +307,7 @@ def test_nan_and_infinity_pass_through(backend: str) -> None:
     """A NaN in one pixel reaches every output of its neighbourhood: it is not turned into zero by ReLU."""
     x = torch.randn(1, 1, 5, 5, 16)
     x[0, 0, 2, 2, 3] = float("nan")
-    norm = affine(16, torch.float32)
+    norm = draw_norm(16, torch.float32)
     out = torch.empty(1, 1, 5, 5, 8)
     BACKENDS[backend].norm_relu_conv(x, norm, torch.randn(8, 16, 1, 3, 3), out, None, None)
     expected = torch.zeros(5, 5, dtype=torch.bool)
@@ -313,7 +330,7 @@ def _threads() -> Iterator[None]:
 def test_two_runs_give_the_same_bits(dtype: torch.dtype, threads: int, shape: Shape) -> None:
     torch.set_num_threads(threads)
     module = BACKENDS["cpu"]
-    norm = affine(shape.channels, dtype)
+    norm = draw_norm(shape.channels, dtype)
     x = torch.randn(*shape.pixels, shape.channels).to(dtype)
     weight = make_weight(shape, dtype, "contiguous")
     grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
@@ -323,8 +340,9 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype, threads: int, shape: Sh
         mean, var = (torch.empty(shape.out_channels, dtype=torch.float32) for _ in range(2))
         module.norm_relu_conv(x, norm, weight, out, mean, var)
         dx, dweight = torch.ones_like(x), torch.empty_like(weight)
-        sums = torch.empty(2, shape.channels)
-        module.norm_relu_conv_backward(grad, x, norm, weight, dx, True, dweight, sums[0], sums[1])
+        sums = torch.zeros(4, shape.channels)
+        owed = Owed(sums[0], sums[1], sums[2:])
+        module.norm_relu_conv_backward(grad, x, norm, weight, dx, True, dweight, owed)
         placed, placed_mean, placed_var = torch.empty_like(x), *torch.empty(2, shape.channels)
         module.place(x, placed, placed_mean, placed_var)
         runs.append([out, mean, var, dx, dweight, sums, placed_mean, placed_var])

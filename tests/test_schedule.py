@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_densenet import FusedDenseBlock, use_backend
 from fused_densenet.backends import eager
-from fused_densenet.ops import block as ops
+from fused_densenet.ops.block import Arguments, block
 
 KINDS = ["bottleneck", "recomputed bottleneck", "plain"]
 STATISTICS = ["batch", "running", "mixed"]
@@ -55,16 +55,20 @@ class Case:
         """The differentiable arguments."""
         return [t.requires_grad_() for t in (self.x, *self.weights, *self.gammas, *self.betas)]
 
-    def arguments(self, tensors: list[Tensor]) -> tuple[Any, ...]:
+    def arguments(self, tensors: list[Tensor]) -> Arguments:
         n = len(self.weights)
         parameters = [tensors[1 + i * n : 1 + (i + 1) * n] for i in range(3)]
         eps = [1e-5 * (1 + i) for i in range(n)]
         keep_scale = 1 / 0.7 if self.dropout else 1.0
         lists = (*parameters, self.running, self.keep, eps, self.batch_stats)
-        return (tensors[0], *lists, self.per_layer, keep_scale, self.kind == "bottleneck", "eager", None)
+        return Arguments(tensors[0], *lists, self.per_layer, keep_scale, self.kind == "bottleneck", "eager", None)
 
     def function(self) -> Callable[..., Tensor]:
-        return lambda *tensors: ops.dense_block(*self.arguments(list(tensors)))[0]
+        return lambda *tensors: block(self.arguments(list(tensors))).out
+
+    def operator(self) -> Callable[..., Tensor]:
+        """The same through torch.library's operator."""
+        return lambda *tensors: torch.ops.fused_densenet.dense_block(*self.arguments(list(tensors)))[0]
 
 
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
@@ -90,27 +94,48 @@ def test_gradgradcheck(kind: str, statistics: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_operator(kind: str) -> None:
+    case = Case(kind, "mixed")
+    assert gradcheck(case.operator(), case.tensors, fast_mode=True)
+    assert gradgradcheck(case.operator(), case.tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_gradients(kind: str, statistics: str) -> None:
+    """Those of several vectors at once, by vmap, are those of one after the other."""
+    case = Case(kind, statistics, dropout=True)
+    out = case.function()(*case.tensors)
+    vectors = torch.randn(3, *out.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(out, case.tensors, vectors, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, case.tensors, v, retain_graph=True) for v in vectors]
+    for found, expected in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_sees_a_missing_debt(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what the batch statistics owe, gradcheck fails: it depends on the deferred terms."""
-    whole = eager.norm_backward
+    whole = eager.norm_relu_conv_backward
 
-    def without_debt(sums: Any, scale: Any, var: Any, eps: float, pixels: Any, *rest: Any) -> Any:
-        return whole(sums, scale, var, eps, None, *rest)
+    def without_debt(*arguments: Any) -> None:
+        *others, owed = arguments
+        whole(*others, owed._replace(correction=torch.zeros_like(owed.correction)))
 
-    monkeypatch.setattr(eager, "norm_backward", without_debt)
+    monkeypatch.setattr(eager, "norm_relu_conv_backward", without_debt)
     case = Case(kind)
     with pytest.raises(GradcheckError):
         gradcheck(case.function(), case.tensors, fast_mode=True)
 
 
 def test_gradcheck_of_the_module() -> None:
-    block = FusedDenseBlock(2, 3, 2, 2).double()
-    for norm in (m for m in block.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+    module = FusedDenseBlock(2, 3, 2, 2).double()
+    for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.normal_(norm.bias)
-    names, parameters = zip(*block.named_parameters(), strict=True)
+    names, parameters = zip(*module.named_parameters(), strict=True)
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
-        out = torch.func.functional_call(block, dict(zip(names, values, strict=True)), (x,))
+        out = torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
         assert isinstance(out, Tensor)
         return out
 
@@ -130,9 +155,9 @@ def test_opcheck(kind: str, statistics: str) -> None:
 def test_opcheck_backward(kind: str) -> None:
     case = Case(kind, "mixed")
     arguments = case.arguments(case.tensors)
-    saved = [t.detach() for t in ops.dense_block(*arguments)]
+    out, kept, constants = block(arguments)
     needed = [i % 2 == 0 for i in range(len(case.weights))]
-    backward = (torch.randn_like(saved[0]), *saved, *arguments[1:10], "eager", None, needed)
+    backward = (torch.randn_like(out), kept, constants, needed, *arguments._replace(x=out.detach()))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fused_densenet.dense_block_backward.default, backward, test_utils=tests)
 
@@ -160,9 +185,9 @@ def test_flops_are_torchvisions(memory_efficient: bool) -> None:
     sizes = (3, 8, 4, 6)
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
     counts = []
-    for block in (peers.DenseBlock(*sizes, 0.0), FusedDenseBlock(*sizes, memory_efficient=memory_efficient)):
+    for module in (peers.DenseBlock(*sizes, 0.0), FusedDenseBlock(*sizes, memory_efficient=memory_efficient)):
         with FlopCounterMode(display=False) as forward:
-            out = block(x)
+            out = module(x)
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
         counts.append((forward.get_total_flops(), backward.get_total_flops()))

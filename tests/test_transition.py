@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, FusedTransition, reference, strict
 from fused_densenet.ops.statistics import channel_moments, statistics_of
+from fused_densenet.ops.transition import Arguments
 from fused_densenet.ops.transition import transition as transition_op
-from fused_densenet.ops.transition import transition_backward
 
 
 def pair(spatial_dims: int, channels: int = 10, out: int = 6) -> tuple[FusedTransition, reference.Transition]:
@@ -199,10 +199,12 @@ def test_operators(batch_stats: bool) -> None:
     gamma, beta = (torch.rand(10, dtype=torch.float64, requires_grad=True) for _ in range(2))
     moments, pixels, _ = statistics_of(x, "eager", None)
     constants = (1e-5, batch_stats, True, "eager", None)
+    arguments = Arguments(x, [weight], [gamma], [beta], moments, pixels, *constants)
+    operators = torch.ops.fused_densenet
     torch.library.opcheck(channel_moments, (x.detach(), "eager", None))
-    torch.library.opcheck(transition_op, (x, weight, gamma, beta, moments, pixels, *constants))
+    torch.library.opcheck(operators.transition.default, arguments)
     dout = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(transition_backward, (dout, x, weight, gamma, beta, moments, pixels, *constants, True))
+    torch.library.opcheck(operators.transition_backward.default, (dout, [], [], [True], *arguments))
 
 
 REASONS = {
@@ -268,11 +270,10 @@ def test_empty_batch() -> None:
     ours, theirs = (m.double().eval() for m in pair(2))
     x = torch.empty(0, 10, 4, 6, dtype=torch.float64)
     assert ours(x).shape == theirs(x).shape == (0, 6, 2, 3)
-    moments, pixels = channel_moments(x, "eager", None)
-    assert pixels.item() == 0
+    (moments,) = channel_moments(x, "eager", None)
     gamma, beta, weight = (p.detach().requires_grad_() for p in (ours.norm.weight, ours.norm.bias, ours.conv.weight))
     ones = torch.ones_like(moments)
-    out = transition_op(x, weight, gamma, beta, ones, ones[0, :1], 1e-5, True, True, "eager", None)
+    out = transition_op(Arguments(x, [weight], [gamma], [beta], ones, None, 1e-5, True, True, "eager", None)).out
     out.sum().backward()
     assert out.shape == (0, 6, 2, 3)
     for gradient in (weight.grad, gamma.grad, beta.grad):

@@ -15,6 +15,8 @@ class BackwardKernel {
  public:
   BackwardKernel(const Backward& f, void* workspace, int threads)
       : f_(f),
+        arena_(workspace),
+        norm_(f.norm, f.shape.in, arena_),
         packed_(f.shape, true),
         windows_(f.shape),
         grad_blocks_(ceil_div(packed_.row_elements(), kBlock)),
@@ -23,7 +25,7 @@ class BackwardKernel {
     const int64_t operands = grad_blocks_ + 1 + (P::pair == 2 ? pixel_blocks_ : 0);
     grid_ = plan_grid(f.shape, operands * kBlock * sizeof(E) + kBlock * sizeof(A), threads, packed_.winograd);
     parts_ = parts_of(grid_, threads);
-    Arena arena(workspace);
+    Arena& arena = arena_;
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.in);
     dweight_size_ = needs_dweight() ? packed_.taps * f.shape.in * ld_dweight_ : 0;
@@ -45,6 +47,7 @@ class BackwardKernel {
   size_t workspace() const { return for_parts_ + part_bytes_ * parts_; }
 
   void run(const Parallel& parallel) const {
+    norm_.make();
     if (f_.weight.is_float)
       packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
     else
@@ -55,7 +58,7 @@ class BackwardKernel {
       const Range boxes = split(grid_.count(), parts_, part);
       for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
     });
-    merge_sums(partial_, grid_.count(), f_.shape.in, f_.sum_dz, f_.sum_dz_centered, parallel);
+    settle(partial_, grid_.count(), f_.shape.in, norm_, f_.owed, f_.shape.pixels(), f_.accumulate, parallel);
     if (!needs_dweight()) return;
     if (f_.dweight.is_float)
       write_dweight<A, float>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
@@ -84,7 +87,7 @@ class BackwardKernel {
       const int64_t channels = least(kBlock, f_.shape.in - c);
       Prefetch prefetch = next_operands(b, i, end, c);
       if (needs_dweight()) {
-        const Activation<T> activation(f_.x, f_.norm);
+        const Activation<T> activation(f_.x, norm_);
         if (pools()) {
           const int64_t* first_pixels = of_part(first_pixels_, part);
           load_activation(PooledActivation<T>(activation, windows_, first_pixels, b.begin[2]), b, part, c, channels,
@@ -273,7 +276,7 @@ class BackwardKernel {
   }
 
   void store_data_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, A* sums) const {
-    const Activation<T> activation(f_.x, f_.norm);
+    const Activation<T> activation(f_.x, norm_);
     const V share = V::all(A(1) / static_cast<A>(windows_.count));
     T* dx = static_cast<T*>(f_.dx.data);
     for (int64_t j = 0; j < channels; j += V::size) {
@@ -289,7 +292,7 @@ class BackwardKernel {
           sum += dz;
           sum_centered = fma(dz, centered, sum_centered);
           T* p = dx + pixel * f_.dx.ld + c + j;
-          store(p, f_.accumulate ? fma(scale, dz, load(p, lanes)) : dz, lanes);
+          store(p, f_.accumulate ? fma(scale, dz, load(p, lanes)) : scale * dz, lanes);
         });
       };
       n == V::size ? column(V::size) : column(n);
@@ -313,6 +316,8 @@ class BackwardKernel {
   }
 
   const Backward& f_;
+  Arena arena_;
+  NormVectors<T> norm_;
   PackedWeight<P> packed_;
   Windows windows_;
   int64_t grad_blocks_, ld_dweight_, pixel_blocks_, dweight_size_, parts_;

@@ -1,4 +1,4 @@
-// Forward: out = conv(relu((x - mean) * scale + shift), W), and the moments of out.
+// Forward: out = conv(relu(norm(x)), W), and the moments of out.
 //
 // A box's activations are computed once into scratch memory (zeros outside the image), all taps read them there. A
 // kernel of size 1 may pool: then a box is one of pooled pixels, and windows are averaged on the way to scratch memory.
@@ -13,6 +13,8 @@ class ForwardKernel {
  public:
   ForwardKernel(const Forward& f, void* workspace, int threads)
       : f_(f),
+        arena_(workspace),
+        norm_(f.norm, f.shape.in, arena_),
         packed_(f.shape, false),
         windows_(f.shape),
         blocks_(ceil_div(packed_.row_elements(), kBlock)),
@@ -20,7 +22,7 @@ class ForwardKernel {
     const int64_t bytes_per_pixel = blocks_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
     grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.winograd);
     parts_ = parts_of(grid_, threads);
-    Arena arena(workspace);
+    Arena& arena = arena_;
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
     for_parts_ = arena.used();
@@ -37,6 +39,7 @@ class ForwardKernel {
   size_t workspace() const { return for_parts_ + part_bytes_ * parts_; }
 
   void run(const Parallel& parallel) const {
+    norm_.make();
     if (f_.weight.is_float)
       packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
     else
@@ -67,7 +70,7 @@ class ForwardKernel {
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
     A* result = of_part(result_, part);
-    const Activation<T> activation(f_.x, f_.norm);
+    const Activation<T> activation(f_.x, norm_);
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
     if (pools()) {
@@ -146,6 +149,8 @@ class ForwardKernel {
   }
 
   const Forward& f_;
+  Arena arena_;
+  NormVectors<T> norm_;
   PackedWeight<P> packed_;
   Windows windows_;
   int64_t blocks_, ldc_, parts_;

@@ -5,6 +5,8 @@
 // vec.h comes first: everything below is written in its vectors.
 #include "tile.h"
 // clang-format off
+#include "arena.h"
+#include "norm.h"
 #include "operands.h"
 #include "winograd.h"
 #include "weight.h"
@@ -28,20 +30,17 @@ void run(const Problem& problem, void* workspace, const Parallel& parallel) {
   Kernel(problem, workspace, parallel.threads).run(parallel);
 }
 
+template <class Kernel, class Problem>
+constexpr Entry<Problem> entry = {workspace_of<Kernel, Problem>, run<Kernel, Problem>};
+
 template <class T, class P>
 constexpr Kernels kernels = {
-    workspace_of<ForwardKernel<T, P>, Forward>,
-    run<ForwardKernel<T, P>, Forward>,
-    workspace_of<BackwardKernel<T, P>, Backward>,
-    run<BackwardKernel<T, P>, Backward>,
-    workspace_of<PlaceKernel<T>, Place>,
-    run<PlaceKernel<T>, Place>,
-    workspace_of<PlaceBackwardKernel<T>, PlaceBackward>,
-    run<PlaceBackwardKernel<T>, PlaceBackward>,
-    workspace_of<NormReluPoolKernel<T>, NormReluPool>,
-    run<NormReluPoolKernel<T>, NormReluPool>,
-    workspace_of<NormReluPoolBackwardKernel<T>, NormReluPoolBackward>,
-    run<NormReluPoolBackwardKernel<T>, NormReluPoolBackward>,
+    entry<ForwardKernel<T, P>, Forward>,
+    entry<BackwardKernel<T, P>, Backward>,
+    entry<PlaceKernel<T>, Place>,
+    entry<PlaceBackwardKernel<T>, PlaceBackward>,
+    entry<NormReluPoolKernel<T>, NormReluPool>,
+    entry<NormReluPoolBackwardKernel<T>, NormReluPoolBackward>,
 };
 
 }  // namespace fused_densenet::FD_ISA

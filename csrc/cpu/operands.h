@@ -9,12 +9,8 @@ struct Activation {  // relu((x - mean) * scale + shift)
   int64_t ld;
   const Accumulate<T>*mean, *scale, *shift;
 
-  Activation(const Pixels& p, const Norm& n)
-      : x(static_cast<const T*>(p.data)),
-        ld(p.ld),
-        mean(static_cast<const Accumulate<T>*>(n.mean)),
-        scale(static_cast<const Accumulate<T>*>(n.scale)),
-        shift(static_cast<const Accumulate<T>*>(n.shift)) {}
+  Activation(const Pixels& p, const NormVectors<T>& n)
+      : x(static_cast<const T*>(p.data)), ld(p.ld), mean(n.mean()), scale(n.scale()), shift(n.shift()) {}
 
   V centered(int64_t pixel, int64_t c, int n) const { return load(x + pixel * ld + c, n) - load(mean + c, n); }
   V before_relu(V centered, int64_t c, int n) const { return fma(centered, load(scale + c, n), load(shift + c, n)); }
@@ -85,27 +81,27 @@ struct PooledActivation {  // the average of a window's activations
 };
 
 template <class T>
-struct LoadedGradient {  // scale * stored + (slope * (value - mean) + offset)
+struct LoadedGradient {  // stored + (slope * (value - mean) + constant)
   using A = Accumulate<T>;
   using V = Vec<A>;
   const T *stored, *value;
   int64_t ld_stored, ld_value;
-  const A *scale, *slope, *mean, *offset;
+  const A *mean, *constant, *slope;
 
   explicit LoadedGradient(const Gradient& g)
       : stored(static_cast<const T*>(g.stored.data)),
         value(static_cast<const T*>(g.value.data)),
         ld_stored(g.stored.ld),
         ld_value(g.value.ld),
-        scale(static_cast<const A*>(g.scale)),
-        slope(static_cast<const A*>(g.slope)),
         mean(static_cast<const A*>(g.mean)),
-        offset(static_cast<const A*>(g.offset)) {}
+        constant(static_cast<const A*>(g.constant)),
+        slope(static_cast<const A*>(g.slope)) {}
 
   V at(int64_t pixel, int64_t c, int n) const {
-    const V owed =
-        fma(load(slope + c, n), load(value + pixel * ld_value + c, n) - load(mean + c, n), load(offset + c, n));
-    return fma(load(scale + c, n), load(stored + pixel * ld_stored + c, n), owed);
+    const V d = load(stored + pixel * ld_stored + c, n);
+    if (mean == nullptr) return d;
+    return d +
+           fma(load(slope + c, n), load(value + pixel * ld_value + c, n) - load(mean + c, n), load(constant + c, n));
   }
 };
 

@@ -16,22 +16,32 @@ void parallel_for(const Parallel& parallel, int64_t count, const F& body) {
   parallel.run(count, [](void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, const_cast<F*>(&body));
 }
 
-// One instruction set's kernels for one data type. Every call takes a workspace of the size that it states, in bytes,
-// aligned to 64; results do not depend on which thread ran what.
-struct Kernels {
-  size_t (*forward_workspace)(const Forward&, int threads);
-  void (*forward)(const Forward&, void* workspace, const Parallel&);
-  size_t (*backward_workspace)(const Backward&, int threads);
-  void (*backward)(const Backward&, void* workspace, const Parallel&);
-  size_t (*place_workspace)(const Place&, int threads);
-  void (*place)(const Place&, void* workspace, const Parallel&);
-  size_t (*place_backward_workspace)(const PlaceBackward&, int threads);
-  void (*place_backward)(const PlaceBackward&, void* workspace, const Parallel&);
-  size_t (*norm_relu_pool_workspace)(const NormReluPool&, int threads);
-  void (*norm_relu_pool)(const NormReluPool&, void* workspace, const Parallel&);
-  size_t (*norm_relu_pool_backward_workspace)(const NormReluPoolBackward&, int threads);
-  void (*norm_relu_pool_backward)(const NormReluPoolBackward&, void* workspace, const Parallel&);
+// A primitive's kernel for one data type. A call takes a workspace of the size that it states, in bytes, aligned to 64;
+// results do not depend on which thread ran what.
+template <class Problem>
+struct Entry {
+  size_t (*workspace)(const Problem&, int threads);
+  void (*run)(const Problem&, void* workspace, const Parallel&);
 };
+
+// One instruction set's kernels for one data type.
+struct Kernels {
+  Entry<Forward> forward;
+  Entry<Backward> backward;
+  Entry<Place> place;
+  Entry<PlaceBackward> place_backward;
+  Entry<NormReluPool> norm_relu_pool;
+  Entry<NormReluPoolBackward> norm_relu_pool_backward;
+};
+
+inline const Entry<Forward>& entry(const Kernels& k, const Forward&) { return k.forward; }
+inline const Entry<Backward>& entry(const Kernels& k, const Backward&) { return k.backward; }
+inline const Entry<Place>& entry(const Kernels& k, const Place&) { return k.place; }
+inline const Entry<PlaceBackward>& entry(const Kernels& k, const PlaceBackward&) { return k.place_backward; }
+inline const Entry<NormReluPool>& entry(const Kernels& k, const NormReluPool&) { return k.norm_relu_pool; }
+inline const Entry<NormReluPoolBackward>& entry(const Kernels& k, const NormReluPoolBackward&) {
+  return k.norm_relu_pool_backward;
+}
 
 // The kernels for a data type on an instruction set ("AVX512", "AVX2", anything else is portable), and their name.
 const Kernels& kernels_for(DType dtype, const char* capability);

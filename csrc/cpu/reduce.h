@@ -78,26 +78,4 @@ void merge_moments(const A* partial, int64_t tiles, int64_t channels, F size, co
   });
 }
 
-// Partial sums [tile][2][channels] to two sums.
-template <class A>
-void merge_sums(const A* partial, int64_t tiles, int64_t channels, void* first, void* second,
-                const Parallel& parallel) {
-  constexpr int64_t width = 32;
-  parallel_for(parallel, ceil_div(channels, width), [&](int64_t task) {
-    const int64_t begin = task * width;
-    const int64_t count = least(width, channels - begin);
-    double sums[2][width] = {};
-    for (int64_t t = 0; t < tiles; ++t) {
-      for (int64_t s = 0; s < 2; ++s) {
-        const A* p = partial + (2 * t + s) * channels + begin;
-        for (int64_t j = 0; j < count; ++j) sums[s][j] += static_cast<double>(p[j]);
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      static_cast<A*>(first)[begin + j] = static_cast<A>(sums[0][j]);
-      static_cast<A*>(second)[begin + j] = static_cast<A>(sums[1][j]);
-    }
-  });
-}
-
 }  // namespace fused_densenet::FD_ISA

@@ -1,4 +1,4 @@
-// A stem's activations: relu((x - mean) * scale + shift), or their maxima over windows of 3, stride 2, one pixel of
+// A stem's activations: relu(norm(x)), or their maxima over windows of 3, stride 2, one pixel of
 // padding; and the gradient back, for which the activations and the places of the maxima are computed again.
 
 namespace fused_densenet::FD_ISA {
@@ -54,10 +54,12 @@ class NormReluPoolKernel {
   using V = Vec<A>;
 
  public:
-  NormReluPoolKernel(const NormReluPool& f, void*, int) : f_(f), image_(f.shape, f.pools) {}
-  size_t workspace() const { return 0; }
+  NormReluPoolKernel(const NormReluPool& f, void* workspace, int)
+      : f_(f), arena_(workspace), norm_(f.norm, f.shape.in, arena_), image_(f.shape, f.pools) {}
+  size_t workspace() const { return arena_.used(); }
 
   void run(const Parallel& parallel) const {
+    norm_.make();
     const int64_t rows = f_.shape.n * image_.out[0] * image_.out[1];
     parallel_for(parallel, rows, [&](int64_t row) {
       for (int64_t w = 0; w < image_.out[2]; ++w) one(row * image_.out[2] + w);
@@ -66,7 +68,7 @@ class NormReluPoolKernel {
 
  private:
   void one(int64_t out_pixel) const {
-    const Activation<T> activation(f_.x, f_.norm);
+    const Activation<T> activation(f_.x, norm_);
     T* out = static_cast<T*>(f_.out.data) + out_pixel * f_.out.ld;
     const int64_t first = out_pixel / image_.out_pixels() * image_.pixels();
     alignas(64) A a[kBlock] = {};
@@ -94,6 +96,8 @@ class NormReluPoolKernel {
   }
 
   const NormReluPool& f_;
+  Arena arena_;
+  NormVectors<T> norm_;
   Maxima image_;
 };
 
@@ -105,26 +109,29 @@ class NormReluPoolBackwardKernel {
 
  public:
   NormReluPoolBackwardKernel(const NormReluPoolBackward& f, void* workspace, int threads)
-      : f_(f), image_(f.shape, f.pools), block_(kBlock) {
+      : f_(f),
+        arena_(workspace),
+        norm_(f.norm, f.shape.in, arena_),
+        image_(f.shape, f.pools),
+        block_(kBlock),
+        partial_(arena_.take<A>(2 * f.shape.n * f.shape.in)) {
     while (block_ > V::size && f.shape.n * ceil_div(f.shape.in, block_) % threads != 0) block_ /= 2;
-    Arena arena(workspace);
-    partial_ = arena.take<A>(2 * f.shape.n * f.shape.in);
-    bytes_ = arena.used();
   }
-  size_t workspace() const { return bytes_; }
+  size_t workspace() const { return arena_.used(); }
 
   void run(const Parallel& parallel) const {
+    norm_.make();
     const int64_t blocks = ceil_div(f_.shape.in, block_);
     parallel_for(parallel, f_.shape.n * blocks, [&](int64_t task) {
       const int64_t c = task % blocks * block_;
       one(task / blocks, c, least(block_, f_.shape.in - c));
     });
-    merge_sums(partial_, f_.shape.n, f_.shape.in, f_.sum_dz, f_.sum_dz_centered, parallel);
+    settle(partial_, f_.shape.n, f_.shape.in, norm_, f_.owed, f_.shape.pixels(), false, parallel);
   }
 
  private:
   void one(int64_t n, int64_t c, int64_t channels) const {
-    const Activation<T> activation(f_.x, f_.norm);
+    const Activation<T> activation(f_.x, norm_);
     const int64_t first = n * image_.pixels();
     const T* grad = static_cast<const T*>(f_.grad.data) + c;
     T* dx = static_cast<T*>(f_.dx.data) + first * f_.dx.ld + c;
@@ -136,17 +143,17 @@ class NormReluPoolBackwardKernel {
       back(activation, grad + (n * image_.out_pixels() + i) * f_.grad.ld, first, i, c, channels, dx);
     }
     for (int64_t j = 0; j < channels; j += V::size) {
+      const V scale = load(activation.scale + c + j, lanes(j));
       V sum = V::zero(), sum_centered = V::zero();
       for (int64_t i = 0; i < image_.pixels(); ++i) {
         const V centered = activation.centered(first + i, c + j, lanes(j));
         T* p = dx + i * f_.dx.ld + j;
-        if (!f_.pools) {
-          const V g = load(grad + (first + i) * f_.grad.ld + j, lanes(j));
-          store(p, where_positive(activation.before_relu(centered, c + j, lanes(j)), g), lanes(j));
-        }
-        const V dz = load(p, lanes(j));
+        const V dz = f_.pools ? load(p, lanes(j))
+                              : where_positive(activation.before_relu(centered, c + j, lanes(j)),
+                                               load(grad + (first + i) * f_.grad.ld + j, lanes(j)));
         sum += dz;
         sum_centered = fma(dz, centered, sum_centered);
+        store(p, scale * dz, lanes(j));
       }
       A* sums = partial_ + 2 * n * f_.shape.in + c + j;
       store(sums, sum, lanes(j));
@@ -181,10 +188,11 @@ class NormReluPoolBackwardKernel {
   }
 
   const NormReluPoolBackward& f_;
+  Arena arena_;
+  NormVectors<T> norm_;
   Maxima image_;
   int64_t block_;
   A* partial_;
-  size_t bytes_;
 };
 
 }  // namespace fused_densenet::FD_ISA

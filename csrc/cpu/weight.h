@@ -2,22 +2,6 @@
 
 namespace fused_densenet::FD_ISA {
 
-inline float as_number(const float* p) { return *p; }
-inline double as_number(const double* p) { return *p; }
-template <class Half>
-float as_number(const Half* p) {
-  float x[Vec<float>::size];
-  store(x, load(p, 1));
-  return x[0];
-}
-
-inline void store_number(float* p, float x) { *p = x; }
-inline void store_number(double* p, double x) { *p = x; }
-template <class Half>
-void store_number(Half* p, float x) {
-  store(p, Vec<float>::all(x), 1);
-}
-
 // The number that a convolution in type T reads from a weight held in float32 or in T.
 template <class T, class W>
 Accumulate<T> rounded(const W* p) {

@@ -1,9 +1,10 @@
-"""What a backend is: functions over channels-last pixels, four above all.
+"""What a backend is: functions over channels-last pixels.
 
 Data is ``(N, D, H, W, C)``, sizes that a network does not have equal to 1, channel stride 1, the same stride between
 any two neighbouring pixels; a slice of channels of a wider buffer is such a tensor. A convolution weight is
 ``(K, C, kd, kh, kw)`` in any strides, in the data's dtype or in float32, with odd kernel sizes and "same" zero padding.
-Vectors have one entry per channel, in float32 (float64 for float64 data).
+Vectors have one entry per channel and stride 1, in float32 (float64 for float64 data); a norm's weight and bias, and
+their gradients, may be in the data's dtype.
 
 ``place(x, out, mean, var)``
     ``out = x`` for any strides of ``x``; the mean and biased variance per channel of ``out`` go to ``mean`` and ``var``
@@ -11,37 +12,26 @@ Vectors have one entry per channel, in float32 (float64 for float64 data).
 ``place_backward(grad, out)``
     ``out = g``, the loaded gradient, in any strides of ``out``; ``out`` may be ``grad.stored`` itself.
 ``norm_relu_conv(x, norm, weight, out, mean, var)``
-    ``out = conv(a, weight)`` with ``a = relu((x - norm.mean) * norm.scale + norm.shift)``, zero padding after the ReLU;
-    ``mean`` and ``var`` as above, of the values as stored.
-``norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, sum_dz, sum_dz_centered)``
-    With ``dz`` the gradient of the loss by ReLU's input: ``dx = dz``, or ``dx += norm.scale * dz`` where ``accumulate``;
-    ``dweight`` (skipped if None) the weight's gradient; ``sum_dz`` and ``sum_dz_centered`` the sums over pixels of
-    ``dz`` and ``dz * (x - norm.mean)``.
+    ``out = conv(a, weight)`` with ``a = relu((x - norm.mean) * scale + norm.bias)``, ``scale`` that of :class:`Norm`, zero
+    padding after the ReLU; ``mean`` and ``var`` as above, of the values as stored.
+``norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed)``
+    With ``dz`` the gradient of the loss by ReLU's input: ``dx = scale * dz``, or ``dx += scale * dz`` where
+    ``accumulate``; ``dweight`` (skipped if None) the weight's gradient; ``owed`` (:class:`Owed`) the norm's.
 
 A convolution of kernel size 1 also pools, where ``out`` (in backward: ``grad``) has the sizes of :func:`pooled` of
 ``x``'s and not ``x``'s own: then ``a`` is averaged over windows of two in every dimension before it is multiplied,
 ``a[p] = mean of relu(...) over x[2p], x[2p + 1]``, so that a convolution and the average pooling that follows it, which
-commute, cost a pooled convolution. ``dx`` and both sums are over all pixels of ``x``; a last pixel that an odd size
+commute, cost a pooled convolution. ``dx`` and all sums are over all pixels of ``x``; a last pixel that an odd size
 leaves without a window has ``dz = 0``.
 
-For four more a backend that has none of its own takes the eager one's.
-
-``norm_scale(var, gamma, eps)``
-    Returns ``gamma / sqrt(var + eps)``, a vector.
-``norm_backward(sums, scale, var, eps, pixels, correction, accumulate)``
-    Returns the gradient of gamma, a vector, from ``sums`` ``(2, C)``, of ``dz`` and ``dz * (x - mean)``, of a norm with
-    that ``scale`` and ``var``. ``correction`` ``(2, C)`` is what the norm's statistics, taken of ``pixels`` values (a
-    tensor of one entry), add to the gradient of ``x`` beside ``scale * dz``, per 1 and per ``x - mean``: stored, or
-    added where ``accumulate``. Where ``pixels`` is None they are constants and add nothing. arXiv 1502.03167, section 3.
-
-The other two serve a network's stem:
+Two more serve a network's stem:
 
 ``norm_relu_pool(x, norm, out)``
     ``out`` the activations ``a`` of ``x``, as above; or, where ``out`` has other sizes than ``x``, their maxima over
     windows of 3 with stride 2 in every dimension that is not 1, one pixel of padding: ``(size + 1) // 2``.
-``norm_relu_pool_backward(grad, x, norm, dx, sum_dz, sum_dz_centered)``
-    ``dx = dz`` and its sums, as above, for the gradient ``grad`` of ``out``, a plain tensor. A maximum's gradient goes
-    to the first of its window's pixels that has it.
+``norm_relu_pool_backward(grad, x, norm, dx, owed)``
+    ``dx = scale * dz`` and its sums, as above, for the gradient ``grad`` of ``out``, a plain tensor. A maximum's gradient
+    goes to the first of its window's pixels that has it.
 
 ``unavailable(device, dtype)`` says why the backend cannot run there, or None.
 """
@@ -54,29 +44,48 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """Batch normalisation of ``x`` as one affine map: ``(x - mean) * scale + shift``, vectors per channel.
+    """Batch normalisation: ``(x - mean) * scale + bias`` with ``scale = weight / sqrt(var + eps)``, vectors per channel.
 
-    ``scale = weight / sqrt(var + eps)`` and ``shift = bias``; arXiv 1502.03167, algorithm 1.
+    arXiv 1502.03167, algorithm 1; the fields as ``nn.BatchNorm`` has them, the variance biased.
     """
 
     mean: Tensor
-    scale: Tensor
-    shift: Tensor
+    var: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 class Gradient(NamedTuple):
-    """A gradient as it is loaded: ``g = scale * stored + (slope * (value - mean) + offset)``, vectors per channel.
+    """A gradient as it is loaded: ``g = stored + (correction[1] * (value - mean) + correction[0])``.
 
-    ``stored`` is the accumulated gradient of the activation ``value``; the other two terms are what the batch
-    statistics of every reader still owe (batch normalisation's backward, deferred).
+    ``stored`` is the accumulated gradient of the activation ``value``, ``mean`` a vector, ``correction`` ``(2, C)`` what
+    the batch statistics of every reader still owe (batch normalisation's backward, deferred). The last three are None
+    where nothing is owed: ``g = stored``.
     """
 
     stored: Tensor
-    value: Tensor
-    scale: Tensor
-    slope: Tensor
-    mean: Tensor
-    offset: Tensor
+    value: Tensor | None = None
+    mean: Tensor | None = None
+    correction: Tensor | None = None
+
+
+class Owed(NamedTuple):
+    """Where a backward primitive leaves what is summed over the pixels; arXiv 1502.03167, section 3.
+
+    Attributes:
+        dweight: the norm's weight gradient, ``sum(dz * (x - mean)) / sqrt(var + eps)``.
+        dbias: the norm's bias gradient, ``sum(dz)``.
+        correction: ``(2, C)``, what the norm's statistics add to the gradient of ``x`` beside ``scale * dz``, per 1 and
+            per ``x - mean``: ``-scale * dbias / pixels`` and ``-scale * dweight / (pixels * sqrt(var + eps))``. Stored,
+            or added where ``dx`` accumulates. None where the statistics are constants.
+        pixels: ``(1,)``, how many values the statistics are of; None where they are those of ``x`` itself.
+    """
+
+    dweight: Tensor
+    dbias: Tensor
+    correction: Tensor | None = None
+    pixels: Tensor | None = None
 
 
 def pooled(sizes: Sequence[int]) -> tuple[int, ...]:

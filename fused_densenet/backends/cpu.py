@@ -1,15 +1,13 @@
 """The primitives as C++ kernels for the CPU (csrc/cpu): threads, vectors, matrix tiles in cache.
 
-Every function follows the contract of :mod:`fused_densenet.backends`.
+Every function follows the contract of :mod:`fused_densenet.backends.contract`.
 """
 
 import torch
 from torch import Tensor
 
 from . import extension
-from .contract import Gradient, Norm
-from .eager import norm_backward as norm_backward
-from .eager import norm_scale as norm_scale
+from .contract import Gradient, Norm, Owed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,19 +40,19 @@ def norm_relu_conv_backward(
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    sum_dz: Tensor,
-    sum_dz_centered: Tensor,
+    owed: Owed,
 ) -> None:
-    torch.ops.fused_densenet.norm_relu_conv_backward(
-        *grad, x, *norm, weight, dx, accumulate, dweight, sum_dz, sum_dz_centered
-    )
+    torch.ops.fused_densenet.norm_relu_conv_backward(*grad, x, *norm, weight, dx, accumulate, dweight, *owed)
 
 
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
     torch.ops.fused_densenet.norm_relu_pool(x, *norm, out)
 
 
-def norm_relu_pool_backward(
-    grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
-) -> None:
-    torch.ops.fused_densenet.norm_relu_pool_backward(grad, x, *norm, dx, sum_dz, sum_dz_centered)
+def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
+    torch.ops.fused_densenet.norm_relu_pool_backward(grad, x, *norm, dx, *owed)
+
+
+def run_program(code: Tensor, operands: list[Tensor]) -> None:
+    """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them."""
+    torch.ops.fused_densenet.run_program(code, operands)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import choice, eager, extension, triton
-from .contract import Gradient, Norm, uses_tf32
+from .contract import Gradient, Norm, Owed, uses_tf32
 from .eager import norm_relu_pool as norm_relu_pool
 from .eager import norm_relu_pool_backward as norm_relu_pool_backward
 
@@ -89,20 +89,6 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
         _operators.place_backward.default(*grad, out)
 
 
-def norm_scale(var: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    scale = torch.empty_like(var)
-    _operators.norm_scale.default(var, gamma.to(var.dtype).contiguous(), eps, scale)
-    return scale
-
-
-def norm_backward(
-    sums: Tensor, scale: Tensor, var: Tensor, eps: float, pixels: Tensor | None, correction: Tensor, accumulate: bool
-) -> Tensor:
-    dgamma = torch.empty_like(var)
-    _operators.norm_backward.default(sums, scale, var, eps, pixels, dgamma, correction, accumulate)
-    return dgamma
-
-
 def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
     other = _other(x, "norm_relu_conv", x.shape, weight.shape, out.shape)
     if other is not None:
@@ -119,15 +105,15 @@ def norm_relu_conv_backward(
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    sum_dz: Tensor,
-    sum_dz_centered: Tensor,
+    owed: Owed,
 ) -> None:
     other = _other(x, "norm_relu_conv_backward", x.shape, weight.shape, grad.stored.shape)
     if other is not None:
-        other.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, sum_dz, sum_dz_centered)
+        other.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed)
     else:
-        results = (dx, accumulate, dweight, sum_dz, sum_dz_centered)
-        _operators.norm_relu_conv_backward.default(*grad, x, *norm, weight, *results, uses_tf32(x))
+        _operators.norm_relu_conv_backward.default(
+            *grad, x, *norm, weight, dx, accumulate, dweight, *owed, uses_tf32(x)
+        )
 
 
 def _other(x: Tensor, primitive: str, *shapes: tuple[int, ...]) -> ModuleType | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Gradient, Norm, accumulate_dtype
+from .contract import Gradient, Norm, Owed, accumulate_dtype
 
 _PIXELS = (0, 1, 2, 3)
 _CHUNKS = 8  # of a batch, one after the other where all at once would take several times the memory of what is kept
@@ -51,8 +51,7 @@ def norm_relu_conv_backward(
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    sum_dz: Tensor,
-    sum_dz_centered: Tensor,
+    owed: Owed,
 ) -> None:
     dtype = _product_dtype(x)
     a = _activation(x, norm)
@@ -73,26 +72,9 @@ def norm_relu_conv_backward(
     if dweight is not None:
         dweight.copy_(dw)
     dz = _spread(_channels_last(da).to(a.dtype), a.shape).masked_fill_(a <= 0, 0)
-    sum_dz.copy_(dz.sum(_PIXELS))
-    sum_dz_centered.copy_((dz * (x - norm.mean)).sum(_PIXELS))
-    dx.copy_(dx + dz * norm.scale if accumulate else dz)
-
-
-def norm_scale(var: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    return gamma.to(var.dtype) * torch.rsqrt(var + eps)
-
-
-def norm_backward(
-    sums: Tensor, scale: Tensor, var: Tensor, eps: float, pixels: Tensor | None, correction: Tensor, accumulate: bool
-) -> Tensor:
-    rstd = torch.rsqrt(var + eps)
-    if not accumulate:
-        correction.zero_()
-    if pixels is not None:
-        owed = sums * (scale / pixels)
-        owed[1] *= rstd * rstd
-        correction -= owed
-    return sums[1] * rstd
+    _settle(dz.sum(_PIXELS), (dz * (x - norm.mean)).sum(_PIXELS), x, norm, accumulate, owed)
+    dz *= _scale(norm)
+    dx.copy_(dx + dz if accumulate else dz)
 
 
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
@@ -101,11 +83,9 @@ def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
         maxima.copy_(a if out.shape == x.shape else _channels_last(_max_pool(_channels_first(a))[0]))
 
 
-def norm_relu_pool_backward(
-    grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
-) -> None:
-    sum_dz.zero_()
-    sum_dz_centered.zero_()
+def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
+    scale = _scale(norm)
+    sum_dz, sum_dz_centered = torch.zeros_like(scale), torch.zeros_like(scale)
     for dout, images, gradient in zip(grad.chunk(_CHUNKS), x.chunk(_CHUNKS), dx.chunk(_CHUNKS), strict=True):
         a = _activation(images, norm)
         dz = dout.to(a.dtype)
@@ -118,7 +98,23 @@ def norm_relu_pool_backward(
         dz = dz.masked_fill(a <= 0, 0)
         sum_dz += dz.sum(_PIXELS)
         sum_dz_centered += (dz * (images - norm.mean)).sum(_PIXELS)
-        gradient.copy_(dz)
+        gradient.copy_(dz * scale)
+    _settle(sum_dz, sum_dz_centered, x, norm, False, owed)
+
+
+def _scale(norm: Norm) -> Tensor:
+    return norm.weight.to(norm.var.dtype) * torch.rsqrt(norm.var + norm.eps)
+
+
+def _settle(sum_dz: Tensor, sum_dz_centered: Tensor, x: Tensor, norm: Norm, accumulate: bool, owed: Owed) -> None:
+    rstd = torch.rsqrt(norm.var + norm.eps)
+    owed.dbias.copy_(sum_dz)
+    owed.dweight.copy_(sum_dz_centered * rstd)
+    if owed.correction is None:
+        return
+    pixels = x.numel() // x.shape[-1] if owed.pixels is None else owed.pixels
+    both = torch.stack([sum_dz, sum_dz_centered * rstd * rstd]) * (_scale(norm) / -pixels)
+    owed.correction.copy_(owed.correction + both if accumulate else both)
 
 
 def _max_pool(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +129,7 @@ def _window(image: Tensor) -> tuple[list[int], list[int], list[int]]:
 
 
 def _activation(x: Tensor, norm: Norm) -> Tensor:
-    return ((x - norm.mean) * norm.scale + norm.shift).relu_()
+    return ((x - norm.mean) * _scale(norm) + norm.bias.to(norm.var.dtype)).relu_()
 
 
 def _average(a: Tensor, shape: Sequence[int]) -> Tensor:
@@ -154,7 +150,9 @@ def _spread(da: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _load(grad: Gradient) -> Tensor:
-    return grad.scale * grad.stored + (grad.slope * (grad.value - grad.mean) + grad.offset)
+    if grad.value is None or grad.mean is None or grad.correction is None:
+        return grad.stored
+    return grad.stored + (grad.correction[1] * (grad.value - grad.mean) + grad.correction[0])
 
 
 def _moments(out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:

@@ -19,26 +19,28 @@ REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in a checkout o
 COMPILER = "g++ 11.3 or newer"
 NVCC = "nvcc of CUDA 12.8 or newer"
 
+_GRADIENT = "Tensor stored, Tensor? value, Tensor? value_mean, Tensor? value_correction"
+_NORM = "Tensor mean, Tensor var, Tensor gamma, Tensor beta, float eps"
+_OWED = "Tensor(d!) dgamma, Tensor(e!) dbeta, Tensor(f!)? correction, Tensor? pixels"
+
 SCHEMAS = (
     "place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()",
-    "place_backward(Tensor stored, Tensor value, Tensor scale, Tensor slope, Tensor mean, Tensor offset, "
-    "Tensor(a!) out) -> ()",
-    "norm_relu_conv(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) out, "
-    "Tensor(b!)? out_mean, Tensor(c!)? out_var, bool tf32=False) -> ()",
-    "norm_relu_conv_backward(Tensor stored, Tensor value, Tensor grad_scale, Tensor slope, Tensor grad_mean, "
-    "Tensor offset, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) dx, "
-    "bool accumulate, Tensor(b!)? dweight, Tensor(c!) sum_dz, Tensor(d!) sum_dz_centered, bool tf32=False) -> ()",
-    "norm_scale(Tensor var, Tensor gamma, float eps, Tensor(a!) scale) -> ()",
-    "norm_backward(Tensor sums, Tensor scale, Tensor var, float eps, Tensor? pixels, Tensor(a!) dgamma, "
-    "Tensor(b!) correction, bool accumulate) -> ()",
-    "norm_relu_pool(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) out) -> ()",
-    "norm_relu_pool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) dx, "
-    "Tensor(b!) sum_dz, Tensor(c!) sum_dz_centered) -> ()",
+    f"place_backward({_GRADIENT}, Tensor(a!) out) -> ()",
+    f"norm_relu_conv(Tensor x, {_NORM}, Tensor weight, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var, "
+    "bool tf32=False) -> ()",
+    f"norm_relu_conv_backward({_GRADIENT}, Tensor x, {_NORM}, Tensor weight, Tensor(a!) dx, bool accumulate, "
+    f"Tensor(b!)? dweight, {_OWED}, bool tf32=False) -> ()",
+    f"norm_relu_pool(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
+    f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
+    "run_program(Tensor program, Tensor(a!)[] operands) -> ()",
 )
 """The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
-device (``norm_scale`` and ``norm_backward`` CUDA's alone, the last two the CPU's): defined below, once, so that the
-libraries load alone or together in any order. ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes
-ignore it."""
+device (the last three the CPU's alone): defined below, once, so that the libraries load alone or together in any order.
+``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes ignore it."""
+
+
+FUNCTIONS = tuple(schema.partition("(")[0] for schema in SCHEMAS[:-1])
+"""The primitives' names; their numbers in a program are the places here."""
 
 
 def extension_name(torch_version: str) -> str:

@@ -18,8 +18,8 @@ from ..fallback.reasons import (
 )
 from ..fallback.recomputation import concatenated, recomputed
 from ..fallback.recording import exports_operators, one_call, refuse_script
-from ..ops.functional import BatchMoments, dense_block
-from ..ops.schedule import NormReluConv
+from ..ops.functional import NormReluConv, dense_block
+from ..ops.statistics import BatchMoments
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LEGACY_KEY = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12]\.\w+)")
@@ -169,7 +169,8 @@ class FusedDenseBlock(nn.ModuleDict):
             memory_efficient=self.memory_efficient,
             group=group,
         )
-        update_running([stage.norm for stage in stages], moments)
+        if moments is not None:
+            update_running([stage.norm for stage in stages], moments, init_features)
         return out
 
     def parts(self) -> list[LayerParts]:
@@ -218,7 +219,7 @@ def affine_of(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
+def update_running(norms: Sequence[Any], moments: BatchMoments, x: Tensor) -> None:
     """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased.
 
     The moments take no part in differentiation, so there is no gradient to switch off (torch.export could not record it).
@@ -226,10 +227,15 @@ def update_running(norms: Sequence[Any], moments: BatchMoments) -> None:
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return
-    unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
+    if moments.pixels is None:
+        pixels = x.numel() // x.shape[1]
+        unbiased: Any = pixels / max(pixels - 1, 1)
+    else:
+        unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for norm, mean, var in zip(norms, moments.mean, moments.var, strict=True):
+    for i, norm in enumerate(norms):
         if norm.training and norm.track_running_stats and (running_mean := norm.running_mean) is not None:
+            mean, var = moments.of(i, running_mean.shape[0])
             running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
             running_var, count = norm.running_var, norm.num_batches_tracked
             running += [running_mean, running_var]

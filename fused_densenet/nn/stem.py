@@ -11,10 +11,10 @@ from ..backends.contract import accumulate_dtype
 from ..fallback.anatomy import interceptions, is_batch_norm, norm_relu_reasons, own_activation
 from ..fallback.reasons import announce, context_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
-from ..ops.functional import BatchMoments
 from ..ops.ranks import sync_group
-from ..ops.statistics import frozen_statistics, statistics_of
+from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
 from ..ops.stem import stem
+from ..ops.transition import Arguments
 from .block import affine_of, update_running
 
 _MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -128,8 +128,8 @@ def _fused(x: Tensor, run: Run) -> Tensor:
         statistics_of(x, backend, group) if batch_stats else frozen_statistics(norm.running_mean, norm.running_var)
     )
     gamma, beta = affine_of(norm, x)
-    out = stem(x, gamma, beta, *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
+    arguments = Arguments(x, [], [gamma], [beta], *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
+    out = stem(arguments).out
     if batch_stats:
-        mean, var = statistics.moments
-        update_running([norm], BatchMoments([mean], [var], statistics.pixels))
+        update_running([norm], BatchMoments(statistics.moments, None, statistics.pixels), x)
     return out

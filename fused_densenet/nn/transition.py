@@ -11,10 +11,10 @@ from ..fallback.anatomy import Stage, interceptions, stage_reasons, take_stage
 from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
 from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
-from ..ops.functional import BatchMoments
+from ..ops.functional import NormReluConv
 from ..ops.ranks import sync_group
-from ..ops.schedule import NormReluConv
-from ..ops.statistics import BatchStatistics, frozen_statistics, statistics_of
+from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, statistics_of
+from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of, update_running
 
@@ -110,8 +110,7 @@ class FusedTransition(nn.Sequential):
         convolution = norm_relu_conv_of(norm, conv)
         out, statistics = transition(input, convolution, pool=pool, group=group)
         if convolution.batch_stats:
-            mean, var = statistics.moments
-            update_running([norm], BatchMoments([mean], [var], statistics.pixels))
+            update_running([norm], BatchMoments(statistics.moments, None, statistics.pixels), input)
         return out
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -153,7 +152,9 @@ def transition(
     backend = choose(x.device, x.dtype) if x.numel() else "eager"
     c = convolution
     statistics = statistics_of(x, backend, group) if c.batch_stats else frozen_statistics(c.running_mean, c.running_var)
-    out = transition_op(x, c.weight, c.gamma, c.beta, *statistics[:2], c.eps, c.batch_stats, pool, backend, group)
+    out = transition_op(
+        Arguments(x, [c.weight], [c.gamma], [c.beta], *statistics[:2], c.eps, c.batch_stats, pool, backend, group)
+    ).out
     if autocasts(x) and x.dtype == torch.float32:
         out = out.to(torch.get_autocast_dtype(x.device.type))
     return out, statistics

@@ -1,16 +1,12 @@
-"""The dense block as one functional operator of torch: schema, shapes for tracing, autograd, FLOPs.
+"""The dense block as one functional operator: its schedule's programs on tensors, and the block in torch's operators.
 
-``fused_densenet::dense_block`` allocates its buffer, writes every layer into it and returns it; nothing that it is
-given is modified, so autograd, ``torch.compile`` and ``torch.export`` see an ordinary function. Norms' parameters and
-convolution weights come as flat lists, one entry per norm-relu-conv in the order of execution: ``per_layer`` is 2 for
-bottleneck layers, 1 for plain ones. ``running`` holds (running_mean, running_var) of the norms that use them, those
-with ``batch_stats`` False, in order. ``keep`` is dropout's mask for the new feature maps of all layers,
-``(N, layers * growth_rate, *spatial)``. ``group`` names the process group whose ranks share their batch statistics.
+It allocates its buffer, writes every layer into it and returns it; nothing that it is given is modified, so autograd,
+``torch.compile`` and ``torch.export`` see an ordinary function.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,233 +14,173 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import BACKENDS
+from ..backends.contract import accumulate_dtype
 from . import schedule
-from .derivatives import norm_relu, refuse_synchronised, second_order
-from .schedule import Layer, NormReluConv, Saved
+from .layout import channels_last, empty_channels_last
+from .operator import Operator, Outputs, norm_relu
+from .program import Context, execute
+from .schedule import Structure
 
 
-@torch.library.custom_op("fused_densenet::dense_block", mutates_args=())
-def dense_block(
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    running: list[Tensor],
-    keep: Tensor | None,
-    eps: list[float],
-    batch_stats: list[bool],
-    per_layer: int,
-    keep_scale: float,
-    keep_bottleneck: bool,
-    backend: str,
-    group: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the fields of :class:`fused_densenet.schedule.Saved`; the first is the block's output."""
-    layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
-    with torch.autocast(x.device.type, enabled=False):
-        saved = schedule.forward(x, layers, keep_bottleneck, BACKENDS[backend], group)
-    return saved.buffer, saved.stats, saved.bottleneck, saved.bottleneck_stats, saved.pixels
+class Arguments(NamedTuple):
+    """Of the operator; lists have an entry for each norm-relu-conv in the order of execution.
 
-
-@dense_block.register_fake
-def _(
-    x: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    running: list[Tensor],
-    keep: Tensor | None,
-    eps: list[float],
-    batch_stats: list[bool],
-    per_layer: int,
-    keep_scale: float,
-    keep_bottleneck: bool,
-    backend: str,
-    group: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
-    saved = schedule.allocate(x, layers, keep_bottleneck)
-    return saved.buffer, saved.stats, saved.bottleneck, saved.bottleneck_stats, saved.pixels
-
-
-@torch.library.custom_op("fused_densenet::dense_block_backward", mutates_args=())
-def dense_block_backward(
-    dout: Tensor,
-    buffer: Tensor,
-    stats: Tensor,
-    bottleneck: Tensor,
-    bottleneck_stats: Tensor,
-    pixels: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    running: list[Tensor],
-    keep: Tensor | None,
-    eps: list[float],
-    batch_stats: list[bool],
-    per_layer: int,
-    keep_scale: float,
-    backend: str,
-    group: str | None,
-    weight_needed: list[bool],
-) -> list[Tensor]:
-    """Returns dx, then for each norm-relu-conv the gradients of weight (empty where not needed), gamma and beta."""
-    layers = _layers(weights, gammas, betas, running, keep, eps, batch_stats, per_layer, keep_scale)
-    needed = [weight_needed[i : i + per_layer] for i in range(0, len(weight_needed), per_layer)]
-    saved = Saved(buffer, stats, bottleneck, bottleneck_stats, pixels)
-    with torch.autocast(dout.device.type, enabled=False):
-        gradients = schedule.backward(dout, saved, layers, needed, BACKENDS[backend], group)
-    flat = [dout.new_empty(0) if g is None else g for layer in gradients.parameters for gs in layer for g in gs]
-    return [gradients.dx, *flat]
-
-
-@dense_block_backward.register_fake
-def _(
-    dout: Tensor,
-    buffer: Tensor,
-    stats: Tensor,
-    bottleneck: Tensor,
-    bottleneck_stats: Tensor,
-    pixels: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    running: list[Tensor],
-    keep: Tensor | None,
-    eps: list[float],
-    batch_stats: list[bool],
-    per_layer: int,
-    keep_scale: float,
-    backend: str,
-    group: str | None,
-    weight_needed: list[bool],
-) -> list[Tensor]:
-    channels = gammas[0].shape[0]
-    gradients = [schedule.empty_channels_last((buffer.shape[0], channels, *buffer.shape[2:]), channels, buffer)]
-    for weight, gamma, beta, needed in zip(weights, gammas, betas, weight_needed, strict=True):
-        dweight = weight.new_empty(weight.shape) if needed else dout.new_empty(0)
-        gradients += [dweight, gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)]
-    return gradients
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.backend, ctx.group = inputs
-    ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running)]
-    ctx.save_for_backward(*output, *weights, *gammas, *betas, *running, keep)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
-    nothing: list[Any] = [[None] * length for length in ctx.lengths]
-    constants = [None] * (len(ctx.needs_input_grad) - 5)
-    if dout is None and ctx.group is None:
-        return (None, *nothing, *constants)
-    tensors = ctx.saved_tensors  # read once: hooks unpack at every reading
-    if dout is None:  # as torch's SyncBatchNorm sends back for an empty batch; other ranks wait for this one's sums
-        dout = torch.zeros_like(tensors[0])
-    saved, lists, keep = tensors[:5], _split(tensors[5:-1], ctx.lengths), tensors[-1]
-    x_needed, weight_needed, gamma_needed, beta_needed = ctx.needs_input_grad[:4]
-    gradients = dense_block_backward(
-        dout, *saved, *lists, keep, *ctx.constants, ctx.backend, ctx.group, [bool(needed) for needed in weight_needed]
-    )
-    dx, parameters = gradients[0], gradients[1:]
-    return (
-        dx if x_needed else None,
-        [g if needed else None for g, needed in zip(parameters[0::3], weight_needed, strict=True)],
-        [g if needed else None for g, needed in zip(parameters[1::3], gamma_needed, strict=True)],
-        [g if needed else None for g, needed in zip(parameters[2::3], beta_needed, strict=True)],
-        *nothing[3:],
-        *constants,
-    )
-
-
-dense_block.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _setup_double_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    dout, buffer, _, _, _, _, weights, gammas, betas, running, keep, *ctx.constants, _, ctx.group, _ = inputs
-    ctx.lengths = [len(tensors) for tensors in (weights, gammas, betas, running)]
-    ctx.save_for_backward(dout, buffer, *weights, *gammas, *betas, *running, keep)
-    ctx.set_materialize_grads(False)
-
-
-def _double_backward(ctx: Any, second: list[Tensor | None]) -> tuple[Any, ...]:
-    """The gradient of a gradient, by autograd through the block written operator by operator.
-
-    The first-order gradients depend on the buffer through its first channels only, the block's input: the gradient by
-    the buffer is zero elsewhere.
+    Attributes:
+        x: ``(N, C_0, *spatial)``.
+        weights, gammas, betas: of the convolutions and of the norms.
+        running: (mean, variance) of the norms whose ``batch_stats`` is False, in order.
+        keep: dropout's mask for the new feature maps of all layers, boolean ``(N, layers * growth_rate, *spatial)``.
+        eps: of the norms.
+        batch_stats: whether a norm takes its statistics from the batch.
+        per_layer: 2 for layers with a bottleneck, 1 for plain ones.
+        keep_scale: what dropout multiplies kept values by.
+        keep_bottleneck: keep the bottlenecks for backward; otherwise they are computed again.
+        backend: name of the backend.
+        group: name of the process group whose ranks share their batch statistics.
     """
-    refuse_synchronised(ctx.group)
-    dout, buffer, *rest, keep = ctx.saved_tensors
-    weights, gammas, betas, running = _split(rest, ctx.lengths)
-    channels = gammas[0].shape[0]
-    lengths = ctx.lengths[:3]
 
-    def block(x: Tensor, *parameters: Tensor) -> Tensor:
-        lists = [*_split(parameters, lengths), running, keep, *ctx.constants]
-        return _operator_by_operator(x, _layers(*lists))
+    x: Tensor
+    weights: list[Tensor]
+    gammas: list[Tensor]
+    betas: list[Tensor]
+    running: list[Tensor]
+    keep: Tensor | None
+    eps: list[float]
+    batch_stats: list[bool]
+    per_layer: int
+    keep_scale: float
+    keep_bottleneck: bool
+    backend: str
+    group: str | None
 
-    by_kind = [second[1:][kind::3] for kind in range(3)]
-    sources = (buffer[:, :channels], *weights, *gammas, *betas)
-    gradients = second_order(block, dout, sources, [second[0], *(s for kind in by_kind for s in kind)])
-    by_dout, by_x, *by_parameters = gradients
-    by_buffer = None
-    if by_x is not None:
-        by_buffer = F.pad(by_x, [0, 0] * (by_x.dim() - 2) + [0, buffer.shape[1] - channels])
-    lists_out = _split(by_parameters, lengths)
-    return (
-        by_dout,
-        by_buffer,
-        *[None] * 4,
-        *lists_out,
-        [None] * ctx.lengths[3],
-        *[None] * (len(ctx.needs_input_grad) - 10),
-    )
-
-
-dense_block_backward.register_autograd(_double_backward, setup_context=_setup_double_context)
+    def structure(self) -> Structure:
+        return Structure(
+            tuple([weight.shape for weight in self.weights]),
+            tuple(self.eps),
+            tuple(self.batch_stats),
+            self.per_layer,
+            self.keep_bottleneck,
+            self.group is not None,
+            None if self.keep is None else self.keep_scale,
+        )
 
 
-def _operator_by_operator(x: Tensor, layers: Sequence[Layer]) -> Tensor:
-    for layer in layers:
-        new = x
-        for c in layer.convolutions:
-            a = norm_relu(new, (c.running_mean, c.running_var), c.gamma, c.beta, c.eps, c.batch_stats)
-            spatial = c.weight.dim() - 2
-            convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-            new = convolve(a, c.weight.to(a.dtype), padding=[size // 2 for size in c.weight.shape[2:]])
-        if layer.keep is not None:
-            new = new * layer.keep * layer.keep_scale
-        x = torch.cat([x, new], dim=1)
-    return x
+class Block(Operator):
+    """``outputs.kept``: every layer's bottleneck ``(layers, N, D, H, W, width)``, where they are kept.
+
+    ``outputs.constants``, where any norm takes batch statistics: ``(2, C)``, mean and biased variance of each channel of the buffer; ``(2, layers, width)``, those
+    of the bottlenecks; and where there is a group ``(1,)``, how many values of a channel they are of.
+    """
+
+    name = "dense_block"
+    arguments = Arguments
+    keeps_input = False
+    constants = ("running",)
+
+    def forward(self, a: Arguments) -> Outputs:
+        structure = a.structure()
+        outputs = _allocate(a.x, structure)
+        buffer, kept, constants = outputs
+        operands = {
+            "x": [a.x],
+            "buffer": [buffer],
+            "bottleneck": kept or _scratch(buffer, structure.width),
+            **_constants(constants),
+            **_parameters(a),
+        }
+        _run(schedule.forward(structure), operands, a)
+        return outputs
+
+    def allocate(self, a: Arguments) -> Outputs:
+        return _allocate(a.x, a.structure())
+
+    def backward(
+        self, dout: Tensor, a: Arguments, kept: list[Tensor], constants: list[Tensor], needed: list[bool]
+    ) -> list[Tensor]:
+        structure, buffer = a.structure(), channels_last(a.x)
+        gradients = self.allocate_backward(dout, a, needed)
+        dx, parameters, count = gradients[0], gradients[1:], len(a.weights)
+        operands = {
+            "dout": [dout],
+            "buffer": [buffer],
+            "bottleneck": kept or _scratch(buffer, structure.width),
+            **_constants(constants),
+            **_parameters(a),
+            "gradient": [empty_channels_last(buffer.shape, -(-buffer.shape[1] // 8) * 8, buffer)],
+            "dbottleneck": _scratch(buffer, structure.width),
+            "correction": [torch.zeros_like(c) for c in constants[:1]],
+            "own_correction": [torch.empty_like(c[:, 0]) for c in constants[1:2]],
+            "dropped": _scratch(buffer, 0 if a.keep is None else structure.growth_rate),
+            "dx": [dx],
+            "dweight": [g for g, wanted in zip(parameters[:count], needed, strict=True) if wanted],
+            "dgamma": parameters[count : 2 * count],
+            "dbeta": parameters[2 * count :],
+        }
+        _run(schedule.backward(structure, tuple(needed)), operands, a)
+        return gradients
+
+    def allocate_backward(self, dout: Tensor, a: Arguments, needed: list[bool]) -> list[Tensor]:
+        channels = a.gammas[0].shape[0]
+        return [
+            empty_channels_last((a.x.shape[0], channels, *a.x.shape[2:]), channels, a.x),
+            *[
+                torch.empty_like(w) if wanted else dout.new_empty(0)
+                for w, wanted in zip(a.weights, needed, strict=True)
+            ],
+            *[torch.empty_like(gamma) for gamma in a.gammas],
+            *[torch.empty_like(beta) for beta in a.betas],
+        ]
+
+    def by_operators(self, a: Arguments) -> Tensor:
+        x, running = a.x, iter(a.running)
+        growth = a.weights[a.per_layer - 1].shape[0]
+        for first in range(0, len(a.weights), a.per_layer):
+            new = x
+            for i in range(first, first + a.per_layer):
+                moments = (None, None) if a.batch_stats[i] else (next(running), next(running))
+                activation = norm_relu(new, moments, a.gammas[i], a.betas[i], a.eps[i], a.batch_stats[i])
+                convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+                weight = a.weights[i].to(activation.dtype)
+                new = convolve(activation, weight, padding=[size // 2 for size in weight.shape[2:]])
+            if a.keep is not None:
+                layer = first // a.per_layer
+                new = new * a.keep[:, layer * growth : (layer + 1) * growth] * a.keep_scale
+            x = torch.cat([x, new], dim=1)
+        return x
 
 
-def _layers(
-    weights: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    running: Sequence[Tensor],
-    keep: Tensor | None,
-    eps: Sequence[float],
-    batch_stats: Sequence[bool],
-    per_layer: int,
-    keep_scale: float,
-) -> list[Layer]:
-    frozen = iter(zip(running[0::2], running[1::2], strict=True))
-    convolutions = []
-    for i, weight in enumerate(weights):
-        mean, var = (None, None) if batch_stats[i] else next(frozen)
-        convolutions.append(NormReluConv(weight, gammas[i], betas[i], mean, var, eps[i], batch_stats[i]))
-    by_layer = [convolutions[i : i + per_layer] for i in range(0, len(convolutions), per_layer)]
-    growth = [layer[-1].weight.shape[0] for layer in by_layer]
-    masks = [None] * len(growth) if keep is None else keep.split(growth, dim=1)
-    return [Layer(layer, mask, keep_scale) for layer, mask in zip(by_layer, masks, strict=True)]
+block = Block()
 
 
-def _split(tensors: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
-    rest = iter(tensors)
-    return [[next(rest) for _ in range(length)] for length in lengths]
+def _constants(constants: list[Tensor]) -> dict[str, Sequence[Tensor]]:
+    return {"stats": constants[:1], "bottleneck_stats": constants[1:2], "pixels": constants[2:]}
+
+
+def _parameters(a: Arguments) -> dict[str, Sequence[Tensor]]:
+    keep = [] if a.keep is None else [a.keep]
+    return {"weight": a.weights, "gamma": a.gammas, "beta": a.betas, "running": a.running, "keep": keep}
+
+
+def _run(program: Any, operands: dict[str, Sequence[Tensor]], a: Arguments) -> None:
+    with torch.autocast(a.x.device.type, enabled=False):
+        execute(program, operands, BACKENDS[a.backend], Context(a.group, a.x.numel() // a.x.shape[1]))
+
+
+def _allocate(x: Tensor, s: Structure) -> Outputs:
+    padded = -(-s.outputs // 8) * 8  # 16-byte aligned pixels in every dtype
+    dtype, device = accumulate_dtype(x.dtype), x.device
+    kept = []
+    if s.keep_bottleneck and s.width:
+        sizes = (x.shape[0], *[1] * (5 - x.dim()), *x.shape[2:])
+        kept = [torch.empty(s.layers, *sizes, s.width, dtype=x.dtype, device=device)]
+    shapes = [(2, s.outputs), (2, s.layers, s.width), *([(1,)] if s.over_ranks else [])] if any(s.batch_stats) else []
+    constants = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    return Outputs(empty_channels_last((x.shape[0], s.outputs, *x.shape[2:]), padded, x), kept, constants)
+
+
+def _scratch(buffer: Tensor, channels: int) -> list[Tensor]:
+    """An image of as many channels; none where there are none."""
+    return [empty_channels_last((buffer.shape[0], channels, *buffer.shape[2:]), channels, buffer)] if channels else []
 
 
 def _flops(x_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]]) -> list[int]:
@@ -260,18 +196,9 @@ def _dense_block_flops(x_shape: Any, weight_shapes: Any, *_: Any, **__: Any) -> 
 
 @register_flop_formula(torch.ops.fused_densenet.dense_block_backward)
 def _dense_block_backward_flops(
-    dout_shape: Any,
-    buffer_shape: Any,
-    stats: Any,
-    bottleneck_shape: Any,
-    bottleneck_stats: Any,
-    pixels: Any,
-    weight_shapes: Any,
-    *rest: Any,
-    **_: Any,
+    dout_shape: Any, kept: Any, constants: Any, needed: Any, x_shape: Any, weight_shapes: Any, *rest: Any, **_: Any
 ) -> int:
     """Data gradient, the weight gradients that are needed, and the recomputed bottleneck where it was not kept."""
-    flops = _flops(buffer_shape, weight_shapes)
-    per_layer, weight_needed = rest[6], rest[10]
-    recomputed = sum(flops[0::2]) if per_layer == 2 and 0 in bottleneck_shape else 0
-    return sum(flops) + sum(f for f, needed in zip(flops, weight_needed, strict=True) if needed) + recomputed
+    flops, per_layer = _flops(x_shape, weight_shapes), rest[6]
+    recomputed = sum(flops[0::2]) if per_layer == 2 and not kept else 0
+    return sum(flops) + sum(f for f, wanted in zip(flops, needed, strict=True) if wanted) + recomputed

@@ -8,19 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import choose
-from . import block as ops
-from .schedule import NormReluConv
-from .statistics import BatchStatistics, remember
+from ..backends.contract import accumulate_dtype
+from .block import Arguments, block
+from .statistics import BatchMoments, BatchStatistics, remember
 
 
 @dataclass
-class BatchMoments:
-    """Mean and biased variance over the batch of what each norm-relu-conv read, in the order of execution."""
+class NormReluConv:
+    """One norm-relu-conv: parameters and constants, as ``nn.BatchNorm`` and ``nn.Conv`` hold them.
 
-    mean: list[Tensor]
-    var: list[Tensor]
-    pixels: Tensor
-    """``(1,)``, how many values of a channel they are of."""
+    ``running_mean`` and ``running_var`` are needed, and read, only where ``batch_stats`` is False.
+    """
+
+    weight: Tensor
+    gamma: Tensor
+    beta: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+    batch_stats: bool
 
 
 def dense_block(
@@ -32,7 +38,7 @@ def dense_block(
     drop_channels: bool = False,
     memory_efficient: bool = False,
     group: str | None = None,
-) -> tuple[Tensor, BatchMoments]:
+) -> tuple[Tensor, BatchMoments | None]:
     """A dense block: every layer reads the concatenation of ``x`` and all earlier layers' outputs.
 
     ``x_{l+1} = [x_l, conv(relu(bn(x_l)))]`` (arXiv 1608.06993, equation 2), with a second BN-ReLU-conv inside where
@@ -49,7 +55,7 @@ def dense_block(
 
     Returns:
         ``(N, C_0 + layers * growth_rate, *spatial)``, channels-last, in the dtype of ``x``; and the batch moments,
-        float32 (float64 for float64), from which running statistics are updated.
+        float32 (float64 for float64), from which running statistics are updated, or None where no norm takes any.
 
     Raises:
         RuntimeError: the backend that was asked for cannot run on this device or dtype.
@@ -63,32 +69,32 @@ def dense_block(
     keep_scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
     running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
+    dtype = accumulate_dtype(x.dtype)
     if differentiable:
         running = [t.clone() for t in running]  # a later training step may update them before this one's backward
-    out, stats, _, bottleneck_stats, pixels = ops.dense_block(
-        x,
-        weights,
-        gammas,
-        betas,
-        running,
-        keep,
-        [c.eps for c in convolutions],
-        batch_stats,
-        per_layer,
-        keep_scale,
-        bottleneck and differentiable and not memory_efficient,
-        choose(x.device, x.dtype) if x.numel() else "eager",
-        group,
+    outputs = block(
+        Arguments(
+            x,
+            weights,
+            gammas,
+            betas,
+            [t if t.dtype == dtype else t.to(dtype) for t in running],
+            keep,
+            [c.eps for c in convolutions],
+            batch_stats,
+            per_layer,
+            keep_scale,
+            bottleneck and differentiable and not memory_efficient,
+            choose(x.device, x.dtype) if x.numel() else "eager",
+            group,
+        )
     )
-    if any(batch_stats):
-        remember(out, BatchStatistics(stats, pixels, group))
-    moments = BatchMoments([], [], pixels)
-    for i, c in enumerate(convolutions):
-        inside = bottleneck and i % 2 == 1
-        mean, var = bottleneck_stats[:, i // 2] if inside else stats[:, : c.weight.shape[1]]
-        moments.mean.append(mean)
-        moments.var.append(var)
-    return out, moments
+    if not any(batch_stats):
+        return outputs.out, None
+    stats, bottleneck_stats, *pixels = outputs.constants
+    moments = BatchMoments(stats, bottleneck_stats if bottleneck else None, pixels[0] if pixels else None)
+    remember(outputs.out, BatchStatistics(stats, moments.pixels, group))
+    return outputs.out, moments
 
 
 def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> Tensor:

@@ -13,316 +13,226 @@ the channel's own producer loads its gradient. Where a norm is frozen, its stati
 Where statistics are taken over the ranks of a group, M counts the pixels of all, the moments of what a convolution
 wrote are merged as soon as it is done, and the coefficients are summed over the ranks just before the producer loads
 them: each way one small message for each convolution, whatever the number of its readers.
+
+The loops run on names, once for each :class:`Structure`: what they record is a :class:`~.program.Program`.
 """
 
-import itertools
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
-from types import ModuleType
 
-import torch
-from torch import Tensor
+from ..backends.contract import Gradient, Norm, Owed
+from .program import Image, Program, Vector, Weight
 
-from ..backends.contract import Gradient, Norm, accumulate_dtype
-from .ranks import merge_moments, sum_over_ranks
-
-
-@dataclass
-class NormReluConv:
-    """One norm-relu-conv of a layer: parameters and constants, as ``nn.BatchNorm`` and ``nn.Conv`` hold them.
-
-    ``running_mean`` and ``running_var`` are needed, and read, only where ``batch_stats`` is False.
-    """
-
-    weight: Tensor
-    gamma: Tensor
-    beta: Tensor
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    eps: float
-    batch_stats: bool
+PARAMETERS = ("weight", "gamma", "beta")
+"""Operands with a tensor for each norm-relu-conv, in the order of execution; ``running`` has two for each frozen norm."""
 
 
-@dataclass
-class Layer:
-    """The one (plain) or two (bottleneck) norm-relu-convs of a dense layer, and its dropout.
-
-    ``keep`` is dropout's mask, boolean ``(N, growth_rate, *spatial)``, or None; kept values are times ``keep_scale``.
-    """
-
-    convolutions: Sequence[NormReluConv]
-    keep: Tensor | None
-    keep_scale: float
-
-
-@dataclass
-class Saved:
-    """What forward leaves for backward.
+@dataclass(frozen=True)
+class Structure:
+    """All that a block's programs depend on.
 
     Attributes:
-        buffer: ``(N, C, *spatial)``, channels-last; the block's output.
-        stats: ``(2, C)``, mean and biased variance of each channel of the buffer.
-        bottleneck: ``(layers, N, D, H, W, width)``, every layer's 1x1 output; empty if there is none to keep.
-        bottleneck_stats: ``(2, layers, width)``, mean and biased variance of it.
-        pixels: ``(1,)``, how many values of a channel the statistics are of.
+        weights: shapes of the convolutions' weights, in the order of execution.
+        eps: of each norm.
+        batch_stats: whether each norm takes its statistics from the batch.
+        per_layer: norm-relu-convs of a layer: 2 with a bottleneck, 1 without.
+        keep_bottleneck: the bottlenecks' outputs are kept for backward, not computed again.
+        over_ranks: batch statistics are taken over the ranks of a group.
+        keep_scale: what dropout multiplies kept values by; None without dropout.
     """
 
-    buffer: Tensor
-    stats: Tensor
-    bottleneck: Tensor
-    bottleneck_stats: Tensor
-    pixels: Tensor
+    weights: tuple[tuple[int, ...], ...]
+    eps: tuple[float, ...]
+    batch_stats: tuple[bool, ...]
+    per_layer: int
+    keep_bottleneck: bool
+    over_ranks: bool = False
+    keep_scale: float | None = None
+
+    @property
+    def layers(self) -> int:
+        return len(self.weights) // self.per_layer
+
+    @property
+    def inputs(self) -> int:
+        return self.weights[0][1]
+
+    @property
+    def growth_rate(self) -> int:
+        return self.weights[self.per_layer - 1][0]
+
+    @property
+    def width(self) -> int:
+        """Channels of a bottleneck; 0 without one."""
+        return self.weights[0][0] if self.per_layer == 2 else 0
+
+    @property
+    def outputs(self) -> int:
+        return self.inputs + self.layers * self.growth_rate
 
 
-def forward(
-    x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool, backend: ModuleType, group: str | None = None
-) -> Saved:
-    """Runs the block on ``x`` ``(N, C_0, *spatial)``; batch statistics are over the ranks of ``group`` if it is given."""
-    saved = allocate(x, layers, keep_bottleneck)
-    data = pixels_last(saved.buffer)
-    local = data.numel() // data.shape[-1]
-    saved.pixels.fill_(local)
+class _Names:
+    """The operands of a block as its loops name them."""
 
-    def synchronise(mean: Tensor, var: Tensor) -> None:
-        if group is not None:
-            merge_moments(mean, var, local, saved.pixels, group)
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self._running = iter(range(2 * structure.batch_stats.count(False)))
+        self._norms = [self._constants(i) for i in range(len(structure.weights))]
 
-    mean, var = saved.stats
-    width = x.shape[1]
-    backend.place(pixels_last(x), data[..., :width], mean[:width], var[:width])
-    synchronise(mean[:width], var[:width])
-    bottleneck = _scratch(data, layers) if not keep_bottleneck else None
-    for i, layer in enumerate(layers):
-        end = width + _growth(layer)
-        source, source_mean, source_var = data[..., :width], mean[:width], var[:width]
-        if len(layer.convolutions) == 2:
-            y = saved.bottleneck[i] if bottleneck is None else bottleneck
-            y_mean, y_var = saved.bottleneck_stats[:, i]
-            first = layer.convolutions[0]
-            norm = norm_of(first, source_mean, source_var, backend)
-            backend.norm_relu_conv(source, norm, weight_5d(first.weight), y, y_mean, y_var)
-            synchronise(y_mean, y_var)
-            source, source_mean, source_var = y, y_mean, y_var
-        last = layer.convolutions[-1]
-        norm = norm_of(last, source_mean, source_var, backend)
-        new, new_mean, new_var = data[..., width:end], mean[width:end], var[width:end]
-        if layer.keep is None:
-            backend.norm_relu_conv(source, norm, weight_5d(last.weight), new, new_mean, new_var)
+    def moments(self, begin: int, end: int) -> tuple[Vector, Vector]:
+        """Mean and variance of channels of the buffer."""
+        total = self.structure.outputs
+        mean, var = (Vector("stats", 0, row * total + begin, end - begin) for row in range(2))
+        return mean, var
+
+    def bottleneck(self, layer: int) -> tuple[Image, tuple[Vector, Vector]]:
+        """A layer's bottleneck and its moments."""
+        s = self.structure
+        y = Image("bottleneck", 0, s.width, layer if s.keep_bottleneck else 0)
+        mean, var = (Vector("bottleneck_stats", 0, (row * s.layers + layer) * s.width, s.width) for row in range(2))
+        return y, (mean, var)
+
+    def norm(self, i: int, moments: tuple[Vector, Vector]) -> Norm:
+        mean, var = self._norms[i] or moments
+        gamma, beta = (Vector(name, i, 0, self.structure.weights[i][1]) for name in ("gamma", "beta"))
+        return Norm(mean, var, gamma, beta, self.structure.eps[i])  # type: ignore[arg-type]
+
+    def owed(self, i: int, correction: Vector) -> Owed:
+        dgamma, dbeta = (Vector(name, i, 0, self.structure.weights[i][1]) for name in ("dgamma", "dbeta"))
+        pixels = Vector("pixels", 0, 0, 1) if self.structure.over_ranks else None
+        if not self.structure.batch_stats[i]:
+            return Owed(dgamma, dbeta)  # type: ignore[arg-type]
+        return Owed(dgamma, dbeta, correction, pixels)  # type: ignore[arg-type]
+
+    def _constants(self, i: int) -> tuple[Vector, Vector] | None:
+        if self.structure.batch_stats[i]:
+            return None
+        mean, var = (Vector("running", next(self._running), 0, self.structure.weights[i][1]) for _ in range(2))
+        return mean, var
+
+
+@functools.lru_cache(maxsize=1024)
+def forward(structure: Structure) -> Program:
+    """Fills ``buffer`` from ``x``, its moments ``stats`` ``(2, outputs)`` and ``bottleneck_stats`` ``(2, layers, width)``.
+
+    ``bottleneck`` are the bottlenecks' outputs, one image for each layer where they are kept, else one for all.
+    Moments that no norm reads are not taken.
+    """
+    s, names = structure, _Names(structure)
+    wanted = any(s.batch_stats)
+    program = Program(
+        ("x", "buffer", "bottleneck", "stats", "bottleneck_stats", "pixels", "keep", *PARAMETERS, "running")
+    )
+
+    def taken(moments: tuple[Vector, Vector]) -> tuple[Vector | None, Vector | None]:
+        return moments if wanted else (None, None)
+
+    def merge(moments: tuple[Vector, Vector]) -> None:
+        if s.over_ranks and wanted:
+            program.merge_moments(*moments, Vector("pixels", 0, 0, 1))
+
+    width = s.inputs
+    moments = names.moments(0, width)
+    program.place(Image("x", 0, width), Image("buffer", 0, width), *taken(moments))
+    merge(moments)
+    for layer in range(s.layers):
+        i = layer * s.per_layer
+        source, moments = Image("buffer", 0, width), names.moments(0, width)
+        if s.per_layer == 2:
+            y, y_moments = names.bottleneck(layer)
+            program.norm_relu_conv(source, names.norm(i, moments), Weight("weight", i), y, *taken(y_moments))
+            merge(y_moments)
+            source, moments, i = y, y_moments, i + 1
+        end = width + s.growth_rate
+        new, new_moments = Image("buffer", width, end), names.moments(width, end)
+        convolve = (source, names.norm(i, moments), Weight("weight", i), new)
+        if s.keep_scale is None:
+            program.norm_relu_conv(*convolve, *taken(new_moments))
         else:
-            backend.norm_relu_conv(source, norm, weight_5d(last.weight), new, None, None)
-            backend.place(new * _noise(layer, new), new, new_mean, new_var)
-        synchronise(new_mean, new_var)
+            program.norm_relu_conv(*convolve, None, None)
+            program.drop(new, _mask(s, layer), s.keep_scale)
+            if wanted:
+                program.place(new, None, *new_moments)
+        merge(new_moments)
         width = end
-    return saved
+    return program
 
 
-@dataclass
-class Gradients:
-    """``dx`` ``(N, C_0, *spatial)``, and per layer and convolution the gradients of (weight, gamma, beta)."""
+@functools.lru_cache(maxsize=1024)
+def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
+    """The gradients ``dx``, ``dgamma``, ``dbeta`` and, of the weights where they are needed, ``dweight``, given ``dout``.
 
-    dx: Tensor
-    parameters: list[list[tuple[Tensor | None, Tensor, Tensor]]]
-
-
-def backward(
-    dout: Tensor,
-    saved: Saved,
-    layers: Sequence[Layer],
-    weight_needed: Sequence[Sequence[bool]],
-    backend: ModuleType,
-    group: str | None = None,
-) -> Gradients:
-    """The gradients of the block, given ``dout`` ``(N, C, *spatial)``; ``weight_needed`` per layer and convolution.
-
-    Those of the parameters are this rank's own; ``group`` as it was in :func:`forward`.
+    The other operands are those of :func:`forward`, and scratch: ``gradient`` is laid out like ``buffer``, ``dbottleneck``
+    ``(N, width, *spatial)``, ``correction`` ``(2, outputs)`` of zeros, ``own_correction`` ``(2, width)``, ``dropped``
+    ``(N, growth_rate, *spatial)``; ``bottleneck`` is scratch where it was not kept. ``dweight`` has tensors for the
+    needed weights only.
     """
-    buffer = saved.buffer
-    data = as_pixels(buffer)  # a saved-tensor hook may have brought it back in another layout
-    mean, var = saved.stats
-    if not any(c.batch_stats for layer in layers for c in layer.convolutions):
-        mean = torch.zeros_like(mean)  # nothing is corrected, and one image's NaN must not reach the others
-    stored = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=data.device)
-    backend.place(pixels_last(dout), stored, None, None)
-    ones = torch.ones_like(mean)
-    corrections = torch.zeros_like(saved.stats)  # by readers' statistics, of each channel: per 1, per (x - mean)
+    s, names = structure, _Names(structure)
+    program = Program(
+        (
+            *("dout", "buffer", "bottleneck", "stats", "bottleneck_stats", "pixels", "keep", *PARAMETERS, "running"),
+            *("gradient", "dbottleneck", "correction", "own_correction", "dropped", "dx", "dweight", "dgamma", "dbeta"),
+        )
+    )
+    positions = iter(range(sum(weight_needed)))
+    dweights = [Weight("dweight", next(positions)) if needed else None for needed in weight_needed]
 
-    def load(channels: slice) -> Gradient:
-        own = corrections[:, channels]
-        if group is not None and channels.stop < data.shape[-1]:  # nobody reads the last layer's
-            own = own.contiguous()
-            sum_over_ranks(own, group)
-        return Gradient(stored[..., channels], data[..., channels], ones[channels], own[1], mean[channels], own[0])
+    def load(begin: int, end: int, last: bool) -> Gradient:
+        stored = Image("gradient", begin, end)
+        if last or not any(s.batch_stats):  # nobody read them, or nothing is owed
+            return Gradient(stored)  # type: ignore[arg-type]
+        correction = Vector("correction", 0, begin, end - begin, s.outputs)
+        if s.over_ranks:
+            program.sum_over_ranks(correction)
+        mean, _ = names.moments(begin, end)
+        return Gradient(stored, Image("buffer", begin, end), mean, correction)  # type: ignore[arg-type]
 
-    recompute = saved.bottleneck.numel() == 0
-    y_scratch = _scratch(data, layers) if recompute else None
-    dy = _scratch(data, layers)
-    parameters: list[list[tuple[Tensor | None, Tensor, Tensor]]] = [[] for _ in layers]
-    end = data.shape[-1]
-    for i in reversed(range(len(layers))):
-        layer = layers[i]
-        width = end - _growth(layer)
-        grad = load(slice(width, end))
-        if layer.keep is not None:
-            grad = _dropout_backward(grad, layer, backend)
-        source, source_mean, source_var = data[..., :width], mean[:width], var[:width]
-        first = layer.convolutions[0]
-        first_norm = norm_of(first, source_mean, source_var, backend)
-        if len(layer.convolutions) == 2:
-            last = layer.convolutions[1]
-            y_mean, y_var = saved.bottleneck_stats[:, i]
-            if y_scratch is None:
-                y = saved.bottleneck[i]
-            else:
-                y = y_scratch
-                backend.norm_relu_conv(source, first_norm, weight_5d(first.weight), y, None, None)
-            norm = norm_of(last, y_mean, y_var, backend)
-            own = torch.empty(2, y.shape[-1], dtype=mean.dtype, device=mean.device)
-            gradients = convolution_backward(
-                grad, y, norm, y_var, last, dy, own, False, weight_needed[i][1], saved.pixels, backend
+    program.place(Image("dout", 0, s.outputs), Image("gradient", 0, s.outputs), None, None)
+    end = s.outputs
+    for layer in reversed(range(s.layers)):
+        i, width = layer * s.per_layer, end - s.growth_rate
+        grad = load(width, end, layer == s.layers - 1)
+        if s.keep_scale is not None:
+            dropped = Image("dropped", 0, s.growth_rate)
+            program.place_backward(grad, dropped)
+            program.drop(dropped, _mask(s, layer), s.keep_scale)
+            grad = Gradient(dropped)  # type: ignore[arg-type]
+        source, norm = Image("buffer", 0, width), names.norm(i, names.moments(0, width))
+        if s.per_layer == 2:
+            y, y_moments = names.bottleneck(layer)
+            if not s.keep_bottleneck:
+                program.norm_relu_conv(source, norm, Weight("weight", i), y, None, None)
+            dy, own = Image("dbottleneck", 0, s.width), Vector("own_correction", 0, 0, s.width, s.width)
+            program.norm_relu_conv_backward(
+                grad,
+                y,
+                names.norm(i + 1, y_moments),
+                Weight("weight", i + 1),
+                dy,
+                False,
+                dweights[i + 1],
+                names.owed(i + 1, own),
             )
-            if group is not None:
-                sum_over_ranks(own, group)
-            parameters[i].append(gradients)
-            grad = Gradient(dy, y, norm.scale, own[1], norm.mean, own[0])
-        gradients = convolution_backward(
+            grad = Gradient(dy)  # type: ignore[arg-type]
+            if s.batch_stats[i + 1]:
+                if s.over_ranks:
+                    program.sum_over_ranks(own)
+                grad = Gradient(dy, y, y_moments[0], own)  # type: ignore[arg-type]
+        correction = Vector("correction", 0, 0, width, s.outputs)
+        program.norm_relu_conv_backward(
             grad,
             source,
-            first_norm,
-            source_var,
-            first,
-            stored[..., :width],
-            corrections[:, :width],
+            norm,
+            Weight("weight", i),
+            Image("gradient", 0, width),
             True,
-            weight_needed[i][0],
-            saved.pixels,
-            backend,
+            dweights[i],
+            names.owed(i, correction),
         )
-        parameters[i].insert(0, gradients)
         end = width
-    dx = empty_channels_last((dout.shape[0], end, *dout.shape[2:]), end, saved.buffer)
-    backend.place_backward(load(slice(0, end)), pixels_last(dx))
-    return Gradients(dx, parameters)
+    program.place_backward(load(0, end, False), Image("dx", 0, end))
+    return program
 
 
-def convolution_backward(
-    grad: Gradient,
-    x: Tensor,
-    norm: Norm,
-    var: Tensor,
-    convolution: NormReluConv,
-    dx: Tensor,
-    correction: Tensor,
-    accumulate: bool,
-    weight_needed: bool,
-    pixels: Tensor,
-    backend: ModuleType,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """One convolution's parameter gradients; ``dx``, and ``correction`` for this rank, are stored or added to."""
-    weight = convolution.weight
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_needed else None
-    sums = torch.empty(2, x.shape[-1], dtype=accumulate_dtype(x.dtype), device=x.device)
-    backend.norm_relu_conv_backward(
-        grad,
-        x,
-        norm,
-        weight_5d(weight),
-        dx,
-        accumulate,
-        None if dweight is None else weight_5d(dweight),
-        sums[0],
-        sums[1],
-    )
-    batch_stats, eps = convolution.batch_stats, convolution.eps
-    var, count = (var, pixels) if batch_stats else (_running(convolution)[1], None)
-    dgamma = backend.norm_backward(sums, norm.scale, var, eps, count, correction, accumulate)
-    return dweight, dgamma.to(convolution.gamma.dtype), sums[0].to(convolution.beta.dtype)
-
-
-def _dropout_backward(grad: Gradient, layer: Layer, backend: ModuleType) -> Gradient:
-    loaded = torch.empty(grad.stored.shape, dtype=grad.stored.dtype, device=grad.stored.device)
-    backend.place_backward(grad, loaded)
-    loaded *= _noise(layer, loaded)
-    zeros = torch.zeros_like(grad.scale)
-    return Gradient(loaded, loaded, torch.ones_like(grad.scale), zeros, zeros, zeros)
-
-
-def _noise(layer: Layer, like: Tensor) -> Tensor:
-    assert layer.keep is not None
-    return pixels_last(layer.keep).to(like.dtype) * layer.keep_scale
-
-
-def norm_of(convolution: NormReluConv, mean: Tensor, var: Tensor, backend: ModuleType) -> Norm:
-    if not convolution.batch_stats:
-        mean, var = _running(convolution)
-    return norm_by(convolution.gamma, convolution.beta, convolution.eps, mean, var, backend)
-
-
-def norm_by(gamma: Tensor, beta: Tensor, eps: float, mean: Tensor, var: Tensor, backend: ModuleType) -> Norm:
-    return Norm(mean, backend.norm_scale(var, gamma, eps), beta.to(var.dtype).contiguous())
-
-
-def _running(convolution: NormReluConv) -> tuple[Tensor, Tensor]:
-    assert convolution.running_mean is not None and convolution.running_var is not None
-    dtype = accumulate_dtype(convolution.running_mean.dtype)
-    return convolution.running_mean.to(dtype).contiguous(), convolution.running_var.to(dtype).contiguous()
-
-
-def allocate(x: Tensor, layers: Sequence[Layer], keep_bottleneck: bool) -> Saved:
-    """The block's uninitialised outputs for input ``x``."""
-    channels = x.shape[1] + sum(_growth(layer) for layer in layers)
-    padded = -(-channels // 8) * 8  # 16-byte aligned pixels in every dtype
-    buffer = empty_channels_last((x.shape[0], channels, *x.shape[2:]), padded, x)
-    dtype, device = accumulate_dtype(x.dtype), x.device
-    width = _bottleneck_width(layers)
-    kept = len(layers) if keep_bottleneck and width else 0
-    bottleneck = torch.empty(kept, *pixels_last(buffer).shape[:-1], width, dtype=x.dtype, device=x.device)
-    stats = torch.empty(2, channels, dtype=dtype, device=device)
-    bottleneck_stats = torch.empty(2, len(layers), width, dtype=dtype, device=device)
-    pixels = torch.empty(1, dtype=dtype, device=device)
-    return Saved(buffer, stats, bottleneck, bottleneck_stats, pixels)
-
-
-def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:
-    strides = [0, 1, *[0] * (len(shape) - 2)]
-    step = pixel_stride
-    for dim in reversed(range(2, len(shape))):
-        strides[dim] = step
-        step = step * shape[dim]
-    strides[0] = step
-    return torch.empty_strided(tuple(shape), strides, dtype=like.dtype, device=like.device)
-
-
-def _scratch(data: Tensor, layers: Sequence[Layer]) -> Tensor:
-    return torch.empty(*data.shape[:-1], _bottleneck_width(layers), dtype=data.dtype, device=data.device)
-
-
-def _bottleneck_width(layers: Sequence[Layer]) -> int:
-    return layers[0].convolutions[0].weight.shape[0] if len(layers[0].convolutions) == 2 else 0
-
-
-def _growth(layer: Layer) -> int:
-    return layer.convolutions[-1].weight.shape[0]
-
-
-def pixels_last(x: Tensor) -> Tensor:
-    """``(N, C, *spatial)`` seen as ``(N, D, H, W, C)``, missing sizes equal to 1."""
-    while x.dim() < 5:
-        x = x.unsqueeze(2)
-    return x.permute(0, 2, 3, 4, 1)
-
-
-def as_pixels(x: Tensor) -> Tensor:
-    """:func:`pixels_last`, of a copy where ``x`` is not laid out as the backends' contract wants it."""
-    data = pixels_last(x)
-    longer = [(size, stride) for size, stride in zip(data.shape[:4], data.stride()[:4], strict=True) if size > 1]
-    one_stride = all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(longer))
-    if one_stride and (data.stride(4) == 1 or data.shape[4] == 1) and all(step >= data.shape[4] for _, step in longer):
-        return data
-    return pixels_last(empty_channels_last(x.shape, x.shape[1], x).copy_(x))
-
-
-def weight_5d(weight: Tensor) -> Tensor:
-    """``(K, C, *kernel)`` seen as ``(K, C, kd, kh, kw)``, missing sizes equal to 1."""
-    while weight.dim() < 5:
-        weight = weight.unsqueeze(2)
-    return weight
+def _mask(structure: Structure, layer: int) -> Image:
+    return Image("keep", layer * structure.growth_rate, (layer + 1) * structure.growth_rate)

@@ -8,8 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import BACKENDS
 from ..backends.contract import accumulate_dtype
+from .layout import pixels_last
 from .ranks import merge_moments
-from .schedule import pixels_last
 
 
 class BatchStatistics(NamedTuple):
@@ -17,12 +17,32 @@ class BatchStatistics(NamedTuple):
 
     Attributes:
         moments: ``(2, C)``, mean and biased variance; float32 (float64 for float64).
-        pixels: ``(1,)``, how many values of a channel they are of.
+        pixels: ``(1,)``, how many values of a channel they are of; None where they are those of the tensor itself.
     """
 
     moments: Tensor
-    pixels: Tensor
+    pixels: Tensor | None
     group: str | None
+
+
+class BatchMoments(NamedTuple):
+    """Of what the norms of a block read.
+
+    Attributes:
+        stats: ``(2, C)``, mean and biased variance of the buffer's channels, of which a norm reads the first.
+        bottleneck_stats: ``(2, layers, width)``, of the bottlenecks, which every second norm reads; None without any.
+        pixels: as :class:`BatchStatistics` has them.
+    """
+
+    stats: Tensor
+    bottleneck_stats: Tensor | None
+    pixels: Tensor | None
+
+    def of(self, i: int, channels: int) -> Tensor:
+        """``(2, channels)``, mean and variance of what norm ``i`` in the order of execution reads."""
+        if self.bottleneck_stats is not None and i % 2 == 1:
+            return self.bottleneck_stats[:, i // 2]
+        return self.stats[:, :channels]
 
 
 # What is known of a tensor, and the version at which it was; forgotten with the tensor. The tensor itself carries
@@ -42,30 +62,28 @@ def statistics_of(x: Tensor, backend: str, group: str | None) -> BatchStatistics
         version, statistics = _known[x]
         if version == x._version and statistics.group == group:
             return statistics
-    moments, pixels = channel_moments(x.detach(), backend, group)
-    return BatchStatistics(moments, pixels, group)
+    moments, *pixels = channel_moments(x.detach(), backend, group)
+    return BatchStatistics(moments, pixels[0] if pixels else None, group)
 
 
 def frozen_statistics(mean: Tensor | None, var: Tensor | None) -> BatchStatistics:
     """Running statistics, copied: a later training step may change them before this one's backward pass."""
     assert mean is not None and var is not None
-    moments = torch.stack([mean, var]).to(accumulate_dtype(mean.dtype))
-    return BatchStatistics(moments, moments.new_ones(1), None)
+    return BatchStatistics(torch.stack([mean, var]).to(accumulate_dtype(mean.dtype)), None, None)
 
 
 @torch.library.custom_op("fused_densenet::channel_moments", mutates_args=())
-def channel_moments(x: Tensor, backend: str, group: str | None) -> tuple[Tensor, Tensor]:
-    """Returns the first two fields of :class:`BatchStatistics`."""
-    moments, pixels = _allocate(x)
-    local = x.numel() // x.shape[1]
-    pixels.fill_(local)
+def channel_moments(x: Tensor, backend: str, group: str | None) -> list[Tensor]:
+    """Mean and biased variance ``(2, C)``, and with a group how many values they are of, ``(1,)``."""
+    moments, *pixels = results = _allocate(x, backend, group)
     BACKENDS[backend].place(pixels_last(x), None, moments[0], moments[1])
     if group is not None:
-        merge_moments(moments[0], moments[1], local, pixels, group)
-    return moments, pixels
+        merge_moments(moments[0], moments[1], x.numel() // x.shape[1], pixels[0], group)
+    return results
 
 
 @channel_moments.register_fake
-def _allocate(x: Tensor, backend: str = "", group: str | None = None) -> tuple[Tensor, Tensor]:
+def _allocate(x: Tensor, backend: str, group: str | None) -> list[Tensor]:
     dtype = accumulate_dtype(x.dtype)
-    return x.new_empty((2, x.shape[1]), dtype=dtype), x.new_empty(1, dtype=dtype)
+    moments = x.new_empty((2, x.shape[1]), dtype=dtype)
+    return [moments] if group is None else [moments, x.new_empty(1, dtype=dtype)]

@@ -5,7 +5,7 @@ loaded, the operand of the product has 2^d times fewer pixels. Kept for backward
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,143 +13,128 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import BACKENDS
-from ..backends.contract import Gradient, pooled
-from .derivatives import register_derivatives
+from ..backends.contract import Gradient, Norm, Owed, pooled
+from .layout import channels_last, empty_channels_last, pixels_last, weight_5d
+from .operator import Operator, Outputs, norm_relu
 from .ranks import sum_over_ranks
-from .schedule import (
-    NormReluConv,
-    as_pixels,
-    convolution_backward,
-    empty_channels_last,
-    norm_by,
-    pixels_last,
-    weight_5d,
-)
 
 
-@torch.library.custom_op("fused_densenet::transition", mutates_args=())
-def transition(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    moments: Tensor,
-    pixels: Tensor,
-    eps: float,
-    batch_stats: bool,
-    pool: bool,
-    backend: str,
-    group: str | None,
-) -> Tensor:
-    """Returns ``(N, K, *spatial)``, each size halved where ``pool``.
+class Arguments(NamedTuple):
+    """Of the operator; the lists of parameters have one entry each.
 
-    ``moments`` ``(2, C)`` are the mean and biased variance to normalise by, of ``pixels`` values over the ranks of
-    ``group`` where ``batch_stats``, constants otherwise.
+    Attributes:
+        x: ``(N, C, *spatial)``; the result is ``(N, K, *spatial)``, each size halved where ``pool``.
+        moments: ``(2, C)``, mean and biased variance to normalise by: of the batch where ``batch_stats``, over the ranks of
+            ``group`` where there is one; constants otherwise.
+        pixels: ``(1,)``, how many values they are of where that is not those of ``x``.
     """
-    out = _allocate(x, weight, pool)
-    mean, var = moments
-    norm, source = norm_by(gamma, beta, eps, mean, var, BACKENDS[backend]), as_pixels(x)
-    with torch.autocast(x.device.type, enabled=False):
-        BACKENDS[backend].norm_relu_conv(source, norm, weight_5d(weight), pixels_last(out), None, None)
-    return out
+
+    x: Tensor
+    weights: list[Tensor]
+    gammas: list[Tensor]
+    betas: list[Tensor]
+    moments: Tensor
+    pixels: Tensor | None
+    eps: float
+    batch_stats: bool
+    pool: bool
+    backend: str
+    group: str | None
+
+    def norm(self) -> Norm:
+        return Norm(self.moments[0], self.moments[1], self.gammas[0], self.betas[0], self.eps)
 
 
-@transition.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    moments: Tensor,
-    pixels: Tensor,
-    eps: float,
-    batch_stats: bool,
-    pool: bool,
-    backend: str,
-    group: str | None,
-) -> Tensor:
-    return _allocate(x, weight, pool)
+class NormReluThen(Operator):
+    """An operator that begins with BN and ReLU and keeps nothing but its input."""
+
+    keeps_input = True
+    constants = ("moments", "pixels")
+    arguments = Arguments
+
+    def allocate_backward(self, dout: Tensor, a: Arguments, needed: list[bool]) -> list[Tensor]:
+        return [
+            empty_channels_last(a.x.shape, a.x.shape[1], a.x),
+            *[
+                torch.empty_like(w) if wanted else dout.new_empty(0)
+                for w, wanted in zip(a.weights, needed, strict=True)
+            ],
+            *[torch.empty_like(t) for t in (*a.gammas, *a.betas)],
+        ]
+
+    def settle(self, a: Arguments, dx: Tensor, correction: Tensor | None) -> None:
+        """Takes from ``dx``, ``scale * dz``, what the statistics of ``x`` owe."""
+        if correction is None:
+            return
+        if a.group is not None:
+            sum_over_ranks(correction, a.group)
+        dz = pixels_last(dx)
+        grad = Gradient(dz, pixels_last(channels_last(a.x)), a.moments[0], correction)
+        BACKENDS[a.backend].place_backward(grad, dz)
+
+    def owed(self, a: Arguments, gradients: list[Tensor]) -> Owed:
+        dgamma, dbeta = gradients[-2:]
+        if not a.batch_stats:
+            return Owed(dgamma, dbeta)
+        return Owed(dgamma, dbeta, torch.empty_like(a.moments), a.pixels)
 
 
-@torch.library.custom_op("fused_densenet::transition_backward", mutates_args=())
-def transition_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    moments: Tensor,
-    pixels: Tensor,
-    eps: float,
-    batch_stats: bool,
-    pool: bool,
-    backend: str,
-    group: str | None,
-    weight_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, weight (empty where not needed), gamma and beta."""
-    kernels = BACKENDS[backend]
-    mean, var = moments
-    convolution = NormReluConv(weight, gamma, beta, mean, var, eps, batch_stats)
-    source, stored = as_pixels(x), as_pixels(dout)
-    dx = empty_channels_last(x.shape, x.shape[1], x)
-    dz = pixels_last(dx)
-    zeros = torch.zeros(weight.shape[0], dtype=moments.dtype, device=moments.device)
-    grad = Gradient(stored, stored, zeros + 1, zeros, zeros, zeros)
-    with torch.autocast(x.device.type, enabled=False):
-        norm = norm_by(gamma, beta, eps, mean, var, kernels)
-        correction = torch.empty_like(moments)
-        dweight, dgamma, dbeta = convolution_backward(
-            grad, source, norm, var, convolution, dz, correction, False, weight_needed, pixels, kernels
+class Transition(NormReluThen):
+    name = "transition"
+
+    def forward(self, a: Arguments) -> Outputs:
+        outputs = self.allocate(a)
+        with torch.autocast(a.x.device.type, enabled=False):
+            source, out = pixels_last(channels_last(a.x)), pixels_last(outputs.out)
+            BACKENDS[a.backend].norm_relu_conv(source, a.norm(), weight_5d(a.weights[0]), out, None, None)
+        return outputs
+
+    def allocate(self, a: Arguments) -> Outputs:
+        sizes = pooled(a.x.shape[2:]) if a.pool else a.x.shape[2:]
+        channels = a.weights[0].shape[0]
+        return Outputs(empty_channels_last((a.x.shape[0], channels, *sizes), channels, a.x), [], [])
+
+    def backward(
+        self, dout: Tensor, a: Arguments, kept: list[Tensor], constants: list[Tensor], needed: list[bool]
+    ) -> list[Tensor]:
+        dx, dweight, *_ = gradients = self.allocate_backward(dout, a, needed)
+        owed = self.owed(a, gradients)
+        with torch.autocast(a.x.device.type, enabled=False):
+            BACKENDS[a.backend].norm_relu_conv_backward(
+                Gradient(pixels_last(channels_last(dout))),
+                pixels_last(channels_last(a.x)),
+                a.norm(),
+                weight_5d(a.weights[0]),
+                pixels_last(dx),
+                False,
+                weight_5d(dweight) if needed[0] else None,
+                owed,
+            )
+            self.settle(a, dx, owed.correction)
+        return gradients
+
+    def by_operators(self, a: Arguments) -> Tensor:
+        activation, spatial = (
+            norm_relu(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats),
+            a.x.dim() - 2,
         )
-        if group is not None:
-            sum_over_ranks(correction, group)
-        kernels.place_backward(Gradient(dz, source, norm.scale, correction[1], mean, correction[0]), dz)
-    return dx, dout.new_empty(0) if dweight is None else dweight, dgamma, dbeta
+        out = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1](activation, a.weights[0].to(activation.dtype))
+        return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](out, 2) if a.pool else out
 
 
-@transition_backward.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    moments: Tensor,
-    pixels: Tensor,
-    eps: float,
-    batch_stats: bool,
-    pool: bool,
-    backend: str,
-    group: str | None,
-    weight_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = empty_channels_last(x.shape, x.shape[1], x)
-    dweight = weight.new_empty(weight.shape) if weight_needed else dout.new_empty(0)
-    return dx, dweight, gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
-
-
-def _after_relu(a: Tensor, weight: Tensor, pool: bool) -> Tensor:
-    spatial = a.dim() - 2
-    out = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1](a, weight.to(a.dtype))
-    return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](out, 2) if pool else out
-
-
-register_derivatives(transition, transition_backward, _after_relu)
-
-
-def _allocate(x: Tensor, weight: Tensor, pool: bool) -> Tensor:
-    sizes = pooled(x.shape[2:]) if pool else x.shape[2:]
-    return empty_channels_last((x.shape[0], weight.shape[0], *sizes), weight.shape[0], x)
+transition = Transition()
 
 
 @register_flop_formula(torch.ops.fused_densenet.transition)
-def _transition_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _transition_flops(x_shape: Any, weight_shapes: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two per multiply-add of the convolution of pooled feature maps, as torch counts them."""
-    return 2 * math.prod(weight_shape) * out_shape[0] * math.prod(out_shape[2:])
+    out = out_shape[0]
+    return 2 * math.prod(weight_shapes[0]) * out[0] * math.prod(out[2:])
 
 
 @register_flop_formula(torch.ops.fused_densenet.transition_backward)
-def _transition_backward_flops(dout_shape: Any, x_shape: Any, weight_shape: Any, *rest: Any, **__: Any) -> int:
+def _transition_backward_flops(
+    dout_shape: Any, kept: Any, constants: Any, needed: Any, x_shape: Any, weight_shapes: Any, *_: Any, **__: Any
+) -> int:
     """Data gradient, and the weight gradient where it is needed."""
-    return (1 + rest[-1]) * 2 * math.prod(weight_shape) * dout_shape[0] * math.prod(dout_shape[2:])
+    return (1 + needed[0]) * 2 * math.prod(weight_shapes[0]) * dout_shape[0] * math.prod(dout_shape[2:])

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from ..eager import norm_backward as norm_backward
 from ..eager import norm_relu_pool as norm_relu_pool
 from ..eager import norm_relu_pool_backward as norm_relu_pool_backward
-from ..eager import norm_scale as norm_scale
 
 _PRIMITIVES = ("place", "place_backward", "norm_relu_conv", "norm_relu_conv_backward")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

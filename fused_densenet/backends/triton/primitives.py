@@ -8,7 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..contract import Gradient, Norm, uses_tf32
+from ..affine import Affine, Loaded, affine, loaded, settle
+from ..contract import Gradient, Norm, Owed, uses_tf32
 from . import plans, tuning
 from .plans import Problem
 from .tiles_on_disk import Tile
@@ -32,30 +33,32 @@ def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None
 def place_backward(grad: Gradient, out: Tensor) -> None:
     if not out.numel():
         return
-    stored = grad.stored
+    terms = loaded(grad)
+    stored = terms.stored
     launch = plans.place_backward(
-        out.shape, out.stride(), stored.stride(), grad.value.stride(), (stored.dtype, out.dtype)
+        out.shape, out.stride(), stored.stride(), terms.value.stride(), (stored.dtype, out.dtype)
     )
     if launch is None:
         contiguous = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         place_backward(grad, contiguous)
         out.copy_(contiguous)
     else:
-        launch(*grad, out)
+        launch(*terms, out)
 
 
 def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
     if not out.numel():
         return
     problem = _problem(x, out, weight)
+    vectors = affine(norm)
     if tuning.AUTOTUNE:
-        _tune_forward(problem, x, norm, weight, out, mean)
+        _tune_forward(problem, x, vectors, weight, out, mean)
     plan = plans.norm_relu_conv(problem, mean is not None)
     if mean is None:
-        plan.product(x, *norm, weight, out, None)
+        plan.product(x, *vectors, weight, out, None)
     else:
         moments = _workspace(plan.workspace, x)
-        plan.product(x, *norm, weight, out, moments)
+        plan.product(x, *vectors, weight, out, moments)
         plan.merge(moments, mean, var)
 
 
@@ -67,27 +70,31 @@ def norm_relu_conv_backward(
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    sum_dz: Tensor,
-    sum_dz_centered: Tensor,
+    owed: Owed,
 ) -> None:
-    stored = grad.stored
+    terms = loaded(grad)
+    stored = terms.stored
+    sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device=x.device)
     if not stored.numel():
-        for result in (dweight, sum_dz, sum_dz_centered, None if accumulate else dx):
+        for result in (dweight, sums, None if accumulate else dx):
             if result is not None:
                 result.zero_()
+        settle(sums, x, norm, dx, accumulate, owed)
         return
     problem = _problem(x, stored, weight)
-    strides = grad.value.stride(), dx.stride(), accumulate, None if dweight is None else dweight.stride()
+    vectors = affine(norm)
+    strides = terms.value.stride(), dx.stride(), accumulate, None if dweight is None else dweight.stride()
     if tuning.AUTOTUNE:
-        _tune_backward(problem, strides, grad, x, norm, weight, dx)
+        _tune_backward(problem, strides, terms, x, vectors, weight, dx)
     plan = plans.norm_relu_conv_backward(problem, *strides)
     partials = _workspace(plan.workspace, x)
     for rest in plan.rest:
         dx.narrow(*rest).zero_()
-    plan.data(*grad, x, *norm, weight, dx, partials)
+    plan.data(*terms, x, *vectors, weight, dx, partials)
     if plan.weight is not None:
-        plan.weight(*grad, x, *norm, partials)
-    plan.add(partials, dweight, sum_dz, sum_dz_centered)
+        plan.weight(*terms, x, *vectors, partials)
+    plan.add(partials, dweight, sums[0], sums[1])
+    settle(sums, x, norm, dx, accumulate, owed)
 
 
 def _problem(x: Tensor, out: Tensor, weight: Tensor) -> Problem:
@@ -111,7 +118,7 @@ def _workspace(size: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=like.device)
 
 
-def _tune_forward(problem: Problem, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None) -> None:
+def _tune_forward(problem: Problem, x: Tensor, norm: Affine, weight: Tensor, out: Tensor, mean: Tensor | None) -> None:
     def run(tile: Tile) -> None:
         plan = plans.norm_relu_conv(problem, mean is not None, tile)
         plan.product(x, *norm, weight, out, None if mean is None else _workspace(plan.workspace, x))
@@ -121,7 +128,7 @@ def _tune_forward(problem: Problem, x: Tensor, norm: Norm, weight: Tensor, out: 
 
 
 def _tune_backward(
-    problem: Problem, strides: tuple, grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, dx: Tensor
+    problem: Problem, strides: tuple, grad: Loaded, x: Tensor, norm: Affine, weight: Tensor, dx: Tensor
 ) -> None:
     """On a copy of ``dx``, which runs would accumulate into."""
     copy: list[Tensor] = []

@@ -1,0 +1,43 @@
+"""Channels-last memory: how images and weights are laid out, and seen by the backends."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pixels_last(x: Tensor) -> Tensor:
+    """``(N, C, *spatial)`` seen as ``(N, D, H, W, C)``, missing sizes equal to 1."""
+    while x.dim() < 5:
+        x = x.unsqueeze(2)
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def weight_5d(weight: Tensor) -> Tensor:
+    """``(K, C, *kernel)`` seen as ``(K, C, kd, kh, kw)``, missing sizes equal to 1."""
+    while weight.dim() < 5:
+        weight = weight.unsqueeze(2)
+    return weight
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` ``(N, C, *spatial)``, or a copy where it is not laid out as the backends' contract wants it."""
+    sizes, steps = (x.shape[0], *x.shape[2:]), (x.stride(0), *x.stride()[2:])
+    longer = [(size, step) for size, step in zip(sizes, steps, strict=True) if size > 1]
+    one_stride = all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(longer))
+    wide = all(step >= x.shape[1] for _, step in longer)
+    if one_stride and wide and (x.stride(1) == 1 or x.shape[1] == 1):
+        return x
+    return empty_channels_last(x.shape, x.shape[1], x).copy_(x)
+
+
+def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:
+    """Uninitialised, of the dtype and device of ``like``."""
+    strides = [0, 1, *[0] * (len(shape) - 2)]
+    step = pixel_stride
+    for dim in reversed(range(2, len(shape))):
+        strides[dim] = step
+        step = step * shape[dim]
+    strides[0] = step
+    return torch.empty_strided(tuple(shape), strides, dtype=like.dtype, device=like.device)

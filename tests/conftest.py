@@ -1,10 +1,10 @@
 """For every test: memory that nobody wrote is NaN, the random numbers are fixed, fallbacks are not silent."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
-import hypothesis
 import pytest
 import report
 import torch
@@ -16,11 +16,8 @@ os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # without it cuBLAS is not deterministic, which torch refuses
 
-for _profile, _examples in {"quick": 8, "default": 25, "thorough": 1000}.items():
-    hypothesis.settings.register_profile(
-        _profile, max_examples=_examples, deadline=None, derandomize=True, database=None, print_blob=True
-    )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+with contextlib.suppress(ModuleNotFoundError):  # the tests of a GPU need no hypothesis
+    import strategies  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from tolerances import tolerance, ulp
 from torch import Tensor
 
@@ -34,26 +33,6 @@ class Shape:
     def out_pixels(self) -> tuple[int, ...]:
         n, *sizes = self.pixels
         return (n, *(size if size == 1 or not self.pool else size // 2 for size in sizes))
-
-
-@st.composite
-def shapes(draw: st.DrawFn) -> Shape:
-    dims = draw(st.integers(1, 3))
-    longest = (40, 11, 5)[dims - 1]
-    sizes = [draw(st.integers(1, longest)) if i >= 3 - dims else 1 for i in range(3)]
-    kernel = [draw(st.sampled_from([1, 3])) if i >= 3 - dims else 1 for i in range(3)]
-    if draw(st.booleans()):
-        kernel = [max(kernel) if i >= 3 - dims else 1 for i in range(3)]
-    channels = draw(st.one_of(st.integers(1, 70), st.sampled_from([8, 16, 64, 128])))
-    out_channels = draw(st.one_of(st.integers(1, 50), st.sampled_from([12, 32, 48, 128])))
-    pool = draw(st.booleans())
-    if pool:
-        kernel = [1, 1, 1]
-    return Shape((draw(st.integers(1, 3)), *sizes), channels, out_channels, tuple(kernel), pool)
-
-
-margins = st.sampled_from([0, 0, 1, 3, 8])
-"""Channels beside a slice."""
 
 
 @dataclass

@@ -22,12 +22,11 @@ from primitives import (
     load_magnitude,
     loaded_gradient,
     make_weight,
-    margins,
     operators,
-    shapes,
     source,
     vector,
 )
+from strategies import margins, shapes
 from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
 
 from fused_densenet.backends import BACKENDS

@@ -146,6 +146,7 @@ def test_captured_in_a_graph(training_step: Step) -> None:
 
 
 @both
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it imports its compiler
 def test_compiled_by_inductor(name: str) -> None:
     """The block and the transition behind it in one graph, training."""
     network = torch.nn.Sequential(FusedDenseBlock(2, 32, 4, 32), FusedTransition(96, 48)).cuda()

@@ -10,7 +10,8 @@ from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
 from emulated import Emulated, Executor
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from primitives import LAYOUTS, margins, shapes
+from primitives import LAYOUTS
+from strategies import margins, shapes
 from torch import Tensor
 
 from fused_densenet.backends.contract import Gradient, Norm

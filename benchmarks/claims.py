@@ -32,7 +32,8 @@ from claims_measure import (
 )
 from claims_networks import PUBLISHED, Pair, digits_network, plain_twin
 from claims_training import COMPARED, FULL, QUICK, Advance, Digits, Settings, Trained, load_digits, train, train_all
-from common import console, describe, environment, save_plot
+from common import console, save_plot
+from provenance import describe, environment
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn

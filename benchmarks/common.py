@@ -1,14 +1,10 @@
-"""What the benchmarks share: fused copies of a network, where a figure was taken, options, JSON and plots."""
+"""What the benchmarks share: fused copies of a network, options, JSON and plots."""
 
 import argparse
 import contextlib
 import copy
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
-import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,9 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-import fused_densenet
 from fused_densenet import FusedDenseBlock, FusedTransition
-from fused_densenet.backends import choose
 from fused_densenet.nn.stem import FusedFeatures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -101,39 +95,6 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="write the plot")
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The machine, the versions and the commit that a figure belongs to."""
-    machine = {
-        "processor": _processor(),
-        "architecture": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.release()}",
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    }
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    versions["fused_densenet"] = fused_densenet.__version__
-    versions["numpy"] = importlib.metadata.version("numpy")
-    return {
-        "machine": machine,
-        "versions": versions,
-        "commit": _commit(),
-        "backend": choose(device, dtype),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
-    }
-
-
-def describe(where: dict[str, Any]) -> str:
-    """One line of :func:`environment` to print under a table."""
-    machine, versions = where["machine"], where["versions"]
-    chip = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
-    return (
-        f"{chip}; torch {versions['torch']}, fused_densenet {versions['fused_densenet']} "
-        f"(backend {where['backend']}, commit {where['commit'] or 'unknown'})"
-    )
-
-
 def write_json(file: pathlib.Path, where: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**where, **more, "rows": rows}, indent=1) + "\n")
@@ -153,30 +114,3 @@ def plot_axes(rows: int, columns: int, **figure: Any) -> tuple[Any, Any]:
 def save_plot(figure: Any, file: pathlib.Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, bbox_inches="tight", facecolor="white")
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, ``-dirty`` if the tree differs from it, None where there is no checkout."""
-    git = [
-        "git",
-        "-C",
-        str(pathlib.Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

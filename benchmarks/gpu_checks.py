@@ -1,57 +1,59 @@
-"""What comes before any figure: the build, the tests marked gpu, and compute-sanitizer on a small run."""
+"""What comes before any figure: the build, the tests that need a GPU, and compute-sanitizer on a small run."""
 
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
-from typing import Any
+import sysconfig
+from typing import Any, NamedTuple
 
-import torch
-from gpu_primitives import BACKWARD, FORWARD, Problem, backends, call
-from gpu_run import REPOSITORY, Process, Run
+from gpu_run import REPOSITORY, ROWS, SUITE, Process, Row, Run, ending
 
-SANITIZER_TOOLS = ("memcheck", "racecheck")
-SMALL = [
-    Problem("place", (2, 1, 7, 5), 48, 48, 0),
-    Problem(FORWARD, (2, 1, 7, 5), 48, 128, 1),
-    Problem(FORWARD, (2, 1, 7, 5), 128, 32, 3),
-    Problem(BACKWARD, (2, 1, 7, 5), 128, 32, 3),
-    Problem(BACKWARD, (2, 1, 7, 5), 48, 128, 1, accumulate=True),
-    Problem(FORWARD, (2, 1, 7, 5), 48, 24, 1, pool=True),
-    Problem(BACKWARD, (2, 1, 7, 5), 48, 24, 1, pool=True),
-    Problem("place_backward", (2, 1, 7, 5), 48, 48, 0),
-]
+MOST_FAILURES = 20
+MOST_WORKERS = 8
+GPU_TESTS, AUTOTUNED = "tests/test_gpu.py", "tests/triton_backend/test_autotuned.py"
+SANITIZERS = ("memcheck", "racecheck")
 
 
-def commands(smoke: bool) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """By name, the command and the variables that it gets besides: kernels are compiled for the GPU that is there.
+class Check(NamedTuple):
+    """A command with the variables that it gets besides, and the seconds that it may take."""
 
-    ``smoke`` compiles nothing and collects the tests of one file, which are all skipped where there is no GPU.
+    name: str
+    command: list[str]
+    variables: dict[str, str]
+    seconds: float
+    order: dict[str, float] | None = None
+    """What it is told on its standard input."""
+
+
+def build(run: Run, seconds: float) -> Check:
+    """Fails where the kernels cannot be compiled: for the GPU that is there, whatever the environment lists.
+
+    What an earlier build left is removed, so that it is not measured in the place of one that failed.
     """
-    tests = [str(REPOSITORY / "tests" / "test_gpu.py")] if smoke else [str(REPOSITORY / "tests")]
-    # Tests of packages that are missing cannot even be read; they are not those of a GPU.
-    options = ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    build = {"FUSED_DENSENET_BUILD": "off"} if smoke else {"TORCH_CUDA_ARCH_LIST": ""}
-    return {
-        "build": ([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], build),
-        "tests": ([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options, *tests], {}),
-    }
+    variables = {"FUSED_DENSENET_BUILD": "required", "FUSED_DENSENET_CUDA": "required", "TORCH_CUDA_ARCH_LIST": ""}
+    if run.smoke:
+        variables = {"FUSED_DENSENET_BUILD": os.environ.get("FUSED_DENSENET_BUILD", "off")}
+    if variables["FUSED_DENSENET_BUILD"] != "off":
+        for file in (REPOSITORY / "fused_densenet").glob("*.so"):
+            file.unlink()
+    return Check("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], variables, seconds)
 
 
-def check(name: str, command: list[str], variables: dict[str, str], seconds: float, folder: pathlib.Path) -> dict:
-    """Runs it; a row with what came of it."""
-    process = Process(command, folder / f"{name}.log", **variables)
-    status = process.wait(seconds)
-    outcome = "passed" if status == 0 else f"stopped after {seconds:.0f} s" if status is None else f"failed ({status})"
-    row: dict[str, Any] = {"check": name, "outcome": outcome, "seconds": round(process.seconds(), 1)}
-    tail = process.last_lines(40)
-    counted = re.findall(r"^.*\b\d+ (?:passed|failed|skipped|error)\b.*$", tail, re.MULTILINE)
-    summary = re.findall(r"^=+ (.*SUMMARY.*)$", tail, re.MULTILINE)
-    row["closing"] = (counted or summary or [""])[-1].strip("= ")
-    if status != 0:
-        row["output"] = tail
-    return row
+def tests(run: Run, suite: str, seconds: float) -> Check:
+    """``suite`` is "CUDA" (with what is of no backend) or "Triton"; nothing is loaded that the tests do not need."""
+    chosen = [GPU_TESTS, "-k", "not triton"] if suite == "CUDA" else [GPU_TESTS, AUTOTUNED, "-k", "triton or autotuned"]
+    options = ["-p", "gpu_tests", "-p", "no:cacheprovider", "-m", "gpu", "-q", "--no-header", "--tb=short"]
+    if importlib.util.find_spec("xdist") is not None and not run.smoke:
+        workers = max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2))
+        options += ["-p", "xdist.plugin", "-n", str(workers)]
+    command = [sys.executable, "-m", "pytest", *options, f"--maxfail={MOST_FAILURES}", *chosen]
+    variables = {ROWS: str(run.rows.absolute()), SUITE: suite, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return Check(f"tests, {suite}", command, variables, seconds)
 
 
 def sanitizer() -> str | None:
@@ -60,21 +62,79 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
-def sanitizer_command(program: str, tool: str, script: list[str]) -> tuple[list[str], dict[str, str]]:
-    """``script`` under a tool; every tensor an allocation of its own, so that an overrun is seen."""
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "10", *script]
-    return command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def sanitized(program: str, tool: str, phase: list[str], seconds: float) -> Check:
+    """The phase "small" under a tool; every tensor an allocation of its own, so that an overrun is seen.
+
+    Errors that calls of the driver return are not counted: libraries try what a driver has, and handle them.
+    """
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "10", "--report-api-errors", "no"]
+    order = {"first": 0, "seconds": seconds}
+    return Check(tool, [program, *options, *phase], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, seconds, order)
 
 
-def small_run(run: Run) -> None:
-    """Every primitive once on every backend of kernels."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, backend in backends(run, dtype).items():
-            if name == "eager":
-                continue
-            for problem in SMALL:
-                run_on, _ = call(problem, dtype, run.device)
-                run_on(backend)
-            run.add("small run", backend=name, dtype=str(dtype))
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+def start(check: Check, folder: pathlib.Path) -> Process:
+    process = Process(check.command, folder / f"{check.name}.log", **check.variables)
+    if check.order is not None:
+        process.tell(**check.order)
+    return process
+
+
+def result(check: Check, process: Process, status: int | None, rows: list[Row]) -> Row:
+    """What came of it; ``status`` is None where it was stopped."""
+    outcome = "passed" if status == 0 else "failed" if status is not None else "stopped"
+    row: dict[str, Any] = {"check": check.name, "outcome": outcome, "seconds": round(process.seconds(), 1)}
+    tail = process.last_lines(40)
+    if check.name.startswith("tests"):
+        row["closing"] = counted([r for r in rows if r.get("suite") == check.variables[SUITE]])
+    else:
+        row["closing"] = (re.findall(r"^=+ (.*SUMMARY.*)$", tail, re.MULTILINE) or [""])[-1].strip("= ")
+    if status != 0:
+        why = f"after {process.seconds():.0f} s" if status is None else ending(status)
+        row["closing"] = "; ".join(filter(None, [why, row["closing"]]))
+        row["output"] = tail
+    return row
+
+
+def counted(rows: list[Row]) -> str:
+    """``12 passed, 1 failed, 193 not run``."""
+    outcomes: dict[str, str] = {}
+    for row in rows:
+        if row["kind"] == "test" and outcomes.get(row["test"]) != "failed":
+            outcomes[row["test"]] = row["outcome"]
+    collected = max((row["count"] for row in rows if row["kind"] == "collected"), default=0)
+    counts = {kind: list(outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}
+    counts["not run"] = max(0, collected - len(outcomes))
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+def tools() -> dict[str, str | None]:
+    """What the build and the checks need, by name: a version, or a place, or None where it is missing."""
+    python_h = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    nvcc = next(filter(None, (shutil.which(f"{home}/bin/nvcc") for home in homes if home)), shutil.which("nvcc"))
+    return {
+        "g++": said(os.environ.get("CXX", "g++"), "-dumpfullversion"),
+        "Python.h": str(python_h) if python_h.exists() else None,
+        "nvcc": said(nvcc, "--version", r"release ([\d.]+)"),
+        "ninja": said("ninja", "--version"),
+        "setuptools (77 or newer)": version("setuptools"),
+        "pytest": version("pytest"),
+        "pytest-xdist": version("pytest-xdist"),
+        "compute-sanitizer": sanitizer(),
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def said(program: str | None, option: str, pattern: str = r"([\d.]+)") -> str | None:
+    try:
+        command = [*(program or "").split(), option]
+        found = re.search(pattern, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[1] if found else None

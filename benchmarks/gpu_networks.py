@@ -1,6 +1,7 @@
 """Steps of whole networks: the dense blocks on each backend beside torchvision's own code, interleaved.
 
-Where torchvision is not installed its part is taken by fused_densenet.reference, DenseNet written operator by operator.
+Where torchvision is not installed its part is taken by fused_densenet.reference, DenseNet written operator by operator,
+and that of ``fuse(torchvision's)`` by fused_densenet.DenseNet; the report says so.
 """
 
 import functools
@@ -11,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from allocator import step_memory
-from common import in_layout
+from gpu_phase import Item
 from gpu_primitives import backends
-from gpu_run import Run
-from gpu_timing import Work, graph_of, interleaved
-from peers import torchvision_densenets
+from gpu_run import Run, read_rows
+from gpu_text import COMPILED, EAGER
+from gpu_timing import Work, graph_of, interleaved, milliseconds
+from peers import NETWORKS, checkpointed, torchvision_densenets
 from torch import Tensor, nn
 
-from fused_densenet import fuse, reference, use_backend
+from fused_densenet import DenseNet, fuse, reference, use_backend
 
 
 class Case(NamedTuple):
@@ -76,26 +78,19 @@ class Variant(NamedTuple):
     graph: bool = False
 
 
-EAGER, COMPILED = "eager, channels-last", "torch.compile, channels-last"
-
-
 def variants(case: Case, run: Run) -> dict[str, Variant]:
+    """Those that a graph was captured of come last, since they keep their memory."""
     ours = backends(run, torch.float32 if case.precision == "float32" else torch.bfloat16)
-    found = {EAGER: Variant()}
     if case.compiled:
-        found[COMPILED] = Variant(compiled=True)
-        found |= {f"fused {name}, torch.compile": Variant(name, compiled=True) for name in ours}
-        return found
-    training = case.mode == "training"
-    found |= {"eager, NCHW": Variant(channels_last=False), f"{EAGER}, CUDA graph": Variant(graph=True)}
-    if training:
+        fused = {f"fused {name}, torch.compile": Variant(name, compiled=True) for name in ours}
+        return {EAGER: Variant(), COMPILED: Variant(compiled=True), **fused}
+    found = {EAGER: Variant(), "eager, NCHW": Variant(channels_last=False)}
+    found |= {f"fused {name}": Variant(name) for name in ours}
+    if case.mode == "training":
         found["memory_efficient"] = Variant(memory_efficient=True)
-    for name in ours:
-        found[f"fused {name}"] = Variant(name)
-        if training:
-            found[f"fused {name}, memory_efficient"] = Variant(name, memory_efficient=True)
-        found[f"fused {name}, CUDA graph"] = Variant(name, graph=True)
-    return dict(sorted(found.items(), key=lambda item: item[1].graph))  # graphs keep their memory: last
+        found |= {f"fused {name}, memory_efficient": Variant(name, memory_efficient=True) for name in ours}
+    found[f"{EAGER}, CUDA graph"] = Variant(graph=True)
+    return found | {f"fused {name}, CUDA graph": Variant(name, graph=True) for name in ours}
 
 
 def peer_name() -> str:
@@ -107,15 +102,23 @@ def peer_name() -> str:
 
 
 def build(network: str, memory_efficient: bool = False) -> nn.Module:
-    arguments: dict[str, Any] = TINY if network == "tiny" else {}
     if peer_name() == "torchvision":
         module = torchvision_densenets()
         make = module.DenseNet if network == "tiny" else getattr(module, network)
-        return make(memory_efficient=memory_efficient, **arguments)
-    from memory import NETWORKS, checkpointed
-
-    plain = reference.DenseNet(**(arguments or NETWORKS[network]._asdict()))
+        return make(memory_efficient=memory_efficient, **(TINY if network == "tiny" else {}))
+    plain = reference.DenseNet(**arguments(network))
     return checkpointed(plain) if memory_efficient else plain
+
+
+def fused(network: str, memory_efficient: bool) -> nn.Module:
+    """What ``build`` makes, fused."""
+    if peer_name() == "torchvision":
+        return fuse(build(network), memory_efficient=memory_efficient, strict=True)
+    return DenseNet(memory_efficient=memory_efficient, **arguments(network))
+
+
+def arguments(network: str) -> dict[str, Any]:
+    return TINY if network == "tiny" else NETWORKS[network]._asdict()
 
 
 class Subject:
@@ -123,12 +126,11 @@ class Subject:
 
     def __init__(self, case: Case, variant: Variant, plain: nn.Module, x: Tensor, run: Run) -> None:
         self.case, self.variant = case, variant
-        model = build(case.network, variant.backend is None and variant.memory_efficient)
+        make = build if variant.backend is None else fused
+        model = make(case.network, variant.memory_efficient)
         model.load_state_dict(plain.state_dict())
-        if variant.backend is not None:
-            fuse(model, memory_efficient=variant.memory_efficient, strict=True)
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        self.model = in_layout(model.to(run.device), layout).train(case.mode == "training")
+        self.model = model.to(run.device, memory_format=layout).train(case.mode == "training")
         self.x = x.contiguous(memory_format=layout)
         self.labels = torch.arange(case.batch, device=run.device) % 10
         self.forward: Callable[[Tensor], Tensor] = self.model
@@ -185,20 +187,38 @@ def model_and_input(case: Case, run: Run) -> tuple[nn.Module, Tensor]:
 
 
 def measure_case(case: Case, run: Run, seconds: float) -> None:
+    """A row for each variant, as soon as it ran and again from all variants' interleaved rounds.
+
+    Graphs are captured when all else is measured: where one has no memory left, the rest is not lost.
+    """
     plain, x = model_and_input(case, run)
+    every = variants(case, run)
+    for graphs in (False, True):
+        chosen = {name: variant for name, variant in every.items() if variant.graph == graphs}
+        measure_variants(case, chosen, plain, x, run, seconds * len(chosen) / len(every))
+
+
+def measure_variants(
+    case: Case, chosen: dict[str, Variant], plain: nn.Module, x: Tensor, run: Run, seconds: float
+) -> None:
     works: dict[str, Work] = {}
     peaks: dict[str, int | None] = {}
-    for name, variant in variants(case, run).items():
-        work = run.attempt(f"{case}, {name}", lambda n=name, v=variant: prepare(case, v, plain, x, run, peaks, n))
-        if work is not None:
+
+    def add(name: str, samples: list[float]) -> None:
+        ms = statistics.median(samples)
+        row = {**case._asdict(), "variant": name, "milliseconds": ms, "samples": len(samples)}
+        run.add("network", **row, images_per_second=case.batch / ms * 1e3, peak_bytes=peaks[name])
+
+    for name, variant in chosen.items():
+        what = f"{case}, {name}"
+        work = run.attempt(what, lambda n=name, v=variant: prepare(case, v, plain, x, run, peaks, n))
+        first = None if work is None else run.attempt(what, lambda w=work: milliseconds(w, run.device))
+        if first is not None:
             works[name] = work
+            add(name, [first])
     times = run.attempt(f"{case}, timing", lambda: interleaved(works, run, seconds))
-    if times is None:
-        works = {name: work for name, work in works.items() if "CUDA graph" not in name}
-        times = run.attempt(f"{case}, timing without graphs", lambda: interleaved(works, run, seconds))
     for name, samples in (times or {}).items():
-        row = {**case._asdict(), "variant": name, "milliseconds": statistics.median(samples), "samples": len(samples)}
-        run.add("network", **row, images_per_second=case.batch / row["milliseconds"] * 1e3, peak_bytes=peaks[name])
+        add(name, samples)
 
 
 def prepare(
@@ -214,6 +234,7 @@ def prepare(
 
 def measure_errors(run: Run) -> None:
     """Relative errors (Euclidean norm) of the gradients of DenseNet-121, batch 2, against float64."""
+    run.add("peer", name=peer_name())
     case = SMOKE[0] if run.smoke else CASES[0]._replace(batch=2)
     plain, x = model_and_input(case, run)
     double = Subject(case._replace(precision="float64"), Variant(), plain, x.double(), run)
@@ -238,32 +259,15 @@ def gradients(subject: Subject) -> Tensor:
     return torch.cat(found)
 
 
-def phase(run: Run) -> None:
+def items(run: Run) -> list[Item]:
+    """Each case needs the time that the longest before it took; one with torch.compile more."""
     torch.backends.cudnn.benchmark = True  # for torchvision's convolutions; the fused ones are not cuDNN's
-    run.add("peer", name=peer_name())
-    run.attempt("errors", lambda: measure_errors(run))
     cases = SMOKE if run.smoke else CASES
-    longest = 2.0
-    for i, case in enumerate(cases):
-        if run.left() < 1.2 * longest:
-            run.add("dropped", what="networks: " + "; ".join(map(str, cases[i:])))
-            break
-        before = run.left()
-        if case.compiled and before < COMPILING and not run.smoke:
-            run.add("dropped", what=f"networks: {case}")
-            continue
-        run.attempt(str(case), lambda c=case: measure_case(c, run, 4.0))
-        if not case.compiled:
-            longest = max(longest, before - run.left())
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def warm(run: Run) -> None:
-    """Compiles torchvision's networks, so that their code is in torch's cache when they are measured."""
-    for case in (case for case in (SMOKE if run.smoke else CASES) if case.compiled):
-        plain, x = model_and_input(case, run)
-        run.attempt(
-            f"compiling {case}",
-            lambda c=case, p=plain, x=x: Subject(c, Variant(compiled=True), p, x, run).step(),
-        )
+    plain = {str(case) for case in cases if not case.compiled}
+    ended = [row for row in read_rows(run.rows) if row["kind"] == "ended" and row["phase"] == "networks"]
+    needed = 1.2 * max((row["seconds"] for row in ended if row["what"] in plain), default=2.0)
+    found = [Item("errors", lambda: measure_errors(run))]
+    for case in cases:
+        need = COMPILING if case.compiled and not run.smoke else needed
+        found.append(Item(str(case), functools.partial(measure_case, case, run, 4.0), 2.0 * COMPILING, need))
+    return found

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from gpu_run import Run
-from gpu_timing import ARITHMETICS, Rates, Work, graph_of, interleaved, tf32
+from gpu_phase import Item
+from gpu_run import Run, read_rows
+from gpu_timing import ARITHMETICS, Rates, Work, graph_of, interleaved, measure_rates, milliseconds, tf32
 from torch import Tensor
 
 from fused_densenet import FusedDenseBlock, use_backend
@@ -22,7 +23,8 @@ from fused_densenet.backends.contract import Gradient, Norm, pooled
 from fused_densenet.ops import schedule
 
 CALLS = 10
-"""In a CUDA graph."""
+"""In a CUDA graph, at least."""
+MOST_COPIES = 64
 FORWARD, BACKWARD = "norm_relu_conv", "norm_relu_conv_backward"
 
 
@@ -145,10 +147,35 @@ def largest_error(written: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     return max(float((t.double() - expected[n]).norm() / (expected[n].norm() + 1e-30)) for n, t in written.items())
 
 
-def measure_problem(problem: Problem, arithmetic: str, rates: Rates, run: Run, seconds: float) -> None:
-    dtype = ARITHMETICS[arithmetic]
-    run_on, written = call(problem, dtype, run.device)
+def copies(moved: int, cache: int) -> int:
+    """Of a problem's tensors, used in turn, so that each use finds a second-level cache full of the others."""
+    return min(MOST_COPIES, 1 + math.ceil(2 * cache / moved))
+
+
+def cache_bytes(run: Run) -> int:
+    return 64 if run.smoke else torch.cuda.get_device_properties(run.device).L2_cache_size
+
+
+def rates_of(run: Run) -> Rates:
+    """Those of the report; measured where it has none."""
+    for row in read_rows(run.rows):
+        if row["kind"] == "rates":
+            return Rates(row["copy"], row["products"])
+    rates = measure_rates(run)
+    run.add("rates", **rates._asdict())
+    return rates
+
+
+def measure_problem(problem: Problem, arithmetic: str, run: Run, seconds: float) -> None:
+    """A row for each backend, as soon as it ran and again from all backends' interleaved rounds."""
+    dtype, rates = ARITHMETICS[arithmetic], rates_of(run)
+    moved, flops = problem.moved(torch.empty(0, dtype=dtype).element_size(), 4), problem.flops()
+    floor = rates.floor(moved, flops, arithmetic)
+    drawn = [call(problem, dtype, run.device) for _ in range(copies(moved, cache_bytes(run)))]
+    run_on, written = drawn[0]
     before = {name: t.clone() for name, t in written.items()}
+    calls = [run_on for run_on, _ in drawn] * (1 if run.smoke else math.ceil(CALLS / len(drawn)))
+    about = {"primitive": str(problem), "arithmetic": arithmetic, "floor_microseconds": floor * 1e3}
 
     def result_of(backend: ModuleType) -> dict[str, Tensor]:
         for name, t in written.items():
@@ -156,28 +183,32 @@ def measure_problem(problem: Problem, arithmetic: str, rates: Rates, run: Run, s
         run_on(backend)
         return {name: t.double() for name, t in written.items()}
 
+    def all_on(backend: ModuleType) -> None:
+        for call_on in calls:
+            call_on(backend)
+
+    def add(name: str, ms: float) -> None:
+        rate = {"gigabytes_per_second": moved / ms / 1e6, "teraflops": flops / ms / 1e9}
+        run.add(
+            "primitive", **about, backend=name, microseconds=ms * 1e3, times_the_floor=ms / floor, **rate, **seen[name]
+        )
+
     with tf32(False):
         expected = result_of(BACKENDS["eager"])
     works: dict[str, Work] = {}
-    calls = 1 if run.smoke else CALLS
-    host, errors = {}, {}
+    seen: dict[str, dict[str, float]] = {}
     for name, backend in backends(run, dtype).items():
-        result = run.attempt(f"{problem}, {arithmetic}, {name}", functools.partial(result_of, backend))
-        if result is None:
+        what = f"{problem}, {arithmetic}, {name}"
+        if run.attempt(what, functools.partial(result_of, backend)) is None:
             continue
-        errors[name] = largest_error(written, expected)
-        host[name] = host_microseconds(functools.partial(run_on, backend), run)
-        work = run.attempt(f"{problem}, {name}", lambda b=backend: graph_of(functools.partial(run_on, b), run, calls))
+        seen[name] = {"error": largest_error(written, expected)}
+        seen[name]["host_microseconds"] = host_microseconds(functools.partial(run_on, backend), run)
+        work = run.attempt(what, lambda b=backend: graph_of(functools.partial(all_on, b), run))
         if work is not None:
             works[name] = work
-    moved, flops = problem.moved(written["out" if "out" in written else "dx"].element_size(), 4), problem.flops()
-    floor = rates.floor(moved, flops, arithmetic)
+            add(name, milliseconds(work, run.device) / len(calls))
     for name, times in interleaved(works, run, seconds).items():
-        ms = statistics.median(times) / calls
-        row = {"primitive": str(problem), "arithmetic": arithmetic, "backend": name, "microseconds": ms * 1e3}
-        row |= {"floor_microseconds": floor * 1e3, "times_the_floor": ms / floor, "host_microseconds": host[name]}
-        row |= {"gigabytes_per_second": moved / ms / 1e6, "teraflops": flops / ms / 1e9, "error": errors[name]}
-        run.add("primitive", **row)
+        add(name, statistics.median(times) / len(calls))
 
 
 def host_microseconds(work: Work, run: Run) -> float:
@@ -194,6 +225,7 @@ class Block:
     """A dense block of DenseNet-121 with its input, and its training step."""
 
     def __init__(self, layers: int, channels: int, batch: int, side: int, dtype: torch.dtype, run: Run) -> None:
+        self.layers = layers
         self.block = FusedDenseBlock(layers, channels, 4, GROWTH).to(run.device)
         shape = (batch, channels, side, side)
         self.x = schedule.empty_channels_last(shape, channels, torch.empty(0, dtype=dtype, device=run.device))
@@ -208,39 +240,52 @@ class Block:
         torch.autograd.grad(out, [self.x, *self.block.parameters()], self.dout)
 
 
-def measure_blocks(batch: int, image: int, rates: Rates, run: Run) -> None:
+def dense_blocks(batch: int, image: int, run: Run) -> list[Block]:
+    shapes = [(1, 16, 3)] if run.smoke else [(layers, channels, image // scale) for layers, channels, scale in BLOCKS]
+    return [Block(layers, channels, batch, side, torch.bfloat16, run) for layers, channels, side in shapes]
+
+
+def measure_blocks(batch: int, image: int, run: Run) -> None:
     """Training steps of the four dense blocks alone, in a CUDA graph, in bfloat16 with float32 parameters."""
-    dtype = torch.bfloat16
-    shapes = [(layers, channels, image // scale) for layers, channels, scale in BLOCKS]
-    if run.smoke:
-        shapes = [(1, 16, 3)]
-    steps = [Block(layers, channels, batch, side, dtype, run) for layers, channels, side in shapes]
+    rates, steps = rates_of(run), dense_blocks(batch, image, run)
+    problems = [p for block in steps for p in block_problems(batch, block.x.shape[-1], block.layers, block.x.shape[1])]
+    floor = sum(rates.floor(p.moved(2, 4), p.flops(), "bfloat16") for p in problems)
+    about = {"batch": batch, "floor_milliseconds": floor, "bytes": sum(p.moved(2, 4) for p in problems)}
+
+    def add(name: str, ms: float) -> None:
+        run.add("blocks", backend=name, **about, milliseconds=ms, times_the_floor=ms / floor)
+
     works: dict[str, Work] = {}
-    for name in backends(run, dtype):
+    for name in backends(run, torch.bfloat16):
         work = run.attempt(
             f"dense blocks, {name}", lambda n=name: graph_of(lambda: [block.step(n) for block in steps], run)
         )
         if work is not None:
             works[name] = work
-    problems = [p for layers, channels, side in shapes for p in block_problems(batch, side, layers, channels)]
-    floor = sum(rates.floor(p.moved(2, 4), p.flops(), "bfloat16") for p in problems)
+            add(name, milliseconds(work, run.device))
     for name, times in interleaved(works, run, 2.0).items():
-        ms = statistics.median(times)
-        moved = sum(p.moved(2, 4) for p in problems)
-        row = {"backend": name, "batch": batch, "milliseconds": ms, "floor_milliseconds": floor, "bytes": moved}
-        run.add("blocks", **row, times_the_floor=ms / floor)
+        add(name, statistics.median(times))
 
 
-def phase(run: Run, rates: Rates) -> None:
-    batch, image = (1, 32) if run.smoke else (64, 224)
-    run.attempt("dense blocks", lambda: measure_blocks(batch, image, rates, run))
-    problems = chosen_problems(batch, image)
+def sizes(run: Run) -> tuple[int, int]:
+    """Batch and side of the image."""
+    return (1, 32) if run.smoke else (64, 224)
+
+
+def measured_problems(run: Run) -> list[Problem]:
+    problems = chosen_problems(*sizes(run))
     if run.smoke:
         problems = [p._replace(pixels=(1, 1, 4, 4), C=16, K=16) for p in (*problems[:2], *problems[5:10])]
+    return problems
+
+
+def items(run: Run) -> list[Item]:
+    found = [
+        Item("rates of the device", lambda: rates_of(run)),
+        Item("dense blocks", lambda: measure_blocks(*sizes(run), run)),
+    ]
     for arithmetic in ARITHMETICS:
-        for i, problem in enumerate(problems):
-            if run.left() < 2:
-                run.add("dropped", what=f"primitives in {arithmetic}: {', '.join(map(str, problems[i:]))}")
-                break
-            measure = functools.partial(measure_problem, problem, arithmetic, rates, run, 0.1)
-            run.attempt(f"{problem}, {arithmetic}", measure)
+        for problem in measured_problems(run):
+            measure = functools.partial(measure_problem, problem, arithmetic, run, 0.1)
+            found.append(Item(f"{problem}, {arithmetic}", measure, 30.0))
+    return found

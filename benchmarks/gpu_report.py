@@ -1,164 +1,276 @@
-"""Everything that a GPU can tell, in one command and at most eight minutes.
+"""Everything that a GPU can tell, in one command that ends within nine minutes.
 
-    python benchmarks/gpu_report.py --output results
+    python3 benchmarks/gpu_report.py --output results
 
-It builds the package in this checkout, runs the tests marked ``gpu`` and, where it is installed, compute-sanitizer; then
-it times every primitive of every backend against its floor, DenseNet-121's dense blocks alone, and training and
-inference steps of whole networks beside torchvision's (eager, channels-last, memory_efficient, torch.compile). Times are
-medians of interleaved rounds by the device's events. report.md and report.json name the GPU, the driver, the versions
-and the commit. What there is no time for is dropped from the end of each list, and the report says so; memory that runs
-out and whatever else fails is a line of the report.
+A checkout is enough, with torch, triton, numpy and pytest. It builds the package there, kernels required; runs the tests
+that need a GPU and, where it is installed, compute-sanitizer on the CUDA kernels; then it times every primitive of every
+backend against its floor, DenseNet-121's dense blocks alone, and training and inference steps of whole networks beside
+torchvision's (eager, channels-last, memory_efficient, torch.compile). Times are medians of interleaved rounds by the
+device's events. report.md and report.json name the GPU, the driver, the versions and the commit.
+
+The report is on disk from the first seconds on and holds what is known, whatever is killed: every figure is a line of
+rows.jsonl as soon as it is measured, a case that fails or takes its process with it is a line of the report, the next
+has a process of its own. What there is no time for is dropped from the end of each list, and the report says so.
 
 ``--smoke`` goes the same way on the CPU, with Triton's interpreter, in tiny sizes.
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
+import contextlib
 import json
 import pathlib
+import shlex
+import signal
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import gpu_checks
 import torch
-from gpu_run import REPOSITORY, Process, Run, nvidia_smi, read_rows
+from gpu_checks import Check
+from gpu_phase import ALONE
+from gpu_run import POISONED, Process, Row, Run, ending, latest, nvidia_smi, read_rows
+from gpu_text import markdown, plain
 
-PHASES = ("build", "tests", "sanitizer", "primitives", "networks")
-LIMITS = {"build": 110, "tests": 100, "sanitizer": 70, "primitives": 80, "networks": 480}
-"""Seconds at most; what a phase leaves goes to the ones after it."""
-CLOSING = 8
+STAGES = ("build", "tests", "sanitizers", "primitives", "networks")
+LIMITS = {"build": 150, "CUDA": 75, "Triton": 110, "memcheck": 60, "racecheck": 50, "primitives": 80}
+"""Seconds at most; what a stage leaves goes to the ones after it, and the networks have all that is left."""
+CLOSING = 6
+LEAST = 3
+"""Seconds without which nothing is begun."""
+
+
+class Stopped(BaseException):
+    """By a signal."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("gpu_report"), metavar="FOLDER")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, to show that the report works")
-    parser.add_argument("--minutes", type=float, default=8.0, help="the report is written before they are over")
-    parser.add_argument("--skip", nargs="+", default=[], choices=PHASES, help="phases to leave out")
-    parser.add_argument("--phase", nargs=3, metavar=("NAME", "ROWS", "SECONDS"), help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=8.5, help="the report is complete before they are over")
+    parser.add_argument("--skip", nargs="+", default=[], choices=STAGES, help="stages to leave out")
+    parser.add_argument("--commit", help="of the sources, where there is no git to ask")
     args = parser.parse_args()
-    if args.smoke:
-        interpret()
-    if args.phase:
-        name, rows, seconds = args.phase
-        run_phase(name, Run(pathlib.Path(rows), float(seconds), args.smoke))
-        return
     if not args.smoke and not torch.cuda.is_available():
         raise SystemExit("gpu_report.py: torch sees no GPU; --smoke shows on the CPU that the report works")
-    report = make_report(args.smoke, args.minutes * 60, [phase for phase in PHASES if phase not in args.skip])
-    from gpu_text import markdown
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    (args.output / "report.md").write_text(text)
-    print(text)
-    failed = [row["check"] for row in report["rows"] if row["kind"] == "check" and "failed" in row["outcome"]]
-    if failed:
-        raise SystemExit(f"gpu_report.py: failed: {', '.join(failed)}; the report is in {args.output}")
-
-
-def interpret() -> None:
-    """Triton's interpreter, with the repairs that the tests make to it."""
-    sys.path.append(str(REPOSITORY / "tests" / "triton_backend"))
-    if importlib.util.find_spec("triton") is not None:
-        importlib.import_module("triton_cpu")
-
-
-def run_phase(name: str, run: Run) -> None:
-    import gpu_checks
-    import gpu_networks
-    import gpu_primitives
-    from gpu_timing import measure_rates, tf32
-
-    with tf32(True):
-        if name == "primitives":
-            rates = measure_rates(run)
-            run.add("rates", **rates._asdict())
-            gpu_primitives.phase(run, rates)
-        elif name == "warm":
-            if not run.smoke:
-                gpu_checks.small_run(run)  # the sanitizers find its kernels compiled
-            gpu_networks.warm(run)
-        else:
-            {"networks": gpu_networks.phase, "small": gpu_checks.small_run}[name](run)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    report = Report(args.output, args.minutes * 60, args.smoke, args.commit)
+    status = "complete"
+    try:
+        make(report, [stage for stage in STAGES if stage not in args.skip])
+    except BaseException as error:  # whatever it is, what is known must be written
+        status = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, Stopped):
+            raise
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        for process in list(Process.running):
+            process.stop()
+        report.close(status)
+    bad = [row["check"] for row in report.rows() if row["kind"] == "check" and row["outcome"] == "failed"]
+    if bad or status != "complete":
+        raise SystemExit(f"gpu_report.py: {status}; failed: {', '.join(bad) or 'nothing'}; see {args.output}")
 
 
-def make_report(smoke: bool, seconds: float, phases: list[str]) -> dict[str, Any]:
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        run = Run(folder / "report.jsonl", seconds - CLOSING, smoke)
-        warming = start_phase("warm", folder, run) if "networks" in phases else None
-        for phase in phases:
-            allowed = run.left() if smoke else min(LIMITS[phase], run.left())
-            if allowed < 3:
-                run.add("dropped", what=phase)
-            elif phase in ("primitives", "networks"):
-                if warming is not None:
-                    warming.stop()  # nothing is timed beside it
-                measured(phase, folder, run, allowed)
-            elif phase == "sanitizer":
-                sanitize(folder, run, allowed)
-            else:
-                checked(phase, folder, run, allowed)
-        files = [run.rows, *(folder / f"{phase}.jsonl" for phase in ("primitives", "networks"))]
-        rows = [row for file in files for row in read_rows(file)]
-    return {**where(run), "smoke": smoke, "seconds": time.monotonic() - began, "rows": rows}
+def stop(number: int, _: object) -> None:
+    raise Stopped(f"stopped by {signal.Signals(number).name}")
 
 
-def phase_command(name: str, folder: pathlib.Path, run: Run, seconds: float) -> list[str]:
-    script = [sys.executable, str(pathlib.Path(__file__).resolve()), *(["--smoke"] if run.smoke else [])]
-    return [*script, "--phase", name, str(folder / f"{name}.jsonl"), str(seconds)]
+class Report:
+    """The output folder: rows.jsonl, and report.json and report.md made from it again and again."""
 
+    def __init__(self, folder: pathlib.Path, seconds: float, smoke: bool, commit: str | None) -> None:
+        self.folder, self.commit, self.began = folder, commit, time.monotonic()
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for file in (folder / "rows.jsonl", *self.logs.iterdir()):
+            file.unlink(missing_ok=True)
+        self.run = Run((folder / "rows.jsonl").absolute(), seconds - CLOSING, smoke)
+        self.written, self.started = 0.0, 0
+        self.write("in progress")
 
-def start_phase(name: str, folder: pathlib.Path, run: Run) -> Process:
-    return Process(phase_command(name, folder, run, run.left()), folder / f"{name}.log")
+    def rows(self) -> list[Row]:
+        return read_rows(self.run.rows)
 
-
-def measured(name: str, folder: pathlib.Path, run: Run, seconds: float) -> None:
-    """Runs a phase, which should be done a little before it is stopped."""
-    process = Process(phase_command(name, folder, run, seconds - 3), folder / f"{name}.log")
-    status = process.wait(seconds)
-    if status is None:
-        run.add("dropped", what=f"the end of {name}: it was stopped after {seconds:.0f} s, in what is not listed")
-    elif status != 0:
-        run.add("failed", what=name, error=process.last_lines(15))
-
-
-def checked(name: str, folder: pathlib.Path, run: Run, seconds: float) -> None:
-    from gpu_checks import check, commands
-
-    command, variables = commands(run.smoke)[name]
-    run.add("check", **check(name, command, variables, seconds, folder))
-
-
-def sanitize(folder: pathlib.Path, run: Run, seconds: float) -> None:
-    from gpu_checks import SANITIZER_TOOLS, check, sanitizer, sanitizer_command
-
-    program = sanitizer()
-    if program is None:
-        run.add("check", check="compute-sanitizer", outcome="not installed")
-        return
-    for tool in SANITIZER_TOOLS:
-        command = phase_command("small", folder, run, seconds)
-        arguments, variables = sanitizer_command(program, tool, command)
-        run.add("check", **check(tool, arguments, variables, seconds / len(SANITIZER_TOOLS), folder))
-
-
-def where(run: Run) -> dict[str, Any]:
-    from common import environment
-
-    found = environment(run.device, torch.float32)
-    found["machine"]["driver"] = None if run.smoke else nvidia_smi("driver_version")
-    for package in ("triton", "torchvision"):
+    def write(self, status: str) -> None:
+        rows = latest(self.rows())
+        where: dict[str, Any] = next((row for row in rows if row["kind"] == "where"), {})
+        found = {
+            "machine": {"gpu": None if self.run.smoke else nvidia_smi("name"), "processor": None, "driver": None},
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
+            "commit": None,
+            "backend": None,
+            **{key: value for key, value in where.items() if key != "kind"},
+            "command": shlex.join(["python3", *sys.orig_argv[1:]]),
+            "smoke": self.run.smoke,
+            "status": status,
+            "seconds": time.monotonic() - self.began,
+            "rows": [row for row in rows if row["kind"] != "where"],
+        }
+        found["commit"] = self.commit or found["commit"]
         try:
-            found["versions"][package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found["versions"][package] = None
-    return found
+            text = markdown(found)
+        except Exception as error:
+            text = plain(found, f"the tables cannot be made: {type(error).__name__}: {error}")
+        for name, content in (("report.json", json.dumps(found, indent=1) + "\n"), ("report.md", text)):
+            new = self.folder / f".{name}"
+            new.write_text(content)
+            new.replace(self.folder / name)
+        self.written = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.began:4.0f} s] {text}", flush=True)
+
+    def tick(self) -> None:
+        if time.monotonic() - self.written > 2.0:
+            self.write("in progress")
+
+    def close(self, status: str) -> None:
+        """The last report; the logs go into one file."""
+        self.write(status)
+        files = sorted(self.logs.iterdir(), key=lambda file: file.stat().st_mtime)
+        text = [f"===== {file.name}\n{file.read_text(errors='replace')}" for file in files]
+        (self.folder / "logs.txt").write_text("\n".join(text))
+        for file in files:
+            file.unlink()
+        self.logs.rmdir()
+        print((self.folder / "report.md").read_text(), flush=True)
+
+
+def make(report: Report, stages: list[str]) -> None:
+    run = report.run
+    run.add("tools", **gpu_checks.tools())
+    warming = start_warming(report, ["warm kernels", "warm peers"], stages)
+    if "build" in stages:
+        check(report, [[gpu_checks.build(run, allowed(report, "build"))]])
+    warming += start_warming(report, ["warm networks"], stages)
+    work_through(report, "where", min(60.0, run.left()))
+    if "tests" in stages:
+        check(report, [[gpu_checks.tests(run, "CUDA", allowed(report, "CUDA"))]])
+    # What is not timed may run side by side.
+    lanes = []
+    if "tests" in stages:
+        lanes.append([gpu_checks.tests(run, "Triton", allowed(report, "Triton"))])
+    if "sanitizers" in stages:
+        lanes.append(sanitizers(report))
+    check(report, lanes)
+    for process in warming:
+        if run.smoke:
+            process.wait(run.left())
+        process.stop()
+    for stage in ("primitives", "networks"):
+        if stage in stages:
+            work_through(report, stage, allowed(report, stage))
+
+
+def allowed(report: Report, name: str) -> float:
+    return report.run.left() if report.run.smoke else min(LIMITS.get(name, float("inf")), report.run.left())
+
+
+def phase_command(report: Report, name: str) -> list[str]:
+    script = pathlib.Path(__file__).resolve().with_name("gpu_phase.py")
+    return [sys.executable, str(script), name, str(report.run.rows), *(["--smoke"] if report.run.smoke else [])]
+
+
+def start_phase(report: Report, name: str) -> Process:
+    report.started += 1
+    return Process(phase_command(report, name), report.logs / f"{name}, {report.started}.log")
+
+
+def start_warming(report: Report, names: list[str], stages: list[str]) -> list[Process]:
+    processes = []
+    for name in names if {"primitives", "networks"} & set(stages) else []:
+        processes.append(start_phase(report, name))
+        processes[-1].tell(first=0, seconds=report.run.left())
+    return processes
+
+
+def sanitizers(report: Report) -> list[Check]:
+    program = gpu_checks.sanitizer()
+    if program is None:
+        report.run.add("check", check="compute-sanitizer", outcome="not installed")
+        return []
+    phase = phase_command(report, "small")
+    return [gpu_checks.sanitized(program, tool, phase, allowed(report, tool)) for tool in gpu_checks.SANITIZERS]
+
+
+def check(report: Report, lanes: list[list[Check]]) -> None:
+    """The lanes side by side, the checks of a lane one after the other."""
+    waiting = [iter(lane) for lane in lanes]
+    current: dict[int, tuple[Check, Process]] = {}
+    while True:
+        for lane, checks in enumerate(waiting):
+            if lane not in current:
+                with contextlib.suppress(StopIteration):
+                    current[lane] = begin(report, checks)
+        if not current:
+            return
+        for lane, (here, process) in list(current.items()):
+            status = process.wait(0.1)
+            late = process.seconds() > here.seconds or report.run.left() < 0
+            if status is not None or late:
+                process.stop()
+                row = gpu_checks.result(here, process, status, report.rows())
+                report.run.add("check", **row)
+                report.say(f"{row['check']}: {row['outcome']} {row['closing']}")
+                del current[lane]
+        report.tick()
+
+
+def begin(report: Report, checks: Iterator[Check]) -> tuple[Check, Process]:
+    """The next for which there is time.
+
+    Raises:
+        StopIteration: there is none.
+    """
+    while True:
+        here = next(checks)
+        if report.run.left() > LEAST:
+            return here, gpu_checks.start(here, report.logs)
+        report.run.add("dropped", what=here.name)
+
+
+def work_through(report: Report, name: str, seconds: float) -> None:
+    """A phase, with a new process behind every item that ended the one before, and for a phase of :data:`ALONE` every
+    item; that process imports what it needs while the one before works."""
+    run, end = report.run, time.monotonic() + seconds
+    first, spare = 0, start_phase(report, name)
+    while end - time.monotonic() > LEAST:
+        process, spare = spare, start_phase(report, name) if name in ALONE else None
+        process.tell(first=first, seconds=end - time.monotonic() - LEAST)
+        status = None
+        while status is None and time.monotonic() < end:
+            status = process.wait(0.5)
+            report.tick()
+        process.stop()
+        rows = [row for row in report.rows() if row.get("phase") == name]
+        begun = next((row for row in reversed(rows) if row["kind"] == "begun"), {"index": -1, "what": name})
+        if status is None:
+            run.add("dropped", what=f"{name}: the end of it, from {begun['what']} on; there was no time left")
+            break
+        if status not in (0, POISONED):
+            last = process.last_lines(1)
+            run.add(
+                "failed",
+                what=begun["what"],
+                error=f"its process {ending(status)}: {last}",
+                output=process.last_lines(30),
+            )
+            report.say(f"{begun['what']}: its process {ending(status)}: {last}")
+        if any(row["kind"] == "finished" for row in rows) or begun["index"] < first:
+            break
+        if name in ALONE:
+            report.say(begun["what"])
+        first, spare = begun["index"] + 1, spare or start_phase(report, name)
+    else:
+        run.add("dropped", what=f"{name}: the end of it, from item {first} on; there was no time left")
+    if spare is not None:
+        spare.stop()
+    report.say(f"{name}: done")
 
 
 if __name__ == "__main__":

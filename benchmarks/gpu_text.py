@@ -1,10 +1,11 @@
 """report.md from the rows of a report."""
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gpu_networks import COMPILED, EAGER
-
+EAGER, COMPILED = "eager, channels-last", "torch.compile, channels-last"
+"""Names of the variants that others are compared with."""
 MIB = 2**20
 CASE = ("network", "mode", "precision", "batch", "compiled")
 Row = dict[str, Any]
@@ -16,13 +17,20 @@ def markdown(report: dict[str, Any]) -> str:
         "# What a GPU said" if not report["smoke"] else "# What a CPU said, to show that the report works",
         *_where(report),
         *_checks(_of("check", rows)),
+        *_tests([row for row in _of("test", rows) if row["outcome"] == "failed"]),
         *_blocks(_of("blocks", rows)),
         *_networks(_of("network", rows), [row["name"] for row in _of("peer", rows)]),
         *_errors(_of("error", rows)),
         *_primitives(_of("primitive", rows)),
-        *_not_measured(_of("failed", rows), _of("dropped", rows)),
+        *_not_measured(_of("failed", rows), _of("dropped", rows), _unfinished(rows)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def plain(report: dict[str, Any], why: str) -> str:
+    """Every row as JSON, for the case that :func:`markdown` fails."""
+    rows = "\n".join(json.dumps(row) for row in report["rows"])
+    return f"# {why}\n\n{json.dumps({k: v for k, v in report.items() if k != 'rows'}, indent=1)}\n\n```\n{rows}\n```\n"
 
 
 def _of(kind: str, rows: list[Row]) -> list[Row]:
@@ -38,14 +46,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _where(report: dict[str, Any]) -> list[str]:
     machine, versions = report["machine"], report["versions"]
     lines = [
-        f"- device: {machine['gpu'] or machine['processor']}, driver {machine['driver'] or 'none'}",
-        "- " + ", ".join(f"{name} {version}" for name, version in versions.items()),
-        f"- commit {report['commit'] or 'unknown'}; `{report['command']}`; {report['seconds']:.0f} s",
+        f"- {report['status']}, {report['seconds']:.0f} s: `{report['command']}`",
+        f"- device: {machine['gpu'] or machine['processor'] or 'not asked yet'}, driver {machine['driver'] or 'none'}",
+        "- " + ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()),
+        f"- commit {report['commit'] or 'unknown'}",
     ]
-    rates = next(iter(_of("rates", report["rows"])), None)
-    if rates is not None:
-        products = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in rates["products"].items())
-        lines.append(f"- measured: copy {rates['copy'] / 1e9:.0f} GB/s (read and written); matrix product {products}")
+    reasons = report.get("backends")
+    if reasons is not None:
+        lines.append("- backends: " + "; ".join(f"{name}: {reason or 'runs'}" for name, reason in reasons.items()))
+    for row in _of("tools", report["rows"]):
+        found = ", ".join(f"{name} {what or 'missing'}" for name, what in row.items() if name != "kind")
+        lines.append(f"- to build and check: {found}")
+    for row in _of("rates", report["rows"]):
+        products = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in row["products"].items())
+        lines.append(f"- measured: copy {row['copy'] / 1e9:.0f} GB/s (read and written); matrix product {products}")
     return ["\n".join(lines)]
 
 
@@ -55,6 +69,18 @@ def _checks(rows: list[Row]) -> list[str]:
     cells = [(row["check"], row["outcome"], row.get("seconds", ""), row.get("closing", "")) for row in rows]
     outputs = [f"Output of {row['check']}:\n\n```\n{row['output']}\n```" for row in rows if row.get("output")]
     return ["## Checks", table(("check", "outcome", "s", "last word"), cells), *outputs]
+
+
+def _tests(failed: list[Row]) -> list[str]:
+    lines = [f"- `{row['test']}`: {row['error']}" for row in failed]
+    return ["## Tests that failed", "\n".join(lines)] if lines else []
+
+
+def _unfinished(rows: list[Row]) -> list[Row]:
+    """What was begun last in each phase, if nothing has ended it."""
+    last = {row["phase"]: row for row in rows if row["kind"] in ("begun", "ended", "finished")}
+    failed = {row["what"] for row in _of("failed", rows)}
+    return [row for row in last.values() if row["kind"] == "begun" and row["what"] not in failed]
 
 
 def _blocks(rows: list[Row]) -> list[str]:
@@ -104,7 +130,7 @@ def _errors(rows: list[Row]) -> list[str]:
 
 def _primitives(rows: list[Row]) -> list[str]:
     sections = []
-    text = "Device time inside a CUDA graph; host time is that of a call's Python and launch. Errors: against eager."
+    text = "Device time inside a CUDA graph, with a second-level cache that holds other data; host time is that of a call's Python and launch. Errors: against eager."
     header = ("", "backend", "µs", "floor, µs", "× floor", "GB/s", "TFLOP/s", "host, µs", "error")
     for arithmetic in dict.fromkeys(row["arithmetic"] for row in rows):
         cells = []
@@ -117,10 +143,12 @@ def _primitives(rows: list[Row]) -> list[str]:
     return ["## Primitives against their floors", text, *sections] if sections else []
 
 
-def _not_measured(failed: list[Row], dropped: list[Row]) -> list[str]:
+def _not_measured(failed: list[Row], dropped: list[Row], unfinished: list[Row]) -> list[str]:
     lines = [f"- {row['what']}: {row['error']}" for row in failed]
+    lines += [f"- begun and not ended: {row['phase']}: {row['what']}" for row in unfinished]
     lines += [f"- dropped, no time was left: {row['what']}" for row in dropped]
-    return ["## Not measured", "\n".join(lines)] if lines else []
+    outputs = [f"Output of {row['what']}:\n\n```\n{row['output']}\n```" for row in failed if row.get("output")]
+    return ["## Not measured", "\n".join(lines), *outputs] if lines else []
 
 
 def _ms(milliseconds: float) -> str:

@@ -47,13 +47,13 @@ def interleaved(works: dict[str, Work], run: Run, seconds: float, least: int = 5
     return times
 
 
-def graph_of(work: Work, run: Run, calls: int = 1) -> Work:
-    """``calls`` calls captured in a CUDA graph, so that nothing of the host is timed; the work itself on a CPU.
+def graph_of(work: Work, run: Run) -> Work:
+    """``work`` captured in a CUDA graph, so that nothing of the host is timed; the work itself on a CPU.
 
     The work runs beforehand on a stream of its own: what it compiles or allocates once is not captured.
     """
     if run.device.type != "cuda":
-        return lambda: [work() for _ in range(calls)]
+        return work
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -62,8 +62,7 @@ def graph_of(work: Work, run: Run, calls: int = 1) -> Work:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
-            work()
+        work()
     return graph.replay
 
 

@@ -20,8 +20,8 @@ Three kinds of rows:
 import argparse
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,57 +32,20 @@ from common import (
     MIB,
     add_output_options,
     console,
-    describe,
-    environment,
     fuse,
     plot_axes,
     progress,
     save_plot,
     write_json,
 )
-from peers import torchvision_densenets
+from peers import NETWORKS, Architecture, checkpointed, torchvision_densenets
+from provenance import describe, environment
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fused_densenet.reference import DenseBlock, DenseLayer, DenseNet
+from fused_densenet.reference import DenseNet
 
-
-class Architecture(NamedTuple):
-    growth_rate: int
-    block_config: tuple[int, ...]
-    num_init_features: int
-
-
-NETWORKS = {
-    "densenet121": Architecture(32, (6, 12, 24, 16), 64),
-    "densenet169": Architecture(32, (6, 12, 32, 32), 64),
-    "densenet201": Architecture(32, (6, 12, 48, 32), 64),
-    "densenet161": Architecture(48, (6, 12, 36, 24), 96),
-}
 DEPTHS = (4, 8, 16, 32, 48, 64)
-
-
-class CheckpointedBlock(DenseBlock):
-    """The reference's block with torchvision's ``memory_efficient`` recipe."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for layer in cast(Iterable[DenseLayer], self.children()):
-            bottleneck = checkpoint(functools.partial(_concatenated_bottleneck, layer), *features, use_reentrant=False)
-            features.append(layer.conv2(F.relu(layer.norm2(bottleneck))))
-        return torch.cat(features, dim=1)
-
-
-def _concatenated_bottleneck(layer: DenseLayer, *features: Tensor) -> Tensor:
-    return layer.conv1(F.relu(layer.norm1(torch.cat(features, dim=1))))
-
-
-def checkpointed(network: DenseNet) -> DenseNet:
-    for module in network.modules():
-        if type(module) is DenseBlock:
-            module.__class__ = CheckpointedBlock
-    return network
 
 
 VARIANTS: dict[str, Callable[[DenseNet], nn.Module]] = {

@@ -25,8 +25,6 @@ from common import (
     COLOURS,
     add_output_options,
     console,
-    describe,
-    environment,
     fuse,
     in_layout,
     plot_axes,
@@ -35,6 +33,7 @@ from common import (
     write_json,
 )
 from peers import torchvision_densenets
+from provenance import describe, environment
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

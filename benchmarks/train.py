@@ -28,8 +28,6 @@ from common import (
     MIB,
     add_output_options,
     console,
-    describe,
-    environment,
     fuse,
     in_layout,
     plot_axes,
@@ -37,6 +35,7 @@ from common import (
     save_plot,
     write_json,
 )
+from provenance import describe, environment
 from rich.table import Table
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn

@@ -87,7 +87,8 @@ def result(check: Check, process: Process, status: int | None, rows: list[Row]) 
     if check.name.startswith("tests"):
         row["closing"] = counted([r for r in rows if r.get("suite") == check.variables[SUITE]])
     else:
-        row["closing"] = (re.findall(r"^=+ (.*SUMMARY.*)$", tail, re.MULTILINE) or [""])[-1].strip("= ")
+        row["closing"] = "nothing compiled" if check.variables.get("FUSED_DENSENET_BUILD") == "off" else ""
+        row["closing"] += (re.findall(r"^=+ (.*SUMMARY.*)$", tail, re.MULTILINE) or [""])[-1].strip("= ")
     if status != 0:
         why = f"after {process.seconds():.0f} s" if status is None else ending(status)
         row["closing"] = "; ".join(filter(None, [why, row["closing"]]))

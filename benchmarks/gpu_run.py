@@ -6,6 +6,7 @@ happens afterwards.
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import pathlib
@@ -107,6 +108,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
+@functools.cache
 def nvidia_smi(what: str) -> str | None:
     """A property of the first GPU; None where there is no such tool."""
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "-i", "0"]

@@ -1,9 +1,9 @@
 """A phase of gpu_report.py, in a process of its own: its items one after the other, from the one it is told.
 
-    python gpu_phase.py NAME ROWS [--smoke]
+    python gpu_phase.py NAME ROWS [--smoke] [--order ORDER]
 
-It imports everything, then waits for a line of JSON on its standard input: ``first``, the number of the item to begin
-with, and ``seconds``, the time that there is. Every item is a row when it begins and when it has ended, so that whoever
+It imports everything, then waits for its order, a line of JSON on its standard input: ``first``, the number of the item
+to begin with, and ``seconds``, the time that there is. Every item is a row when it begins and when it has ended, so that whoever
 started the process can go on behind an item that took the process with it. An item that takes too long ends the process,
 with a traceback of where it was.
 """
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from gpu_run import REPOSITORY, Run
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("name", choices=PHASES)
     parser.add_argument("rows", type=pathlib.Path)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--order", help="instead of a line on standard input")
     args = parser.parse_args()
     if args.smoke:
         interpret()
@@ -59,9 +61,10 @@ def main() -> None:
     items_of = getattr(importlib.import_module(module), function)
     from gpu_timing import tf32
 
-    order = json.loads(sys.stdin.readline() or "{}")
-    if not order:  # whoever started it has ended, or needs it no more
-        return
+    line = args.order or sys.stdin.readline()
+    if not line:
+        raise SystemExit("gpu_phase.py: ended without an order")
+    order = json.loads(line)
     run.end = time.monotonic() + order["seconds"]
     with tf32(True):
         work_through(args.name, items_of(run), order["first"], run)
@@ -87,6 +90,8 @@ def work_through(name: str, items: list[Item], first: int, run: Run) -> None:
         faulthandler.dump_traceback_later(item.seconds, exit=True)
         run.attempt(item.name, item.work)
         faulthandler.cancel_dump_traceback_later()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes are on the device
         run.add("ended", phase=name, index=index, what=item.name, seconds=time.monotonic() - began)
         if name in ALONE:
             break

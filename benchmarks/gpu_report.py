@@ -37,6 +37,8 @@ STAGES = ("build", "tests", "sanitizers", "primitives", "networks")
 LIMITS = {"build": 150, "CUDA": 75, "Triton": 110, "memcheck": 60, "racecheck": 50, "primitives": 80}
 """Seconds at most; what a stage leaves goes to the ones after it, and the networks have all that is left."""
 CLOSING = 6
+ASKED = (("gpu", "name"), ("driver", "driver_version"))
+"""Of nvidia-smi, until the package has told more."""
 LEAST = 3
 """Seconds without which nothing is begun."""
 
@@ -100,7 +102,10 @@ class Report:
         rows = latest(self.rows())
         where: dict[str, Any] = next((row for row in rows if row["kind"] == "where"), {})
         found = {
-            "machine": {"gpu": None if self.run.smoke else nvidia_smi("name"), "processor": None, "driver": None},
+            "machine": {
+                "processor": None,
+                **{name: None if self.run.smoke else nvidia_smi(asked) for name, asked in ASKED},
+            },
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
             "commit": None,
             "backend": None,

@@ -47,7 +47,7 @@ def _where(report: dict[str, Any]) -> list[str]:
     machine, versions = report["machine"], report["versions"]
     lines = [
         f"- {report['status']}, {report['seconds']:.0f} s: `{report['command']}`",
-        f"- device: {machine['gpu'] or machine['processor'] or 'not asked yet'}, driver {machine['driver'] or 'none'}",
+        f"- device: {machine['gpu'] or machine['processor'] or 'unknown'}, driver {machine['driver'] or 'none'}",
         "- " + ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()),
         f"- commit {report['commit'] or 'unknown'}",
     ]

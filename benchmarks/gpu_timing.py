@@ -35,7 +35,7 @@ def interleaved(works: dict[str, Work], run: Run, seconds: float, least: int = 5
     Short work is repeated within a sample, so that an event's own microseconds do not count.
     """
     repeats, rounds = dict.fromkeys(works, 1), 1
-    if not run.smoke:
+    if works and not run.smoke:
         once = {name: max(milliseconds(work, run.device), 1e-3) for name, work in works.items()}
         repeats = {name: min(10, max(1, round(10 / t))) for name, t in once.items()}
         one_round = sum(once[name] * repeats[name] for name in works) / 1e3

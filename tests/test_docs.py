@@ -82,3 +82,12 @@ def test_links_and_variables() -> None:
     variables = {name for file in sources for name in re.findall(r"FUSED_DENSENET_[A-Z]+", file.read_text())}
     readme = (ROOT / "README.md").read_text()
     assert variables and not [name for name in variables if f"`{name}`" not in readme]
+
+
+def test_no_architecture_is_named_that_is_not_compiled_for() -> None:
+    """AMD's: the tests compile Triton's kernels for those of triton_offline.TARGETS."""
+    targets = re.findall(
+        r'^    "(gfx\w+)": ', (ROOT / "tests/triton_backend/triton_offline.py").read_text(), re.MULTILINE
+    )
+    named = {name for page in PAGES for name in re.findall(r"\bgfx\w+", page.read_text())}
+    assert named and named <= set(targets)

@@ -35,7 +35,7 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fallbacks_warn_again() -> None:
     """A fallback warns once per process and reason: each test starts anew."""
-    reasons._warn_once.cache_clear()
+    reasons.warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

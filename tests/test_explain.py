@@ -41,6 +41,7 @@ def test_every_reason() -> None:
         model(images())
 
 
+@pytest.mark.filterwarnings("ignore:not every dense block:fused_densenet.FallbackWarning")
 def test_before_fuse() -> None:
     model = network()
     model.features.denseblock2.denselayer1.norm1 = nn.GroupNorm(2, 8)

@@ -86,6 +86,7 @@ def test_monais_dropout(dims: int, shape: tuple[int, ...]) -> None:
     assert (dropped == 0).flatten(2).all(2).any() == (dims > 1)
 
 
+@pytest.mark.filterwarnings("ignore:not every dense block:fused_densenet.FallbackWarning")
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -112,6 +113,7 @@ def test_timms_architectures(architecture: str) -> None:
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
 
 
+@pytest.mark.filterwarnings("ignore:not every dense block:fused_densenet.FallbackWarning")
 def test_timms_own_switches() -> None:
     model = fuse(timm.create_model("densenet121", act_layer="relu", proj_drop_rate=0.1))
     blocks = dense_blocks(model, "timm")

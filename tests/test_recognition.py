@@ -1,7 +1,6 @@
 """What ``fuse`` takes for a dense block or a transition: what computes the same, and nothing that only looks like it."""
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_densenet import (
     FallbackError,
+    FallbackWarning,
     FusedDenseBlock,
     FusedTransition,
     explain,
@@ -131,18 +131,18 @@ def _changed(change: Callable[[nn.Module], None]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_cannot_be_fused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_fused(name: str) -> None:
     make, reason = OTHERS[name]
     model = nn.ModuleDict({"good": peers.DenseBlock(*SIZE), "odd": make()})
     kind = type(model["odd"])
     with pytest.raises(FallbackError, match=f"odd: .*{reason}"):
         fuse(model, strict=True)
     assert not blocks(model)
-    fuse(model)
+    with pytest.warns(FallbackWarning, match=f"^not every dense block can be fused: odd: .*{reason}") as warned:
+        fuse(fuse(model))
+    assert len(warned) == 1  # once
+    assert warned[0].filename == __file__
     assert isinstance(model["good"], FusedDenseBlock) and type(model["odd"]) is kind
-    report = capsys.readouterr().out
-    assert re.search(f"not fused: odd: .*{reason}", report)
-    assert report.startswith("fuse(ModuleDict): 1 FusedDenseBlock, 0 FusedTransition, 0 FusedFeatures\n")
 
 
 class _Transition(nn.Sequential):
@@ -185,6 +185,7 @@ def test_transition_that_cannot_be_fused(transition: nn.Module, reason: str) -> 
     assert (report.name, report.fused) == ("0", False) and report.reasons[0].startswith(reason)
 
 
+@pytest.mark.filterwarnings("ignore:not every dense block:fused_densenet.FallbackWarning")
 @pytest.mark.parametrize("patched", [peers.DenseBlock, peers.DenseLayer, peers.Transition])
 def test_class_that_was_patched(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A known class may not do what its package gave it to do."""
@@ -197,6 +198,7 @@ def test_class_that_was_patched(patched: Any, monkeypatch: pytest.MonkeyPatch) -
         assert all(report.fused != expected for report in reports)
 
 
+@pytest.mark.filterwarnings("ignore:not every dense block:fused_densenet.FallbackWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_network() -> None:
     model = torch.jit.script(network().float().eval())
@@ -207,10 +209,27 @@ def test_scripted_network() -> None:
     }
 
 
-def test_network_without_dense_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_network_without_dense_blocks(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    assert fuse(model, strict=True) is model
-    assert capsys.readouterr().out == "fuse(Sequential): no dense block was found\n"
+    with caplog.at_level("INFO", "fused_densenet"):
+        assert fuse(model, strict=True) is model
+    assert caplog.messages == ["fuse(Sequential): no dense block was found"]
+
+
+def test_what_fuse_did_is_logged_and_not_printed(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleList([peers.DenseBlock(*SIZE), _Transition(), _Transition(scale=2)])
+    with caplog.at_level("INFO", "fused_densenet"):
+        fuse(model)
+    assert [(r.name, r.levelname) for r in caplog.records] == [("fused_densenet", "INFO")] * 2
+    assert caplog.messages == [
+        "fuse(ModuleList): 1 FusedDenseBlock, 1 FusedTransition, 0 FusedFeatures",
+        "fuse(ModuleList): not fused: 2: the forward of _Transition computes something else than a FusedTransition",
+    ]
+    caplog.clear()
+    fuse(model)  # as logging is set up by default
+    assert (*capfd.readouterr(), caplog.messages) == ("", "", [])
 
 
 def test_around_a_block_is_no_block() -> None:

@@ -1,10 +1,11 @@
 """``fuse``: the dense blocks, transitions and stem of a network that somebody else built, run fused where they stand."""
 
+import logging
 from typing import TypeVar
 
 from torch import nn
 
-from ..fallback.reasons import FallbackError
+from ..fallback.reasons import FallbackError, warn_once
 from ..nn.block import FusedDenseBlock
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition
@@ -12,6 +13,8 @@ from .recognition import Finding, survey
 from .swapping import is_swapped, swap, swap_back
 
 Module = TypeVar("Module", bound=nn.Module)
+_log = logging.getLogger("fused_densenet")
+_LEFT = "not every dense block can be fused: "
 
 
 def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = False) -> Module:
@@ -22,7 +25,8 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     with ``norm1, relu1, conv1, norm2, relu2, conv2``, and give the same on a small random input. None of these packages
     is imported. A module that is replaced keeps its identity, parameters, state_dict keys and hooks, and is a
     :class:`FusedDenseBlock`, :class:`FusedTransition` or :class:`FusedFeatures` besides what
-    it was. What was replaced, and what not and why, is printed; ``fused_densenet.explain`` tells it of a model at any later time.
+    it was. What was replaced, and what not and why, is logged (``logging.getLogger("fused_densenet")``, INFO);
+    ``fused_densenet.explain`` tells it of a model at any later time.
 
     Args:
         model: the network, or a block itself.
@@ -36,6 +40,9 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     Raises:
         TypeError: a bad argument.
         FallbackError: with ``strict``, naming each module and the reasons; nothing is replaced then.
+
+    Warns:
+        FallbackWarning: what looks like a dense block and cannot be fused, each with its reasons; once for the same text.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -44,13 +51,15 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     name, findings = type(model).__name__, survey(model)
     left = [_described(f) for f in findings if f.reasons and f.fused_class is FusedDenseBlock]
     if strict and left:
-        raise FallbackError("not every dense block can be fused: " + "\n".join(left))
+        raise FallbackError(_LEFT + "\n".join(left))
     for finding in findings:
         if not finding.reasons and not finding.fused:
             swap(finding.module, finding.fused_class)
         if memory_efficient is not None and isinstance(finding.module, FusedDenseBlock):
             finding.module.memory_efficient = memory_efficient
-    _print_report(name, findings)
+    _report(name, findings)
+    if left:
+        warn_once(_LEFT + "\n".join(left), stacklevel=3)
     return model
 
 
@@ -69,15 +78,15 @@ def unfuse(model: Module) -> Module:
     return model
 
 
-def _print_report(name: str, findings: list[Finding]) -> None:
+def _report(name: str, findings: list[Finding]) -> None:
     counts = [
         f"{sum(f.fused for f in findings if f.fused_class is kind)} {kind.__name__}"
         for kind in (FusedDenseBlock, FusedTransition, FusedFeatures)
     ]
-    print(f"fuse({name}): {', '.join(counts) if findings else 'no dense block was found'}")
+    _log.info("fuse(%s): %s", name, ", ".join(counts) if findings else "no dense block was found")
     for finding in findings:
         if not finding.fused:
-            print(f"  not fused: {_described(finding)}")
+            _log.info("fuse(%s): not fused: %s", name, _described(finding))
 
 
 def _described(finding: Finding) -> str:

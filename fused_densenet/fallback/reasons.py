@@ -63,12 +63,13 @@ def announce(reasons: Sequence[str], name: str = "FusedDenseBlock") -> None:
     if os.environ.get(_VARIABLE, "0") not in ("", "0") if enabled is None else enabled:
         raise FallbackError(message)
     if not torch.compiler.is_compiling():
-        _warn_once(message)
+        warn_once(message, stacklevel=4)
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, FallbackWarning, stacklevel=4)
+def warn_once(message: str, stacklevel: int) -> None:
+    """A FallbackWarning, the first time that it is asked for; ``stacklevel`` is that of ``warnings.warn``."""
+    warnings.warn(message, FallbackWarning, stacklevel=stacklevel)
 
 
 def uses_batch_stats(norm: nn.Module) -> bool:

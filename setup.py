@@ -1,41 +1,54 @@
 """Builds the compiled extensions, or says what to do.
 
-The CPU's is linked against the torch that is installed here, by torch's own tools, so it is built without isolation;
-its name carries that torch's version (fused_densenet/backends/extension.py). The CUDA kernels become one library for every
-torch, compiled by nvcc and ninja. The README lists the variables that steer the build.
+They are plain libraries, not Python modules, and serve every Python: the CPU's is compiled for the torch that is
+installed here, hence without isolation, and named after its version (fused_densenet/backends/extension.py); the CUDA
+kernels' serves every torch. The README lists the variables that steer the build.
 """
 
-import importlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-MINIMUM_TORCH, TORCH_END = (2, 11), (2, 14)
+MINIMUM_TORCH = (2, 11)
 MINIMUM_GCC = (11, 3)  # torch's headers are C++20 and its developers ask for this one
 INSTALL = "pip install torch==2.13.0 'setuptools>=77' ninja && pip install --no-build-isolation -e ."
-FLAGS = ["-std=c++20", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"]
-OPTIMISE = ["-O3", "-g0"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-DNDEBUG", "-Wall", "-Wextra"]
+OPTIMISE = ["-O3"]
+BUILD = ("FUSED_DENSENET_BUILD", "auto", "required", "off")
 CUDA = ("FUSED_DENSENET_CUDA", "auto", "off", "required")
-CUDA_MODULE = "fused_densenet._cuda"
+SANITIZER = ("FUSED_DENSENET_SANITIZE", "", "address")
 MINIMUM_NVCC = (12, 8)  # the first for capabilities 10.0 and 12.0
 MINIMUM_CAPABILITY = (7, 5)
-ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # for a machine without a GPU
-ROOT = Path(__file__).parent
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # for a machine without a GPU, and for others
+ROOT = Path(__file__).parent.absolute()
+RULES = """
+rule cxx
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule link
+  command = $cxx -shared $in -o $out $flags
+rule nvcc
+  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule nvcc_link
+  command = $nvcc -shared $in -o $out $flags
+"""
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 
 def main() -> None:
-    build = option("FUSED_DENSENET_BUILD", "auto", "required", "off")
-    if build == "off":
+    wanted, cuda, _ = (option(*variable) for variable in (BUILD, CUDA, SANITIZER))
+    if wanted == "off":
         setup()
         return
     problem = torch_problem()
@@ -43,8 +56,8 @@ def main() -> None:
         raise SystemExit(f"fused_densenet: {problem}")
     problem = compiler_problem()
     if problem is None:
-        setup(**extensions())
-    elif build == "required" or option(*CUDA) == "required":
+        setup(**libraries())
+    elif "required" in (wanted, cuda):
         raise SystemExit(f"fused_densenet: the C++ extension cannot be compiled: {problem}")
     else:
         say(f"installing without the C++ extension: it works, slower. The reason: {problem}")
@@ -63,26 +76,46 @@ def say(message: str) -> None:
     print(f"\nfused_densenet: {message}\n", file=sys.stderr)
 
 
+def torch_folders() -> list[Path]:
+    """Where the torch packages are that the CPU's kernels are compiled for: the one installed, unless others are listed.
+
+    Raises:
+        ImportError: there is none.
+    """
+    listed = os.environ.get("FUSED_DENSENET_TORCH")
+    if listed:
+        return [Path(folder) for folder in listed.split(os.pathsep)]
+    import torch
+
+    return [Path(torch.__file__).parent]
+
+
+def torch_version(folder: Path) -> tuple[int, int]:
+    match = re.search(r"^__version__ = '(\d+)\.(\d+)", (folder / "version.py").read_text(), re.MULTILINE)
+    if match is None:
+        raise SystemExit(f"fused_densenet: {folder}/version.py: expected torch's version")
+    return int(match[1]), int(match[2])
+
+
 def torch_problem() -> str | None:
     """Why the torch of this environment cannot be built against, and what to run, or None."""
     try:
-        import torch
-    except ImportError as error:
+        versions = [torch_version(folder) for folder in torch_folders()]
+    except (ImportError, OSError) as error:
         return (
-            f"torch cannot be imported in the build environment ({error}). The extension is compiled against the torch "
+            f"there is no torch in the build environment ({error}). The extension is compiled against the torch "
             f"that it will run with, so install that first and build without isolation:\n\n    {INSTALL}\n"
         )
-    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    if not MINIMUM_TORCH <= version < TORCH_END:
+    old = [version for version in versions if version < MINIMUM_TORCH]
+    if old:
         return (
-            f"torch {torch.__version__} is installed, and {dotted(MINIMUM_TORCH)} up to, but not including, "
-            f"{dotted(TORCH_END)} is needed. Run:\n\n    {INSTALL}\n"
+            f"torch {dotted(old[0])} was found, and {dotted(MINIMUM_TORCH)} or newer is needed. Run:\n\n    {INSTALL}\n"
         )
     return None
 
 
 def compiler_problem() -> str | None:
-    """Why there is no compiler to build with, and what to do, or None. Sets CXX for torch's tools."""
+    """Why there is no compiler to build with, and what to do, or None. Sets CXX."""
     install = f"install g++ {dotted(MINIMUM_GCC)} or newer (Debian, Ubuntu: apt install g++) and install again"
     wanted = os.environ.get("CXX")
     found = shutil.which((wanted or "g++").split()[0])
@@ -99,8 +132,8 @@ def compiler_problem() -> str | None:
     version = (int(macros["__GNUC__"]), int(macros["__GNUC_MINOR__"]))
     if version < MINIMUM_GCC:
         return f"{command} is GCC {dotted(version)}, too old for torch's C++20 headers; {install}, or set CXX to it"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's headers (Python.h) are missing; install them (Debian, Ubuntu: apt install python3-dev)"
+    if shutil.which("ninja") is None:
+        return "ninja was not found: pip install ninja"
     os.environ["CXX"] = command
     return None
 
@@ -112,67 +145,52 @@ def predefined_macros(compiler: str) -> dict[str, str]:
     return {name: "".join(value) for _, name, *value in definitions}
 
 
-def extensions() -> dict[str, Any]:
+def libraries() -> dict[str, Any]:
     """The arguments of ``setup`` that compile csrc."""
-    tools = importlib.import_module("torch.utils.cpp_extension")
-    if hasattr(os, "sched_getaffinity"):
-        os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
-    modules = [cpu_extension(tools)]
-    if cuda_wanted():
-        modules.append(Extension(CUDA_MODULE, sources=["csrc/cuda_binding.cpp"], depends=relative(cuda_sources())))
+    folders = {f"_cpu_torch_{'_'.join(map(str, torch_version(folder)))}": folder for folder in torch_folders()}
+    names = [*folders, *(["_cuda"] if cuda_wanted() else [])]
 
-    class Build(tools.BuildExtension):  # type: ignore[misc, name-defined]
-        """torch's build, and for the library that is not a Python module, ninja."""
+    class Build(build_ext):
+        """ninja compiles everything at once."""
 
-        def build_extension(self, module: Extension) -> None:
-            if module.name == CUDA_MODULE:
-                build_cuda(Path(self.get_ext_fullpath(module.name)), Path(self.build_temp, "cuda"))
-            else:
-                super().build_extension(module)
+        def build_extensions(self) -> None:
+            files = {name: Path(self.get_ext_fullpath(f"fused_densenet.{name}")).absolute() for name in names}
+            cuda = files.pop("_cuda", None)
+            build({file: folders[name] for name, file in files.items()}, cuda, Path(self.build_temp).absolute())
 
         def get_ext_filename(self, name: str) -> str:
-            file = super().get_ext_filename(name)
-            return str(Path(file).with_name("_cuda.so")) if name.endswith("_cuda") else file
+            return f"{name.replace('.', os.sep)}.so"
 
+    class Wheel(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    sources = sorted(os.path.relpath(file, ROOT) for file in ROOT.glob("csrc/**/*.*"))
     return {
-        "ext_modules": modules,
-        "cmdclass": {"build_ext": Build},
-        "options": {"build_ext": {"force": True}},  # a build with other flags replaces this one; ninja knows which
+        "ext_modules": [Extension(f"fused_densenet.{name}", [], depends=sources) for name in names],
+        "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel},
     }
 
 
-def cpu_extension(tools: Any) -> Extension:
-    """The CPU's kernels, for this version of torch."""
-    import torch
+def build(cpu: dict[Path, Path], cuda: Path | None, folder: Path) -> None:
+    """Compiles the CPU's libraries, each for the torch package in a folder, and that of the CUDA kernels.
 
-    major, minor = torch.__version__.split(".")[:2]
-    sanitize = option("FUSED_DENSENET_SANITIZE", "", "address")
-    module = tools.CppExtension(
-        name=f"fused_densenet._C_torch_{major}_{minor}",
-        sources=relative([ROOT / "csrc/binding.cpp", *ROOT.glob("csrc/cpu/*.cpp")]),
-        extra_link_args=["-fopenmp", *(["-fsanitize=address"] if sanitize else [])],
-    )
-    # As system headers, torch's own do not drown this project's warnings.
-    system = [f"-isystem{path}" for path in module.include_dirs]
-    module.include_dirs = []
-    module.extra_compile_args = {"cxx": [*FLAGS, *(SANITIZE if sanitize else OPTIMISE), *system]}
-    return module
-
-
-def relative(paths: Iterable[Path]) -> list[str]:
-    return sorted(os.path.relpath(path, ROOT) for path in paths)
-
-
-def cuda_sources() -> list[Path]:
-    return sorted(ROOT.glob("csrc/cuda/*.cu"))
+    Objects and ninja's notes lie in ``folder``; ninja knows what was made of the same sources with the same flags.
+    """
+    script = [f"cxx = {os.environ['CXX']}", *(cpu_statements(cpu) if cpu else [])]
+    if cuda is not None:
+        script += [f"nvcc = {find_nvcc()} -ccbin {os.environ['CXX']}", *cuda_statements(cuda, torch_folders()[0])]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join([RULES, *script, ""]))
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    subprocess.run(["ninja", "-C", str(folder), "-j", jobs], check=True)
 
 
 def cuda_wanted() -> bool:
     """Whether to compile the CUDA kernels: by default where torch has CUDA and there is an nvcc."""
-    import torch
-
     wanted = option(*CUDA)
-    if wanted == "off" or (wanted == "auto" and torch.version.cuda is None):
+    has_cuda = any((folder / "lib/libtorch_cuda.so").exists() for folder in torch_folders())
+    if wanted == "off" or (wanted == "auto" and not has_cuda):
         return False
     problem = cuda_problem()
     if problem is not None and wanted == "required":
@@ -198,8 +216,6 @@ def cuda_problem() -> str | None:
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None or (int(release[1]), int(release[2])) < MINIMUM_NVCC:
         return f"{nvcc} is {release[0] if release else 'of an unknown release'}: {install}"
-    if shutil.which("ninja") is None:
-        return "ninja was not found: pip install ninja"
     return None
 
 
@@ -212,6 +228,8 @@ def find_nvcc() -> str | None:
 
 def default_architectures() -> str:
     """Those of this machine's NVIDIA GPUs, as torch's own tools have it; all where there is none that can be served."""
+    if os.environ.get("FUSED_DENSENET_TORCH"):
+        return ARCHITECTURES
     import torch
 
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -253,42 +271,51 @@ def architectures(wanted: str) -> list[str]:
     return flags
 
 
-def build_cuda(library: Path, folder: Path) -> None:
-    """Compiles csrc/cuda and its binding to ``library``; objects and ninja's notes lie in ``folder``.
+def cpu_statements(libraries: dict[Path, Path]) -> list[str]:
+    """ninja's, for libraries of the CPU's kernels, each for the torch package in a folder: the binding alone knows torch."""
+    sanitize = option(*SANITIZER)
+    flags = [*FLAGS, *(SANITIZE if sanitize else OPTIMISE)]
+    kernels = {f"{file.stem}.o": file for file in sorted(ROOT.glob("csrc/cpu/*.cpp"))}
+    statements = [statement(made, "cxx", [file], flags) for made, file in kernels.items()]
+    for library, folder in libraries.items():
+        binding = f"{library.stem}.o"
+        # As system headers, torch's own do not drown this project's warnings.
+        headers = ["-isystem", str(folder / "include")]
+        link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
+        link += ["-fsanitize=address"] if sanitize else []
+        statements.append(statement(binding, "cxx", [ROOT / "csrc/binding.cpp"], [*flags, *headers]))
+        statements.append(statement(library, "link", [binding, *kernels], link))
+    return statements
+
+
+def cuda_statements(library: Path, torch: Path) -> list[str]:
+    """ninja's, for the library of the CUDA kernels, with the headers of the torch package in a folder.
 
     The binding uses torch's stable ABI, and the CUDA runtime is linked statically: the library serves every torch from
     MINIMUM_TORCH on, and loads where there is no GPU or where torch has no CUDA.
     """
-    import torch
-
-    site = Path(torch.__file__).parent
     target = f"0x{MINIMUM_TORCH[0]:02X}{MINIMUM_TORCH[1]:02X}000000000000"
-    compile_all = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-MMD"]
-    compile_binding = ["-Xcompiler=-Wall,-Wextra", f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
-    compile_binding += ["-isystem", str(site / "include")]
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()
-    compile_kernel = architectures(wanted)
-    compile_binding.append(f"-DFD_ARCHITECTURES={':'.join(wanted.replace(';', ' ').split())}")
+    kernel = [*flags, *architectures(wanted)]
+    binding = [*flags, "-Xcompiler=-Wall,-Wextra", f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
+    binding += ["-isystem", str(torch / "include")]
+    binding.append(f"-DFD_ARCHITECTURES={':'.join(wanted.replace(';', ' ').split())}")
     # torch's CUDA libraries, where there are any, come with libtorch, of which itself nothing is used. nvcc would put
     # -l before the linker's own options.
-    link = [f"-L{site / 'lib'}", "-Xlinker=--no-undefined,--no-as-needed,-ltorch,-ltorch_cpu,--as-needed"]
-    rules = {
-        "binding": f"$nvcc {shlex.join([*compile_all, *compile_binding])} -MF $out.d -c $in -o $out",
-        "kernel": f"$nvcc {shlex.join([*compile_all, *compile_kernel])} -MF $out.d -c $in -o $out",
-        "link": f"$nvcc -shared -cudart=static $in -o $out {shlex.join(link)}",
-    }
-    lines = [f"nvcc = {find_nvcc()} -ccbin {os.environ['CXX']}"]
-    for name, command in rules.items():
-        lines += [f"rule {name}", f"  command = {command}", *(["  depfile = $out.d"] if name != "link" else [])]
-    sources = {"binding.o": ROOT / "csrc/cuda_binding.cpp"} | {f"{path.stem}.cuda.o": path for path in cuda_sources()}
-    for made, source in sources.items():
-        lines.append(f"build {made}: {'binding' if made == 'binding.o' else 'kernel'} {source}")
-    lines.append(f"build {library.absolute()}: link {' '.join(sources)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    library.parent.mkdir(parents=True, exist_ok=True)
-    Path(folder, "build.ninja").write_text("\n".join(lines) + "\n")
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    subprocess.run(["ninja", "-C", str(folder), *jobs], check=True)
+    link = ["-cudart=static", f"-L{torch / 'lib'}"]
+    link.append("-Xlinker=--no-undefined,--no-as-needed,-ltorch,-ltorch_cpu,--as-needed")
+    kernels = {f"{file.stem}.cuda.o": file for file in sorted(ROOT.glob("csrc/cuda/*.cu"))}
+    return [
+        statement("cuda_binding.o", "nvcc", [ROOT / "csrc/cuda_binding.cpp"], binding),
+        *(statement(made, "nvcc", [file], kernel) for made, file in kernels.items()),
+        statement(library, "nvcc_link", ["cuda_binding.o", *kernels], link),
+    ]
+
+
+def statement(made: Path | str, rule: str, sources: Iterable[Path | str], flags: list[str]) -> str:
+    names = [re.sub(r"([$ :])", r"$\1", str(name)) for name in (made, *sources)]
+    return f"build {names[0]}: {rule} {' '.join(names[1:])}\n  flags = {shlex.join(flags)}"
 
 
 def dotted(version: tuple[int, ...]) -> str:

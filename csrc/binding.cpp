@@ -1,11 +1,11 @@
-// The primitives' operators for CPU tensors and the module that Python imports; the schemas are
+// The primitives' operators for CPU tensors: a library for one version of torch and every Python. The schemas are
 // fused_densenet/backends/extension.py's.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -25,10 +25,17 @@ void run_serially(int64_t count, void (*body)(void*, int64_t), void* context) {
   for (int64_t i = 0; i < count; ++i) body(context, i);
 }
 
+// By torch's own OpenMP: this library has none.
 void run_in_parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, i);
-  });
+  struct Work {
+    void (*body)(void*, int64_t);
+    void* context;
+  } work{body, context};
+  const auto run = [](int64_t begin, int64_t end, void* of) {
+    const Work& work = *static_cast<Work*>(of);
+    for (int64_t i = begin; i < end; ++i) work.body(work.context, i);
+  };
+  TORCH_CHECK(torch_parallel_for(0, count, 1, run, &work) == 0, "fused_densenet: a kernel failed");
 }
 
 // `work` is in multiply-adds: a thread that gets too little of it costs more than it saves.
@@ -148,15 +155,13 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("run_program", Translated<&Cpu::run_program>::call);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The CPU kernels of fused_densenet; importing it registers them with torch.ops.fused_densenet.";
-  m.def(
-      "instruction_set", [] { return kernels_name(DType::f32, capability().c_str()); },
-      "The instruction set of the float32 kernels: avx512, avx2 or portable.");
-  m.def(
-      "instruction_set_bfloat16", [] { return kernels_name(DType::bf16, capability().c_str()); },
-      "The instruction set of the bfloat16 kernels: avx512_bf16, avx512, avx2 or portable.");
-  m.attr("compiler") = __VERSION__;
+#define FD_EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The instruction set of the kernels for float32 or, `narrow`, bfloat16: avx512_bf16, avx512, avx2 or portable.
+FD_EXPORTED const char* fused_densenet_cpu_instruction_set(bool narrow) {
+  return kernels_name(narrow ? DType::bf16 : DType::f32, capability().c_str());
 }
+
+FD_EXPORTED const char* fused_densenet_cpu_compiler() { return __VERSION__; }
 
 }  // namespace fused_densenet

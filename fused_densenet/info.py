@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from . import __version__
-from .backends import BACKENDS, choice, choose, cuda, extension
+from .backends import BACKENDS, choice, choose, cpu, cuda, extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,12 +36,12 @@ def report() -> str:
 
 
 def _extension_line() -> str:
-    module = extension.module
-    if module is None:
-        return f"none; {extension.missing}"
+    if extension.cpu is None:
+        return f"none; {extension.cpu_missing}"
+    sets = (cpu.instruction_set(extension.cpu, dtype) for dtype in (torch.float32, torch.bfloat16))
     return (
-        f"{module.__name__.rpartition('.')[2]}, compiled by {module.compiler}; "
-        f"kernels {module.instruction_set()}, for bfloat16 {module.instruction_set_bfloat16()}"
+        f"{extension.library_name(torch.__version__)}, compiled by GCC {cpu.compiler(extension.cpu)}; "
+        f"kernels {next(sets)}, for bfloat16 {next(sets)}"
     )
 
 

@@ -321,7 +321,7 @@ def test_without_the_extension() -> None:
     program = """
 import pathlib, warnings
 whole = pathlib.Path.glob
-pathlib.Path.glob = lambda self, pattern: [] if pattern.startswith("_C_torch") else whole(self, pattern)
+pathlib.Path.glob = lambda self, pattern: [] if pattern.startswith("_cpu_torch") else whole(self, pattern)
 import fused_densenet, torch
 from fused_densenet.backends import choose, cpu
 reason = cpu.unavailable(torch.device("cpu"), torch.float32)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -37,8 +36,8 @@ def test_says_of_every_backend_whether_it_runs(dtype: str) -> None:
 
 
 def test_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "module", None)
-    monkeypatch.setattr(extension, "missing", "it was lost")
+    monkeypatch.setattr(extension, "cpu", None)
+    monkeypatch.setattr(extension, "cpu_missing", "it was lost")
     report = info.report()
     assert "extension: none; it was lost" in report
     title, *lines = section(report, "cpu, float32:")
@@ -47,10 +46,11 @@ def test_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_says_what_compiled_the_extension_and_what_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("fused_densenet._C_torch_9_9")
-    vars(module).update(compiler="99.1", instruction_set=lambda: "avx2", instruction_set_bfloat16=lambda: "avx512_bf16")
-    monkeypatch.setattr(extension, "module", module)
-    assert "extension: _C_torch_9_9, compiled by 99.1; kernels avx2, for bfloat16 avx512_bf16" in info.report()
+    sets = {torch.float32: "avx2", torch.bfloat16: "avx512_bf16"}
+    monkeypatch.setattr(backends.cpu, "instruction_set", lambda library, dtype: sets[dtype])
+    monkeypatch.setattr(backends.cpu, "compiler", lambda library: "99.1")
+    file = extension.library_name(torch.__version__)
+    assert f"extension: {file}, compiled by GCC 99.1; kernels avx2, for bfloat16 avx512_bf16" in info.report()
 
 
 def test_says_which_backend_runs_what_on_nvidia_gpus() -> None:

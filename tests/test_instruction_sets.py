@@ -9,7 +9,10 @@ import pytest
 import torch
 
 TESTS = pathlib.Path(__file__).parent / "test_cpu_primitives.py"
-REPORT = "from fused_densenet.backends import extension; print(extension.module.instruction_set())"
+REPORT = (
+    "import torch; from fused_densenet.backends import cpu, extension; "
+    "print(cpu.instruction_set(extension.cpu, torch.float32))"
+)
 
 
 @pytest.mark.parametrize(("capability", "instruction_set"), [("avx2", "avx2"), ("default", "portable")])

@@ -1,6 +1,5 @@
-"""Building, and doing without what was not built: setup.py's decisions and messages, and the extension's loading."""
+"""Building, and doing without what was not built: setup.py's decisions and messages, and the libraries' loading."""
 
-import importlib.machinery
 import importlib.util
 import os
 import re
@@ -14,18 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from setuptools import Distribution
 
 from fused_densenet.backends import extension
 
 ROOT = Path(__file__).parent.parent
-SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module; ``setup.calls`` collects the arguments that setuptools would get."""
-    built_with = ("FUSED_DENSENET_BUILD", "FUSED_DENSENET_CUDA", "FUSED_DENSENET_SANITIZE", "TORCH_CUDA_ARCH_LIST")
-    for name in ("CXX", "MAX_JOBS", "CUDA_HOME", *built_with):
+    own = ("BUILD", "CUDA", "SANITIZE", "TORCH")
+    built_with = ("CXX", "MAX_JOBS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", *(f"FUSED_DENSENET_{name}" for name in own))
+    for name in built_with:
         monkeypatch.setenv(name, "")  # so that it is put back after the test
         monkeypatch.delenv(name)
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
@@ -61,7 +61,7 @@ def run_setup(*before: str, **variables: str) -> subprocess.CompletedProcess[str
 def test_without_torch_it_says_what_to_run() -> None:
     done = run_setup("import sys; sys.modules['torch'] = None")
     assert done.returncode != 0
-    assert "torch cannot be imported in the build environment" in done.stderr
+    assert "there is no torch in the build environment" in done.stderr
     assert "pip install torch==2.13.0 'setuptools>=77' ninja && pip install --no-build-isolation -e ." in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -71,14 +71,29 @@ def test_build_off_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def fake_torch(folder: Path, version: str) -> Path:
+    folder.mkdir()
+    (folder / "version.py").write_text(f"__all__ = ['__version__']\n__version__ = '{version}'\n")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("version", "serves"), [("2.10.1", False), ("2.11.0", True), ("2.13.9+cpu", True), ("2.14.0", False)]
+    ("version", "serves"), [("2.10.1", False), ("2.11.0", True), ("2.13.9+cpu", True), ("2.99.0.dev1", True)]
 )
-def test_torch_versions(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, version: str, serves: bool) -> None:
-    monkeypatch.setattr(torch, "__version__", version)
+def test_torch_versions(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, serves: bool
+) -> None:
+    """A torch of tomorrow is built against as far as its headers let it."""
+    folders = [fake_torch(tmp_path / "one", "2.12.1"), fake_torch(tmp_path / "two", version)]
+    monkeypatch.setenv("FUSED_DENSENET_TORCH", os.pathsep.join(map(str, folders)))
     problem = setup.torch_problem()
     assert (problem is None) == serves
-    assert problem is None or (version in problem and setup.INSTALL in problem)
+    assert problem is None or ("torch 2.10 was found" in problem and setup.INSTALL in problem)
+
+
+def test_the_torch_that_is_installed(setup: ModuleType) -> None:
+    (folder,) = setup.torch_folders()
+    assert torch.__version__.startswith(setup.dotted(setup.torch_version(folder)) + ".")
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -148,10 +163,10 @@ def test_a_compiler_that_does(
     assert os.environ["CXX"] == compiler
 
 
-def test_without_pythons_headers(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_ninja(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, {"__GNUC__": 12, "__GNUC_MINOR__": 0}))
-    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "apt install python3-dev" in setup.compiler_problem()
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None if name == "ninja" else name)
+    assert setup.compiler_problem() == "ninja was not found: pip install ninja"
 
 
 @pytest.mark.parametrize("name", ["FUSED_DENSENET_BUILD", "FUSED_DENSENET_SANITIZE", "FUSED_DENSENET_CUDA"])
@@ -162,23 +177,67 @@ def test_an_unknown_value_of_a_variable(setup: ModuleType, monkeypatch: pytest.M
     assert setup.calls == []
 
 
-def test_what_is_compiled(setup: ModuleType) -> None:
-    module = setup.extensions()["ext_modules"][0]
-    assert module.name == f"fused_densenet.{extension.extension_name(torch.__version__)}"
-    assert "csrc/binding.cpp" in module.sources
-    kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")}
-    assert set(module.sources) == {"csrc/binding.cpp", *kernels}
-    flags = module.extra_compile_args["cxx"]
-    assert {"-O3", "-fopenmp"} < set(flags)
-    # What is installed must run on every processor of its architecture.
-    assert not [flag for flag in flags if flag.startswith(("-march", "-mcpu", "-mtune", "-mavx", "-ffast-math"))]
+def build_script(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, cuda: bool = False) -> str:
+    """What ninja would build for two versions of torch."""
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: None)
+    monkeypatch.setenv("CXX", "g++")
+    torches = {folder / f"_cpu_torch_{name}.so": fake_torch(folder / name, "2.11.0") for name in ("2_11", "2_12")}
+    setup.build(torches, folder / "_cuda.so" if cuda else None, folder / "objects")
+    return (folder / "objects/build.ninja").read_text()
 
 
-def test_sanitizer_build(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def statements(script: str) -> dict[str, tuple[str, list[str]]]:
+    """By what is made: what of, and the flags."""
+    found = re.findall(r"^build (\S+): \w+ (.*)\n  flags = (.*)$", script, re.MULTILINE)
+    assert len(found) == script.count("\nbuild ")
+    return {Path(made).name: (sources, flags.split()) for made, sources, flags in found}
+
+
+def test_what_is_compiled(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A library for each torch, of the same kernels."""
+    builds = statements(build_script(setup, monkeypatch, tmp_path))
+    kernels = [f"{path.stem}.o" for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    bindings = [f"_cpu_torch_{name}.o" for name in ("2_11", "2_12")]
+    assert set(builds) == {*kernels, *bindings, *(name.replace(".o", ".so") for name in bindings)}
+    for torch_name, binding in zip(("2_11", "2_12"), bindings, strict=True):
+        sources, flags = builds[binding]
+        assert sources == str(ROOT / "csrc/binding.cpp") and str(tmp_path / torch_name / "include") in flags
+        assert builds[binding.replace(".o", ".so")][0].split() == [binding, *kernels]
+    for name in (*kernels, *bindings):
+        assert {"-O3", "-fPIC", "-fvisibility=hidden"} < set(builds[name][1])
+        # What is installed must run on every processor of its architecture, with torch's threads.
+        banned = ("-march", "-mcpu", "-mtune", "-mavx", "-ffast-math", "-fopenmp")
+        assert not [flag for flag in builds[name][1] if flag.startswith(banned)]
+
+
+def test_names_with_spaces(setup: ModuleType) -> None:
+    assert setup.statement("a b:$.o", "cxx", ["c d"], ["-I", "e f"]) == (
+        "build a$ b$:$$.o: cxx c$ d\n  flags = -I 'e f'"
+    )
+
+
+def test_libraries_and_wheels_name_no_python(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders = [fake_torch(tmp_path / name, name) for name in ("2.11.0", "2.15.1")]
+    monkeypatch.setenv("FUSED_DENSENET_TORCH", os.pathsep.join(map(str, folders)))
+    monkeypatch.setenv("FUSED_DENSENET_CUDA", "off")
+    arguments = setup.libraries()
+    names = [module.name for module in arguments["ext_modules"]]
+    assert names == ["fused_densenet._cpu_torch_2_11", "fused_densenet._cpu_torch_2_15"]
+    distribution = Distribution(arguments)
+    build = distribution.get_command_obj("build_ext")
+    assert build.get_ext_filename(names[1]) == f"fused_densenet/{extension.library_name('2.15.0+cpu')}"
+    wheel = distribution.get_command_obj("bdist_wheel")
+    wheel.ensure_finalized()
+    assert wheel.get_tag()[:2] == ("py3", "none") and wheel.get_tag()[2] != "any"
+
+
+def test_sanitizer_build(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FUSED_DENSENET_SANITIZE", "address")
-    module = setup.extensions()["ext_modules"][0]
-    assert {"-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1"} < set(module.extra_compile_args["cxx"])
-    assert "-fsanitize=address" in module.extra_link_args
+    builds = statements(build_script(setup, monkeypatch, tmp_path))
+    assert {"-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1"} < set(builds["avx2.o"][1])
+    assert "-fsanitize=address" in builds["_cpu_torch_2_11.so"][1]
 
 
 def fake_nvcc(home: Path, release: str, *architectures: str) -> None:
@@ -193,12 +252,12 @@ def fake_nvcc(home: Path, release: str, *architectures: str) -> None:
 @pytest.mark.parametrize(
     ("variable", "torch_cuda", "release", "expected"),
     [
-        ("auto", "13.0", "13.0", True),
-        ("off", "13.0", "13.0", False),
-        ("auto", None, "13.0", False),
-        ("required", None, "12.8", True),
-        ("auto", "13.0", None, "nvcc was not found: install the CUDA toolkit, 12.8 or newer"),
-        ("auto", "13.0", "12.4", "nvcc is release 12.4: install the CUDA toolkit, 12.8 or newer"),
+        ("auto", True, "13.0", True),
+        ("off", True, "13.0", False),
+        ("auto", False, "13.0", False),
+        ("required", False, "12.8", True),
+        ("auto", True, None, "nvcc was not found: install the CUDA toolkit, 12.8 or newer"),
+        ("auto", True, "12.4", "nvcc is release 12.4: install the CUDA toolkit, 12.8 or newer"),
     ],
 )
 def test_cuda_kernels_are_for_torch_with_cuda_or_on_demand(
@@ -207,7 +266,7 @@ def test_cuda_kernels_are_for_torch_with_cuda_or_on_demand(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     variable: str,
-    torch_cuda: str | None,
+    torch_cuda: bool,
     release: str | None,
     expected: bool | str,
 ) -> None:
@@ -215,8 +274,11 @@ def test_cuda_kernels_are_for_torch_with_cuda_or_on_demand(
         fake_nvcc(tmp_path, release)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("FUSED_DENSENET_CUDA", variable)
-    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    names = [module.name for module in setup.extensions()["ext_modules"]]
+    folder = fake_torch(tmp_path / "torch", "2.13.0")
+    (folder / "lib").mkdir()
+    (folder / "lib" / ("libtorch_cuda.so" if torch_cuda else "libtorch_hip.so")).touch()
+    monkeypatch.setenv("FUSED_DENSENET_TORCH", str(folder))
+    names = [module.name for module in setup.libraries()["ext_modules"]]
     assert ("fused_densenet._cuda" in names) == (expected is True)
     assert (expected if isinstance(expected, str) else "") in capsys.readouterr().err
 
@@ -227,11 +289,7 @@ def test_cuda_kernels_that_are_required_and_cannot_be(
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("FUSED_DENSENET_CUDA", "required")
     with pytest.raises(SystemExit, match="CUDA kernels cannot be compiled: nvcc was not found: install the CUDA"):
-        setup.extensions()
-    fake_nvcc(tmp_path, "13.0")
-    monkeypatch.setattr(setup.shutil, "which", lambda name: None if name == "ninja" else name)
-    with pytest.raises(SystemExit, match="pip install ninja"):
-        setup.extensions()
+        setup.libraries()
 
 
 def test_where_nvcc_is_looked_for(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -315,28 +373,29 @@ def test_architectures_that_cannot_be(setup: ModuleType, wanted: str, said: str)
 
 def test_what_is_compiled_by_nvcc(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every kernel for every default architecture, against the oldest torch's stable ABI, the runtime linked in."""
-    commands: list[Any] = []
-    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    builds = statements(build_script(setup, monkeypatch, tmp_path, cuda=True))
+    kernels = {f"{path.stem}.cuda.o": str(path) for path in ROOT.glob("csrc/cuda/*.cu")}
+    for made, source in kernels.items():
+        sources, flags = builds[made]
+        assert sources == source
+        for capability in (75, 80, 86, 89, 90, 100):
+            assert f"-gencode=arch=compute_{capability},code=sm_{capability}" in flags
+        assert "'-gencode=arch=compute_120,code=[sm_120,compute_120]'" in flags
+    assert {"-DTORCH_TARGET_VERSION=0x020B000000000000", "-DTORCH_STABLE_ONLY"} < set(builds["cuda_binding.o"][1])
+    sources, flags = builds["_cuda.so"]
+    assert set(sources.split()) == {"cuda_binding.o", *kernels}
+    assert "-cudart=static" in flags
+
+
+def test_jobs(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setenv("CXX", "g++")
-    setup.build_cuda(tmp_path / "library.so", tmp_path / "objects")
-    assert commands == [["ninja", "-C", str(tmp_path / "objects")]]
-    script = (tmp_path / "objects/build.ninja").read_text()
-    for source in [ROOT / "csrc/cuda_binding.cpp", *ROOT.glob("csrc/cuda/*.cu")]:
-        assert len(re.findall(rf"^build \S+: \w+ {re.escape(str(source))}$", script, re.MULTILINE)) == 1
-    for capability in (75, 80, 86, 89, 90, 100, 120):
-        assert f"sm_{capability}" in script
-    assert "compute_120]" in script
-    assert "-DTORCH_TARGET_VERSION=0x020B000000000000 -DTORCH_STABLE_ONLY" in script
-    assert "-cudart=static" in script
-
-
-def test_jobs(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup.extensions()
-    assert os.environ["MAX_JOBS"] == str(len(os.sched_getaffinity(0)))
+    setup.build({}, None, tmp_path)
     monkeypatch.setenv("MAX_JOBS", "1")
-    setup.extensions()
-    assert os.environ["MAX_JOBS"] == "1"
+    setup.build({}, None, tmp_path)
+    assert commands == [["ninja", "-C", str(tmp_path), "-j", jobs] for jobs in (str(len(os.sched_getaffinity(0))), "1")]
 
 
 def test_the_readme_has_every_variable() -> None:
@@ -357,14 +416,13 @@ def test_one_minimum_compiler(setup: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ([f"_C_torch_2_12{SUFFIX}"], None),
-        ([f"_C_torch_2_11{SUFFIX}", f"_C_torch_2_12{SUFFIX}"], None),
+        (["_cpu_torch_2_12.so"], None),
+        (["_cpu_torch_2_11.so", "_cpu_torch_2_12.so"], None),
         ([], "was not compiled when fused_densenet was installed; install g++ 11.3 or newer and run `pip install"),
         (
-            [f"_C_torch_2_11{SUFFIX}", f"_C_torch_2_13{SUFFIX}"],
-            "was compiled for torch 2.11, 2.13 and torch 2.12.1 is running; run `pip install",
+            ["_cpu_torch_2_9.so", "_cpu_torch_2_11.so", "_cpu_torch_2_13.so"],
+            "was compiled for torch 2.9, 2.11, 2.13 and torch 2.12.1 is running; run `pip install",
         ),
-        (["_C_torch_2_12.cpython-39-pdp11.so"], "was compiled for another Python (_C_torch_2_12.cpython-39-pdp11.so)"),
     ],
 )
 def test_why_there_is_no_extension(tmp_path: Path, files: list[str], reason: str | None) -> None:
@@ -378,8 +436,8 @@ def test_why_there_is_no_extension(tmp_path: Path, files: list[str], reason: str
     ("file", "reason"),
     [
         (None, "was not compiled when fused_densenet was installed"),
-        (f"{extension.extension_name(torch.__version__)}{SUFFIX}", "does not load"),
-        (f"_C_torch_1_13{SUFFIX}", f"was compiled for torch 1.13 and torch {torch.__version__} is running"),
+        (extension.library_name(torch.__version__), "does not load"),
+        ("_cpu_torch_2_1.so", f"was compiled for torch 2.1 and torch {torch.__version__} is running"),
     ],
 )
 def test_the_package_works_without_its_extension(tmp_path: Path, file: str | None, reason: str) -> None:
@@ -393,7 +451,7 @@ def test_the_package_works_without_its_extension(tmp_path: Path, file: str | Non
         "from fused_densenet.backends import extension\n"
         "block = fused_densenet.FusedDenseBlock(2, 4, 2, 4)\n"
         "block(torch.randn(2, 4, 5, 5)).sum().backward()\n"
-        "print(fused_densenet.__file__, extension.missing)"
+        "print(fused_densenet.__file__, extension.cpu_missing)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -411,7 +469,7 @@ def test_an_extension_that_defines_operators_itself_is_not_used() -> None:
         "older = torch.library.Library('fused_densenet', 'FRAGMENT')\n"
         "older.define('place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()')\n"
         "from fused_densenet.backends import extension\n"
-        "print(extension.module, extension.missing)"
+        "print(extension.cpu, extension.cpu_missing)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("None the C++ extension was compiled from other sources; run `pip install"), (
@@ -419,8 +477,33 @@ def test_an_extension_that_defines_operators_itself_is_not_used() -> None:
     )
 
 
+def test_a_newer_torch_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the import, with what it means for the CPU, and no torch is turned away."""
+    major, minor = extension.NEWEST_TORCH
+    assert extension.untried(f"{major}.{minor}.3+cpu") is None
+    monkeypatch.setattr(extension, "cpu_missing", None)
+    said = extension.untried(f"{major}.{minor + 1}.0a0")
+    assert (
+        said
+        == f"torch {major}.{minor + 1}.0a0 is newer than {major}.{minor}, the newest that fused_densenet was tried with"
+    )
+    code = (
+        "import torch\n"
+        "torch.__version__ = '9.1.0'\n"
+        "import fused_densenet\n"
+        "block = fused_densenet.FusedDenseBlock(2, 4, 2, 4)\n"
+        "block(torch.randn(2, 4, 5, 5)).sum().backward()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (warned,) = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert (
+        "torch 9.1.0 is newer than" in warned and "run slower on the CPU than they could: the C++ extension" in warned
+    )
+
+
 def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "missing", "it was lost")
+    monkeypatch.setattr(extension, "cpu_missing", "it was lost")
     extension.warn_if_missing.cache_clear()
     with pytest.warns(RuntimeWarning, match="slower on the CPU.*it was lost"):
         extension.warn_if_missing()
@@ -430,7 +513,7 @@ def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_loaded_extension_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "missing", None)
+    monkeypatch.setattr(extension, "cpu_missing", None)
     extension.warn_if_missing.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -439,9 +522,9 @@ def test_a_loaded_extension_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_extension_shares_torchs_threads() -> None:
     """One OpenMP runtime, in a process that has nothing but the package (scikit-learn, say, brings another)."""
-    assert extension.module is not None, extension.missing
+    assert extension.cpu is not None, extension.cpu_missing
     program = "import pathlib, fused_densenet; print(pathlib.Path('/proc/self/maps').read_text())"
     maps = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     mapped = {line.split()[-1] for line in maps.splitlines() if ".so" in line}
-    assert any(Path(path).name.startswith("_C_torch_") for path in mapped)
+    assert any(Path(path).name.startswith("_cpu_torch_") for path in mapped)
     assert len({path for path in mapped if Path(path).name.startswith("libgomp")}) == 1

@@ -3,6 +3,8 @@
 Every function follows the contract of :mod:`fused_densenet.backends.contract`.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,23 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if extension.missing is not None:
-        return extension.missing
+    if extension.cpu is None:
+        return extension.cpu_missing
     if device.type != "cpu":
         return f"it serves the CPU, not {device.type}"
     return None if dtype in _DTYPES else f"it has no kernels for {dtype}"
+
+
+def instruction_set(library: ctypes.CDLL, dtype: torch.dtype) -> str:
+    """That of the kernels for a dtype, under ATEN_CPU_CAPABILITY: avx512_bf16, avx512, avx2 or portable."""
+    library.fused_densenet_cpu_instruction_set.restype = ctypes.c_char_p
+    return library.fused_densenet_cpu_instruction_set(ctypes.c_bool(dtype == torch.bfloat16)).decode()
+
+
+def compiler(library: ctypes.CDLL) -> str:
+    """The version of the compiler that made the library."""
+    library.fused_densenet_cpu_compiler.restype = ctypes.c_char_p
+    return library.fused_densenet_cpu_compiler().decode()
 
 
 def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:

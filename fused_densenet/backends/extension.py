@@ -1,19 +1,19 @@
 """Loads what was compiled, and knows why something was not.
 
-The CPU's kernels are a Python module whose name carries the torch version that it was compiled for: a library built for
-one torch and loaded by another misreads tensors without an error, so only the exact one is ever loaded. The CUDA kernels
-are a plain library, ``_cuda.so``, against torch's stable ABI: one file serves every torch.
+The CPU's kernels are a library whose name carries the torch version that it was compiled for (``_cpu_torch_2_13.so``): one
+built for another torch misreads tensors without an error, so only the exact one is ever loaded. The CUDA kernels are one
+library, ``_cuda.so``, against torch's stable ABI, for every torch. Neither is a Python module: they serve every Python.
 """
 
 import ctypes
 import functools
-import importlib
-import importlib.machinery
 import pathlib
 import warnings
-from types import ModuleType
 
 import torch
+
+NEWEST_TORCH = (2, 15)
+"""The newest that this package was tried with."""
 
 REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in a checkout of fused_densenet"
 COMPILER = "g++ 11.3 or newer"
@@ -43,58 +43,56 @@ FUNCTIONS = tuple(schema.partition("(")[0] for schema in SCHEMAS[:-1])
 """The primitives' names; their numbers in a program are the places here."""
 
 
-def extension_name(torch_version: str) -> str:
-    """The module that serves a torch version: ``2.13.0+cpu`` is served by ``_C_torch_2_13``."""
+def library_name(torch_version: str) -> str:
+    """The file that serves a torch version: ``2.13.0+cpu`` is served by ``_cpu_torch_2_13.so``."""
     major, minor = torch_version.split(".")[:2]
-    return f"_C_torch_{major}_{minor}"
+    return f"_cpu_torch_{major}_{minor}.so"
 
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def absent(folder: pathlib.Path, torch_version: str) -> str | None:
-    """Why ``folder`` holds no extension for this Python and ``torch_version``, and what to do, or None."""
-    name = extension_name(torch_version)
-    built = [file.name.partition(".") for file in sorted(folder.glob("_C_torch_*.so"))]
-    here = {module for module, _, tag in built if f".{tag}" in importlib.machinery.EXTENSION_SUFFIXES}
-    if name in here:
+    """Why ``folder`` holds no extension for ``torch_version``, and what to do, or None."""
+    built = {file.name for file in folder.glob("_cpu_torch_*.so")}
+    if library_name(torch_version) in built:
         return None
-    if here:
-        versions = ", ".join(module.removeprefix("_C_torch_").replace("_", ".") for module in sorted(here))
-        return f"the C++ extension was compiled for torch {versions} and torch {torch_version} is running; {REBUILD}"
     if built:
-        files = ", ".join("".join(file) for file in built)
-        return f"the C++ extension was compiled for another Python ({files}); {REBUILD}"
+        minors = sorted(int(name.removesuffix(".so").rpartition("_")[2]) for name in built)
+        versions = ", ".join(f"2.{minor}" for minor in minors)
+        return f"the C++ extension was compiled for torch {versions} and torch {torch_version} is running; {REBUILD}"
     return f"the C++ extension was not compiled when fused_densenet was installed; install {COMPILER} and {REBUILD}"
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
     reason = absent(_PACKAGE, torch.__version__)
     if reason is not None:
         return None, reason
-    name = extension_name(torch.__version__)
     try:
-        return importlib.import_module(f"fused_densenet.{name}"), None
-    except ImportError as error:
-        return None, f"the C++ extension {name} does not load ({error}); {REBUILD}"
+        return _library(library_name(torch.__version__)), None
+    except OSError as error:
+        return None, f"the C++ extension does not load ({error}); {REBUILD}"
+
+
+def _library(name: str) -> ctypes.CDLL:
+    torch.ops.load_library(_PACKAGE / name)
+    return ctypes.CDLL(str(_PACKAGE / name))
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
-    file = _PACKAGE / "_cuda.so"
-    if not file.exists():
+    if not (_PACKAGE / "_cuda.so").exists():
         return (
             None,
             f"the CUDA kernels were not compiled when fused_densenet was installed; install {NVCC} and {REBUILD}",
         )
     try:
-        torch.ops.load_library(file)
-        return ctypes.CDLL(str(file)), None
+        return _library("_cuda.so"), None
     except OSError as error:
         return None, f"the library of CUDA kernels does not load ({error}); {REBUILD}"
 
 
-module, missing = _load()
-"""The compiled extension, or None and why there is none."""
+cpu, cpu_missing = _load()
+"""The library of the CPU's kernels, or None and why there is none."""
 
 cuda, cuda_missing = _load_cuda()
 """The library of CUDA kernels, or None and why there is none."""
@@ -104,17 +102,33 @@ def returns_nothing(*arguments: object) -> None:
     """The primitives' operators for tensors without data."""
 
 
-_library = torch.library.Library("fused_densenet", "FRAGMENT")
+_operators = torch.library.Library("fused_densenet", "FRAGMENT")
 for _schema in SCHEMAS:
     try:
-        _library.define(_schema)
-        torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_library)
+        _operators.define(_schema)
+        torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_operators)
     except RuntimeError:  # the library's operators are others
-        module, missing = None, f"the C++ extension was compiled from other sources; {REBUILD}"
+        cpu, cpu_missing = None, f"the C++ extension was compiled from other sources; {REBUILD}"
+
+
+def untried(torch_version: str) -> str | None:
+    """What to know where torch is newer than any that this package was tried with, or None."""
+    major, minor = map(int, torch_version.split(".")[:2])
+    if (major, minor) <= NEWEST_TORCH:
+        return None
+    newest = ".".join(map(str, NEWEST_TORCH))
+    said = f"torch {torch_version} is newer than {newest}, the newest that fused_densenet was tried with"
+    return f"{said}; {_SLOWER}: {cpu_missing}" if cpu_missing else said
+
+
+_SLOWER = "dense blocks run slower on the CPU than they could"
+_untried = untried(torch.__version__)
+if _untried is not None:
+    warnings.warn(_untried, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache
 def warn_if_missing() -> None:
-    """Says once that the CPU works without its kernels, and why."""
-    if missing is not None:
-        warnings.warn(f"dense blocks run slower on the CPU than they could: {missing}", RuntimeWarning, stacklevel=2)
+    """Says once, unless it was said at the import, that the CPU works without its kernels, and why."""
+    if cpu_missing is not None and _untried is None:
+        warnings.warn(f"{_SLOWER}: {cpu_missing}", RuntimeWarning, stacklevel=2)

@@ -31,11 +31,12 @@ struct Argument {
   int64_t channels() const { return sizes[4]; }
 };
 
-struct WrongType : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
+// Runtime errors, since torch's stable ABI lets no other kind reach Python in every version.
+struct WrongType : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
-struct WrongValue : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
+struct WrongValue : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 template <class Error, class... Parts>

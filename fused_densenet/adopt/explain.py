@@ -1,6 +1,7 @@
 """``explain``: what would run for each dense block of a network, and what keeps it from something faster."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from ..nn.block import FusedDenseBlock
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition
 from .recognition import Finding, survey
+from .swapping import OTHER_ARGUMENTS, only_argument
 
 _KINDS = {FusedDenseBlock: "dense block", FusedTransition: "transition", FusedFeatures: "stem"}
 
@@ -63,20 +65,20 @@ class Explanation:
         return "\n".join([f"{', '.join(counts)} run fused", *reports])
 
 
-def explain(module: nn.Module, *inputs: Any) -> Explanation:
+def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     """What would run for each dense block, transition and stem of ``module``, and every reason against a faster way.
 
-    With ``inputs``, ``module(*inputs)`` is run once under the autocast, gradient and train or eval mode of the call; its
+    With inputs, ``module(*inputs, **options)`` is run once under the autocast, gradient and train or eval mode of the call; its
     buffers, the random numbers and the warnings of later calls are left as they are. Without, what is known without an
     input is told: what :func:`fuse` replaced or would replace, and what is in the way of the rest.
 
     Args:
         module: a network or a block, before or after :func:`fuse`.
-        inputs: what ``module`` would be called with.
+        inputs, options: what ``module`` would be called with.
 
     Raises:
         TypeError: ``module`` is no nn.Module.
-        Exception: whatever ``module(*inputs)`` raises, a backend that was asked for and cannot run included.
+        Exception: whatever ``module`` raises, a backend that was asked for and cannot run included.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
@@ -85,14 +87,14 @@ def explain(module: nn.Module, *inputs: Any) -> Explanation:
         for finding in survey(module):
             report = _standing_report(finding)
             groups[report.kind].append(report)
-            if inputs and finding.fused:
+            if (inputs or options) and finding.fused:
                 report.fused, report.reasons = False, ["this input does not reach it"]
-                handle = finding.module.register_forward_pre_hook(lambda m, args, r=report: _fill(r, m, *args))
+                handle = finding.module.register_forward_pre_hook(functools.partial(_fill, report), with_kwargs=True)
                 stack.callback(handle.remove)
-        if inputs:
-            stack.enter_context(_without_traces(inputs))
+        if inputs or options:
+            stack.enter_context(_without_traces((*inputs, *options.values())))
             buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-            torch.func.functional_call(module, buffers, inputs)
+            torch.func.functional_call(module, buffers, inputs, options)
     return Explanation(*groups.values())
 
 
@@ -113,8 +115,9 @@ def _without_traces(inputs: tuple[Any, ...]) -> Iterator[None]:
         yield
 
 
-def _fill(report: Report, module: Any, x: Tensor) -> None:
-    report.reasons = module.fallback_reasons(x)
+def _fill(report: Report, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    x = only_argument(getattr(module, "original_class", type(module)), args, options)
+    report.reasons = OTHER_ARGUMENTS if x is None else module.fallback_reasons(x)
     report.fused = not report.reasons
     if report.fused:
         report.backend = choose(x.device, x.dtype)

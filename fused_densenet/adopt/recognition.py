@@ -137,7 +137,7 @@ def _is_known(cls: type) -> bool:
 
 def _block_reasons(block: nn.Module) -> tuple[list[str], list[type]]:
     """What is wrong with the structure, and the classes whose ``forward`` matters."""
-    layers = [take_apart(layer) for layer in block.children()]
+    layers = [take_apart(layer, name) for name, layer in block.named_children()]
     layer_class = type(layers[0].layer)
     return structure_reasons(layers, layer_class), [type(block), layer_class]
 

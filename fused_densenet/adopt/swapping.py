@@ -5,32 +5,49 @@ through the module's own ``forward``.
 """
 
 import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..fallback.anatomy import is_memory_efficient, take_apart
+from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods, take_apart
+from ..fallback.description import BlockDescription, TransitionDescription
+from ..fallback.reasons import announce
 from ..nn.block import FusedDenseBlock
+from ..nn.stem import FusedFeatures
+from ..nn.transition import FusedTransition, TransitionParts
+
+Described = BlockDescription | TransitionDescription
 
 
 @dataclass
 class _Settings:
-    """What a replaced block needs beside what it has."""
+    """What a replaced module needs beside what it has; ``description`` is None where the names of its parts tell all."""
 
-    num_input_features: int
-    spatial_dims: int
+    num_input_features: int | None = None
+    spatial_dims: int | None = None
     memory_efficient: bool | None = None
+    description: Any = None
 
 
-def swap(module: Any, fused: type[nn.Module]) -> None:
+def swap(module: Any, fused: type[nn.Module], description: Described | None = None) -> None:
     """Makes ``module`` run as ``fused``: FusedDenseBlock, FusedTransition or FusedFeatures."""
+    for part in module.modules():
+        if not type(part).__module__.startswith("torch."):
+            remember_methods(type(part))
+    settings = _Settings(description=description)
     layer_class: Any = None
     if fused is FusedDenseBlock:
-        parts = take_apart(next(module.children()))
+        if isinstance(description, BlockDescription):
+            parts = description.parts(module)[0]
+        else:
+            parts = take_apart(next(module.children()), "")
+            layer_class = type(parts.layer)
         conv = parts.stages[0].conv
-        layer_class = type(parts.layer)
-        module.fused_settings = _Settings(conv.in_channels, conv.weight.dim() - 2)
+        settings.num_input_features, settings.spatial_dims = conv.in_channels, conv.weight.dim() - 2
+    module.fused_settings = settings
     classes: Any = (type(module), fused, layer_class)
     module.__class__ = _fused_class(*classes)
 
@@ -49,27 +66,113 @@ def swap_back(module: Any) -> None:
 @functools.cache
 def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
     """A class that runs as ``fused`` and is in everything else ``original``."""
-    attributes = {
+    attributes: dict[str, Any] = {
         "__reduce_ex__": _reduce,
-        "_operator_by_operator": lambda module, x: original.forward(module, x),  # as it is at the time of the call
-        "forward": fused.forward,
         "made_of": (original, fused, layer_class),
         "original_class": original,
     }
+    if not issubclass(fused, FusedFeatures):  # a part of whose modules is one as well
+        attributes |= {"__new__": _maker(original), "forward": _forward(original, fused)}
     if fused is FusedDenseBlock:
         attributes |= {
+            "_operator_by_operator": _operator_by_operator,
             "layer_class": layer_class,
             "memory_efficient": property(_get_memory_efficient, _set_memory_efficient),
             "num_input_features": property(lambda block: block.fused_settings.num_input_features),
+            "parts": _block_parts,
             "spatial_dims": property(lambda block: block.fused_settings.spatial_dims),
         }
+    elif fused is FusedTransition:
+        attributes |= {"_operator_by_operator": _operator_by_operator, "parts": _transition_parts}
     bases = (fused,) if issubclass(fused, original) else (original, fused)
     return type(fused.__name__, bases, attributes)
 
 
+def _maker(original: Any) -> Callable[..., Any]:
+    """What is built through the class of a fused module, as a slice of a ``nn.Sequential`` is, is not fused itself."""
+
+    def make(cls: Any, *args: Any, **options: Any) -> Any:
+        return original(*args, **options) if args or options else object.__new__(cls)
+
+    return make
+
+
+def _forward(original: Any, fused: Any) -> Callable[..., Any]:
+    """Fused for a tensor alone; arguments that ``fused`` does not know go to the ``forward`` of ``original``."""
+
+    @functools.wraps(original.forward)
+    def forward(module: Any, *args: Any, **options: Any) -> Any:
+        x = args[0] if len(args) == 1 and not options else only_argument(original, args, options)
+        if x is None:
+            announce(OTHER_ARGUMENTS, fused.__name__)
+            return original.forward(module, *args, **options)
+        description = module.fused_settings.description
+        before, after = (
+            ((), ()) if type(description) is not BlockDescription else (description.before, description.after)
+        )
+        for name in before:
+            x = module._modules[name](x)
+        x = fused.forward(module, x)
+        for name in after:
+            x = module._modules[name](x)
+        return x
+
+    return forward
+
+
+OTHER_ARGUMENTS = ["it was called with other arguments than a tensor"]
+
+
+def only_argument(original: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """The first argument of a call of ``original``; None where there are others that are not at their defaults.
+
+    Raises:
+        TypeError: the arguments are not those of its ``forward``.
+    """
+    signature = inspect.signature(original.forward)
+    (_, first), *others = list(signature.bind(None, *args, **options).arguments.items())[1:] or [("", None)]
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    return None if any(value is not defaults[name] and value != defaults[name] for name, value in others) else first
+
+
+def _operator_by_operator(module: Any, x: Tensor) -> Tensor:
+    """By the modules' own ``forward``, as it is at the time of the call."""
+    description = module.fused_settings.description
+    if type(description) is BlockDescription and description.units:
+        for name in description.units:
+            x = module._modules[name](x)
+        return x
+    return module.original_class.forward(module, x)
+
+
+def _block_parts(block: Any) -> list[LayerParts]:
+    description = block.fused_settings.description
+    parts = FusedDenseBlock.parts(block) if description is None else description.parts(block)
+    changes = _patched(block)
+    return [parts[0]._replace(changes=[*changes, *parts[0].changes]), *parts[1:]] if changes else parts
+
+
+def _transition_parts(transition: Any) -> TransitionParts:
+    description = transition.fused_settings.description
+    parts = FusedTransition.parts(transition) if description is None else described_transition(transition, description)
+    return parts._replace(changes=[*_patched(transition), *parts.changes])
+
+
+def described_transition(transition: nn.Module, description: TransitionDescription) -> TransitionParts:
+    """A transition, taken apart by its description."""
+    return TransitionParts(*description.parts(transition))
+
+
+def _patched(module: Any) -> list[str]:
+    return patches([module.original_class])
+
+
 def _get_memory_efficient(block: Any) -> bool:
-    setting = block.fused_settings.memory_efficient
-    return any(map(is_memory_efficient, block.children())) if setting is None else setting
+    settings = block.fused_settings
+    if settings.memory_efficient is None:
+        layers = block.children() if settings.description is None else block.modules()
+        return any(map(is_memory_efficient, layers))
+    return settings.memory_efficient
 
 
 def _set_memory_efficient(block: Any, value: bool) -> None:
@@ -83,5 +186,4 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _new(original: Any, fused: Any, layer_class: Any) -> Any:
-    made = _fused_class(original, fused, layer_class)
-    return made.__new__(made)
+    return object.__new__(_fused_class(original, fused, layer_class))

@@ -9,70 +9,81 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TIMMS_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+SWITCHES = ("memory_efficient", "grad_checkpointing", "efficient")
+"""Attributes of layers, of whichever package, that ask for bottlenecks to be computed again in backward."""
 _NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout")
 
 
 class Stage(NamedTuple):
-    """One norm-relu-conv of a layer. ``norm`` and ``conv`` are None where the layer has none of that name."""
+    """One norm-relu-conv. ``norm`` and ``conv`` are None where there is none of the names that messages call them by."""
 
     norm: Any
     activations: list[nn.Module]
     conv: Any
+    names: tuple[str, str, str]
 
 
 class LayerParts(NamedTuple):
     """A dense layer taken apart.
 
     Attributes:
-        layer: the layer itself.
-        modules: its modules by name.
+        name: what messages call the layer.
+        layer: the module that is called for it, where there is one.
+        modules: its modules by the name that messages call them by.
         stages: its norm-relu-convs, one or two.
         drop_rate: of the dropout at its end, 0 where it does nothing.
         drops_channels: whether that dropout drops whole channels.
+        changes: what is not as ``fuse`` found it; no reason against a block that was built fused.
     """
 
-    layer: nn.Module
+    name: str
+    layer: nn.Module | None
     modules: Mapping[str, nn.Module]
     stages: list[Stage]
     drop_rate: float
     drops_channels: bool
+    changes: Sequence[str] = ()
 
 
-def take_apart(layer: nn.Module) -> LayerParts:
-    """The parts of ``layer``, as far as they are there."""
+def take_apart(layer: nn.Module, name: str) -> LayerParts:
+    """The parts of ``layer``, which messages call ``name``, as far as they are there."""
     modules: Any = layer._modules
     nested = modules.get("layers")
     if isinstance(nested, nn.Sequential):
         modules = nested._modules
-    stages = [take_stage(modules, number) for number in "12" if number == "1" or "conv2" in modules]
+    stages = [take_stage(modules, f"{name}.", number) for number in "12" if number == "1" or "conv2" in modules]
     dropout = modules.get("dropout")
     if dropout is None:
         drop_rate, training = getattr(layer, "drop_rate", 0.0), layer.training
     else:
         drop_rate, training = getattr(dropout, "p", 0.0), dropout.training
     return LayerParts(
+        name,
         layer,
-        modules,
+        {f"{name}.{key}": module for key, module in modules.items()},
         stages,
         drop_rate if training else 0.0,
-        isinstance(dropout, _CHANNEL_DROPOUTS),
+        isinstance(dropout, CHANNEL_DROPOUTS),
+        [f"{name}.{key} is no part of a dense layer" for key in modules if key not in _NAMES],
     )
 
 
 def is_memory_efficient(layer: nn.Module) -> bool:
     """Whether a layer is set to compute its bottleneck again in backward."""
-    return any(getattr(layer, name, False) for name in ("memory_efficient", "grad_checkpointing"))
+    return any(getattr(layer, name, False) for name in SWITCHES)
 
 
-def take_stage(modules: Mapping[str, Any], number: str) -> Stage:
+def take_stage(modules: Mapping[str, Any], prefix: str = "", number: str = "") -> Stage:
     """The norm-relu-conv ``norm{number}``, ``relu{number}``, ``conv{number}`` of ``modules``."""
-    norm = modules.get(f"norm{number}")
-    activations = [modules.get(f"relu{number}"), None if norm is None else own_activation(norm)]
-    return Stage(norm, [a for a in activations if a is not None], modules.get(f"conv{number}"))
+    norm, relu, conv = f"norm{number}", f"relu{number}", f"conv{number}"
+    found = modules.get(norm)
+    activations = [modules.get(relu), None if found is None else own_activation(found)]
+    names = (prefix + norm, prefix + relu, prefix + conv)
+    return Stage(found, [a for a in activations if a is not None], modules.get(conv), names)
 
 
 def own_activation(norm: nn.Module) -> nn.Module | None:
@@ -80,25 +91,23 @@ def own_activation(norm: nn.Module) -> nn.Module | None:
     return norm._modules.get("act") if _is_timms_norm(norm) else None
 
 
-def structure_reasons(layers: Sequence[LayerParts], layer_class: type) -> list[str]:
+def structure_reasons(layers: Sequence[LayerParts], layer_class: type | None) -> list[str]:
     """Why layers that look like this cannot run fused, whatever the input; ``layer_class`` is the class they must have."""
-    reasons = []
-    for number, parts in enumerate(layers, 1):
-        reasons += [f"denselayer{number}{reason}" for reason in _layer_reasons(parts, layers[0], layer_class)]
+    reasons = [reason for parts in layers for reason in _layer_reasons(parts, layers[0], layer_class)]
     return reasons or _width_reasons(layers)
 
 
-def _layer_reasons(parts: LayerParts, first: LayerParts, layer_class: type) -> list[str]:
-    if type(parts.layer) is not layer_class:
-        return [f" is a {type(parts.layer).__name__}"]
-    reasons = [f".{name} is no part of a dense layer" for name in parts.modules if name not in _NAMES]
-    for number, stage in enumerate(parts.stages, 1):
-        reasons += [f".{reason}" for reason in stage_reasons(stage, str(number))]
-    dropout = parts.modules.get("dropout")
-    if dropout is not None and type(dropout) not in (nn.Dropout, *_CHANNEL_DROPOUTS):
-        reasons.append(f".dropout is a {type(dropout).__name__}")
+def _layer_reasons(parts: LayerParts, first: LayerParts, layer_class: type | None) -> list[str]:
+    if layer_class is not None and type(parts.layer) is not layer_class:
+        return [f"{parts.name} is a {type(parts.layer).__name__}"]
+    reasons = list(parts.changes)
+    for stage in parts.stages:
+        reasons += stage_reasons(stage)
+    dropout = parts.modules.get(f"{parts.name}.dropout")
+    if dropout is not None and type(dropout) not in (nn.Dropout, *CHANNEL_DROPOUTS):
+        reasons.append(f"{parts.name}.dropout is a {type(dropout).__name__}")
     if len(parts.stages) != len(first.stages):
-        reasons.append(" has another number of convolutions than denselayer1")
+        reasons.append(f"{parts.name} has another number of convolutions than {first.name}")
     return reasons
 
 
@@ -106,25 +115,26 @@ def _width_reasons(layers: Sequence[LayerParts]) -> list[str]:
     """Where the channels that a layer reads are not those that the ones before it wrote."""
     reasons = []
     width, bottleneck = layers[0].stages[0].conv.in_channels, layers[0].stages[0].conv.out_channels
-    for number, parts in enumerate(layers, 1):
+    for parts in layers:
         for stage, read in zip(parts.stages, (width, bottleneck), strict=False):
             if {stage.norm.num_features, stage.conv.in_channels} != {read}:
-                reasons.append(f"denselayer{number} reads {stage.norm.num_features} channels where there are {read}")
+                reasons.append(f"{parts.name} reads {stage.norm.num_features} channels where there are {read}")
         if len(parts.stages) == 2 and parts.stages[0].conv.out_channels != bottleneck:
-            reasons.append(f"denselayer{number}.conv1 is of another width than denselayer1's")
+            reasons.append(f"{parts.stages[0].names[2]} is of another width than {layers[0].name}'s")
         width += parts.stages[-1].conv.out_channels
     return reasons
 
 
-def stage_reasons(stage: Stage, number: str) -> list[str]:
-    """Why a norm-relu-conv cannot run fused; its modules are called ``norm{number}`` and so on."""
-    reasons = norm_relu_reasons(stage.norm, stage.activations, f"norm{number}", f"relu{number}")
+def stage_reasons(stage: Stage) -> list[str]:
+    """Why a norm-relu-conv cannot run fused."""
+    norm, relu, conv = stage.names
+    reasons = norm_relu_reasons(stage.norm, stage.activations, norm, relu)
     if stage.conv is None:
-        reasons.append(f"conv{number} is missing")
-    elif type(stage.conv) not in _CONVS:
-        reasons.append(f"conv{number} is a {type(stage.conv).__name__}")
+        reasons.append(f"{conv} is missing")
+    elif type(stage.conv) not in CONVS:
+        reasons.append(f"{conv} is a {type(stage.conv).__name__}")
     else:
-        reasons += [f"conv{number} {reason}" for reason in _conv_reasons(stage.conv)]
+        reasons += [f"{conv} {reason}" for reason in _conv_reasons(stage.conv)]
     return reasons
 
 
@@ -147,7 +157,7 @@ _IDENTITY = nn.Identity()
 
 
 def is_batch_norm(norm: nn.Module) -> bool:
-    return type(norm) in _NORMS or _is_timms_norm(norm)
+    return type(norm) in NORMS or _is_timms_norm(norm)
 
 
 def _is_timms_norm(norm: nn.Module) -> bool:
@@ -169,21 +179,60 @@ def _conv_reasons(conv: Any) -> list[str]:
 
 def intercepted(parts: LayerParts) -> list[str]:
     """The modules of a layer that something follows or replaces: hooks, or a ``forward`` of the instance."""
-    nested = parts.layer._modules.get("layers")
-    around = [("", parts.layer)] if nested is None else [("", parts.layer), (".layers", nested)]
-    return interceptions(around) + interceptions(parts.modules.items(), ".")
+    around = []
+    if parts.layer is not None:
+        around = [(parts.name, parts.layer), (f"{parts.name}.layers", parts.layer._modules.get("layers"))]
+    return interceptions(around) + interceptions(parts.modules.items())
 
 
-def interceptions(named: Iterable[tuple[str, nn.Module | None]], prefix: str = "") -> list[str]:
+def interceptions(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
     """Which of the modules, or of those inside a norm, something follows or replaces."""
     reasons = []
     for name, module in named:
         if module is None:
             continue
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            reasons.append(f"{prefix}{name} has hooks")
-        if "forward" in module.__dict__:
-            reasons.append(f"{prefix}{name} has a forward of its own")
+            reasons.append(f"{name} has hooks")
+        if not _METHODS.isdisjoint(module.__dict__):
+            reasons.append(f"{name} has a forward of its own")
         if module._modules and is_batch_norm(module):
-            reasons += interceptions(module._modules.items(), f"{prefix}{name}.")
+            reasons += interceptions((f"{name}.{key}", inner) for key, inner in module._modules.items())
     return reasons
+
+
+_METHODS = frozenset({"forward", "_conv_forward", "_check_input_dim"})
+"""What a ``forward`` is made of, in torch's modules; any of them can be assigned to a module or to its class."""
+
+_seen: dict[type, list[Any]] = {}
+
+
+def remember_methods(kind: type) -> None:
+    """From here on :func:`patches` tells of another ``forward`` that is assigned to the class ``kind``."""
+    _seen[kind] = _methods(kind)
+
+
+def patches(kinds: Iterable[type]) -> list[str]:
+    """The classes whose ``forward`` was replaced since :func:`remember_methods`."""
+    reasons = []
+    for kind in kinds:
+        if kind in _seen and _seen[kind] != _methods(kind):
+            reasons.append(f"the forward of {kind.__name__} was replaced")
+    return reasons
+
+
+def kinds_of(modules: Iterable[nn.Module | None]) -> Iterable[type]:
+    return dict.fromkeys(type(module) for module in modules)
+
+
+def _methods(kind: Any) -> list[Any]:
+    return [getattr(kind, name, None) for name in ("forward", "_conv_forward", "_check_input_dim")]
+
+
+for _kind in (
+    *NORMS,
+    *CONVS,
+    *CHANNEL_DROPOUTS,
+    *(nn.ReLU, nn.Identity, nn.Dropout, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+):
+    remember_methods(_kind)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from ..ops.ranks import sync_group
-from .anatomy import LayerParts, intercepted, structure_reasons
+from .anatomy import LayerParts, intercepted, kinds_of, patches, structure_reasons
 
 _VARIABLE = "FUSED_DENSENET_STRICT"
 _thread = threading.local()
@@ -90,7 +90,9 @@ def autocasts(x: Tensor) -> bool:
     return available and torch.is_autocast_enabled(device)
 
 
-def fallback_reasons(x: Tensor, layers: Sequence[LayerParts], layer_class: type, groups: set[str | None]) -> list[str]:
+def fallback_reasons(
+    x: Tensor, layers: Sequence[LayerParts], layer_class: type | None, groups: set[str | None]
+) -> list[str]:
     """Why a block of these layers, of these :func:`statistics_groups`, cannot run fused on ``x``; empty if it can."""
     structure = structure_and_hook_reasons(layers, layer_class)
     reasons = context_reasons(x)
@@ -134,14 +136,14 @@ def transform_reasons() -> list[str]:
     return reasons
 
 
-def structure_and_hook_reasons(layers: Sequence[LayerParts], layer_class: type) -> list[str]:
+def structure_and_hook_reasons(layers: Sequence[LayerParts], layer_class: type | None) -> list[str]:
     """Those of :func:`fallback_reasons` that the layers alone give, as they are set up at the moment."""
     first, reasons = layers[0], structure_reasons(layers, layer_class)
-    for number, parts in enumerate(layers, 1):
-        reasons += [f"denselayer{number}{reason}" for reason in intercepted(parts)]
+    for parts in layers:
+        reasons += intercepted(parts)
         if (parts.drop_rate, parts.drops_channels) != (first.drop_rate, first.drops_channels):
-            reasons.append(f"denselayer{number} differs from denselayer1 in its dropout")
-    return reasons
+            reasons.append(f"{parts.name} differs from {first.name} in its dropout")
+    return reasons + patches(kinds_of(module for parts in layers for module in (parts.layer, *parts.modules.values())))
 
 
 def _global_hooks() -> bool:

@@ -101,7 +101,7 @@ class FusedDenseBlock(nn.ModuleDict):
     """
 
     _version = 2
-    layer_class: type[nn.Module] = FusedDenseLayer
+    layer_class: type[nn.Module] | None = FusedDenseLayer
 
     def __init__(
         self,
@@ -155,9 +155,7 @@ class FusedDenseBlock(nn.ModuleDict):
         if init_features.numel() == 0 and group is None:
             return self._operator_by_operator(init_features)
         stages = [stage for parts in layers for stage in parts.stages]
-        modules = [
-            (f"denselayer{i}.{name}", m) for i, parts in enumerate(layers, 1) for name, m in parts.modules.items()
-        ]
+        modules = [named for parts in layers for named in parts.modules.items()]
         dtype = stages[0].conv.weight.dtype
         check_parameters(init_features, "init_features", modules, dtype, [stage.norm for stage in stages])
         out, moments = dense_block(
@@ -175,7 +173,7 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def parts(self) -> list[LayerParts]:
         """Its layers, taken apart."""
-        return [take_apart(layer) for layer in self._modules.values() if layer is not None]
+        return [take_apart(layer, name) for name, layer in self._modules.items() if layer is not None]
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""

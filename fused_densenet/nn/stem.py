@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..backends import choose
 from ..backends.contract import accumulate_dtype
-from ..fallback.anatomy import interceptions, is_batch_norm, norm_relu_reasons, own_activation
+from ..fallback.anatomy import interceptions, is_batch_norm, kinds_of, norm_relu_reasons, own_activation, patches
 from ..fallback.reasons import announce, context_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
 from ..ops.ranks import sync_group
@@ -26,6 +26,10 @@ class Run(NamedTuple):
     modules: list[tuple[str, nn.Module]]
     norm: Any
     pool: bool
+
+    def interceptions(self) -> list[str]:
+        """Which of the modules something follows or replaces."""
+        return interceptions(self.modules) + patches(kinds_of(module for _, module in self.modules))
 
 
 class FusedFeatures(nn.Sequential):
@@ -45,7 +49,7 @@ class FusedFeatures(nn.Sequential):
         while i < len(modules):
             run = run_at(modules, i)
             if run is not None and _fits(x, run):
-                reasons = context_reasons(x) + interceptions(run.modules)
+                reasons = context_reasons(x) + run.interceptions()
                 if not reasons:
                     x = _fused(x, run)
                     i += len(run.modules)
@@ -65,7 +69,7 @@ class FusedFeatures(nn.Sequential):
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why its runs cannot run fused for the input ``x``, or for any if None; empty if they can."""
-        reasons = [reason for run in self.runs() for reason in interceptions(run.modules)]
+        reasons = [reason for run in self.runs() for reason in run.interceptions()]
         return reasons if x is None else context_reasons(x) + reasons
 
     def _present(self) -> list[tuple[str, nn.Module]]:

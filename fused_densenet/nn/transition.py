@@ -1,13 +1,14 @@
 """``FusedTransition``: torchvision's transition by signature, state_dict and result; one fused operator inside."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import choose
-from ..fallback.anatomy import Stage, interceptions, stage_reasons, take_stage
+from ..fallback.anatomy import Stage, interceptions, kinds_of, patches, stage_reasons, take_stage
 from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
 from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
@@ -18,6 +19,7 @@ from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of, update_running
 
+_NAMES = ("norm", "relu", "conv", "pool")
 AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
@@ -27,25 +29,24 @@ class TransitionParts(NamedTuple):
     modules: dict[str, Any]
     stage: Stage
     pool: nn.Module | None
+    changes: Sequence[str] = ()
 
     def structure_reasons(self) -> list[str]:
         """Why a transition that looks like this cannot run fused, whatever the input."""
-        known = ("norm", "relu", "conv", "pool")
-        reasons = [f"{name} is no part of a transition" for name in self.modules if name not in known]
-        reasons += stage_reasons(self.stage, "")
+        reasons = [*self.changes, *stage_reasons(self.stage)]
         if not reasons:
-            conv, norm = self.stage.conv, self.stage.norm
+            conv, norm, (norm_name, _, conv_name) = self.stage.conv, self.stage.norm, self.stage.names
             if any(size != 1 for size in conv.kernel_size):
-                reasons.append("conv is no 1x1 convolution")
+                reasons.append(f"{conv_name} is no 1x1 convolution")
             if norm.num_features != conv.in_channels:
-                reasons.append(f"norm has {norm.num_features} channels and conv reads {conv.in_channels}")
+                reasons.append(f"{norm_name} has {norm.num_features} channels and {conv_name} reads {conv.in_channels}")
         if self.pool is not None and not _halves(self.pool):
             reasons.append(f"pool is no average pooling of window and stride 2: {self.pool}")
         return reasons
 
     def fallback_reasons(self, x: Tensor | None, structure: list[str]) -> list[str]:
         """Those of :meth:`FusedTransition.fallback_reasons`, given :meth:`structure_reasons`."""
-        standing = structure + interceptions(self.modules.items())
+        standing = structure + interceptions(self.modules.items()) + patches(kinds_of(self.modules.values()))
         if x is None:
             return standing
         return context_reasons(x) + (standing or dtype_reasons(x, self.stage.conv.weight.dtype))
@@ -120,7 +121,8 @@ class FusedTransition(nn.Sequential):
         """Its modules, taken apart."""
         modules: dict[str, Any] = {name: module for name, module in self._modules.items() if module is not None}
         pool = modules.get("pool")
-        return TransitionParts(modules, take_stage(modules, ""), None if isinstance(pool, nn.Identity) else pool)
+        unknown = [f"{name} is no part of a transition" for name in modules if name not in _NAMES]
+        return TransitionParts(modules, take_stage(modules), None if isinstance(pool, nn.Identity) else pool, unknown)
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""

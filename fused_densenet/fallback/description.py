@@ -1,0 +1,163 @@
+"""What ``fuse`` found a module to compute: where its parts stand in it, and what must stay as it is for that to hold.
+
+A description is plain data. It names no tensor and holds no module, so it goes with a module's copies and pickles, and
+parts that were replaced by others of their kind (by ``SyncBatchNorm.convert_sync_batchnorm``, say) are found again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .anatomy import LayerParts, Stage
+
+_RELU = nn.ReLU()
+_HALVING = (nn.AvgPool1d(2), nn.AvgPool2d(2), nn.AvgPool3d(2))
+
+
+class Place(NamedTuple):
+    """A module inside another one: number of its parent in :attr:`Description.places`, its name there, what it may be."""
+
+    parent: int
+    name: str
+    path: str
+    kinds: tuple[type, ...]
+    children: int
+
+
+class StagePlaces(NamedTuple):
+    """The numbers of a norm-relu-conv's modules; ``activation`` is None where a function is called."""
+
+    norm: int
+    activation: int | None
+    conv: int
+
+
+class DropoutPlace(NamedTuple):
+    """A layer's dropout: the module, or the rate that a function is given and the module whose mode it follows."""
+
+    module: int | None
+    rate: float
+    follows: int
+    channels: bool
+
+
+@dataclass(frozen=True)
+class Description:
+    """A dense block or a transition as a list of its modules, the module itself first.
+
+    Attributes:
+        places: every module inside, parents before their children.
+        settings: by number, the plain attributes of modules that are not torch's own; they must stay.
+    """
+
+    places: tuple[Place, ...]
+    settings: tuple[tuple[int, dict[str, Any]], ...]
+
+    def find(self, root: nn.Module) -> tuple[list[Any], list[str]]:
+        """The modules, by number, and what is not as it was; they are not to be used where there is such a change."""
+        found: list[Any] = []
+        for place in self.places:
+            module = found[place.parent]._modules.get(place.name) if found else root
+            if module is None:
+                return found, [f"{place.path} is missing"]
+            if place.kinds and type(module) not in place.kinds:
+                return found, [f"{place.path} is a {type(module).__name__}"]
+            if place.kinds and len(module._modules) != place.children:
+                return found, [f"{place.path or 'it'} has other modules inside than when fuse was called"]
+            found.append(module)
+        return found, [
+            f"{self.places[number].path or 'it'} has another {name} than when fuse was called"
+            for number, before in self.settings
+            for name, value in before.items()
+            if getattr(found[number], name, None) != value
+        ]
+
+    def named(self, found: Sequence[Any]) -> dict[str, Any]:
+        """What :meth:`find` found, by path, without the module itself."""
+        return {place.path: module for place, module in zip(self.places[1:], found[1:], strict=True) if place.kinds}
+
+    def stage(self, places: StagePlaces, found: Sequence[Any]) -> Stage:
+        """A norm-relu-conv of what :meth:`find` found."""
+        relu = places.activation
+        names = [self.places[i].path for i in (places.norm, places.norm if relu is None else relu, places.conv)]
+        activation = _RELU if relu is None else found[relu]
+        return Stage(found[places.norm], [activation], found[places.conv], (names[0], names[1], names[2]))
+
+
+@dataclass(frozen=True)
+class BlockDescription(Description):
+    """A dense block.
+
+    Attributes:
+        layers: for each layer its norm-relu-convs, in order.
+        dropouts: for each layer its dropout.
+        before: names of the children that are called, one after the other, on what the block is given.
+        units: names of the children that are its layers, where there are others before or after them.
+        after: names of the children that are called on its result.
+        prepends: whether new features stand before those that their layer read, not behind them.
+        returns_new: whether the result is the new features alone.
+    """
+
+    layers: tuple[tuple[StagePlaces, ...], ...]
+    dropouts: tuple[DropoutPlace | None, ...]
+    before: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    prepends: bool = False
+    returns_new: bool = False
+
+    def parts(self, block: nn.Module) -> list[LayerParts]:
+        """The layers of ``block``, taken apart; all its modules count as the first one's."""
+        found, changes = self.find(block)
+        if changes:
+            return [LayerParts("it", None, {}, [], 0.0, False, changes)]
+        modules = self.named(found)
+        parts: list[LayerParts] = []
+        for number, (stages, dropout) in enumerate(zip(self.layers, self.dropouts, strict=True), 1):
+            taken = [self.stage(places, found) for places in stages]
+            rate, channels = _rate(dropout, found)
+            parts.append(LayerParts(f"layer {number}", None, {} if parts else modules, taken, rate, channels))
+        return parts
+
+    def missing_reasons(self) -> list[str]:
+        """What the fused operators cannot do of it."""
+        reasons = []
+        if self.prepends:
+            reasons.append("it puts new features before those that their layer reads, not behind them")
+        if self.returns_new:
+            reasons.append("it returns the new features alone")
+        return reasons
+
+
+def _rate(place: DropoutPlace | None, found: Sequence[Any]) -> tuple[float, bool]:
+    if place is None:
+        return 0.0, False
+    rate = place.rate if place.module is None else found[place.module].p
+    return rate if found[place.follows].training else 0.0, place.channels
+
+
+@dataclass(frozen=True)
+class TransitionDescription(Description):
+    """A transition.
+
+    Attributes:
+        places_of_stage: its norm-relu-conv.
+        pools: whether it pools.
+        pool: number of the module that does; None where a function is called.
+    """
+
+    places_of_stage: StagePlaces
+    pools: bool
+    pool: int | None
+
+    def parts(self, transition: nn.Module) -> tuple[dict[str, Any], Stage, nn.Module | None, list[str]]:
+        """Its modules by path, its norm-relu-conv, its pooling, and what has changed."""
+        found, changes = self.find(transition)
+        if changes:
+            return {}, Stage(None, [], None, ("norm", "relu", "conv")), None, changes
+        stage, pool = self.stage(self.places_of_stage, found), None
+        if self.pools:
+            pool = _HALVING[stage.conv.weight.dim() - 3] if self.pool is None else found[self.pool]
+        return self.named(found), stage, pool, []

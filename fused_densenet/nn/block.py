@@ -1,7 +1,6 @@
 """``FusedDenseBlock``: torchvision's dense block by signature, state_dict and result; one fused operator inside."""
 
 import re
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +18,7 @@ from ..fallback.reasons import (
 from ..fallback.recomputation import concatenated, recomputed
 from ..fallback.recording import exports_operators, one_call, refuse_script
 from ..ops.functional import NormReluConv, dense_block
-from ..ops.statistics import BatchMoments
+from .running import update_running
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LEGACY_KEY = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12]\.\w+)")
@@ -215,36 +214,3 @@ def affine_of(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         like.new_ones(norm.num_features) if gamma is None else gamma,
         like.new_zeros(norm.num_features) if beta is None else beta,
     )
-
-
-def update_running(norms: Sequence[Any], moments: BatchMoments, x: Tensor) -> None:
-    """What ``nn.BatchNorm`` does in training: ``running += momentum * (batch - running)``, the variance unbiased.
-
-    The moments take no part in differentiation, so there is no gradient to switch off (torch.export could not record it).
-    Not where a checkpoint computes the block again, which is in the middle of a backward pass: it has been done.
-    """
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        return
-    if moments.pixels is None:
-        pixels = x.numel() // x.shape[1]
-        unbiased: Any = pixels / max(pixels - 1, 1)
-    else:
-        unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
-    by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for i, norm in enumerate(norms):
-        if norm.training and norm.track_running_stats and (running_mean := norm.running_mean) is not None:
-            mean, var = moments.of(i, running_mean.shape[0])
-            running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
-            running_var, count = norm.running_var, norm.num_batches_tracked
-            running += [running_mean, running_var]
-            batch += [mean.to(running_mean.dtype), (var * unbiased).to(running_var.dtype)]
-            if count is not None:
-                counts.append(count)
-    for momentum, (running, batch, counts) in by_momentum.items():
-        if counts:
-            torch._foreach_add_(counts, 1)
-        if momentum is not None:
-            torch._foreach_lerp_(running, batch, momentum)
-        else:  # cumulative average
-            for i, (old, new) in enumerate(zip(running, batch, strict=True)):
-                old.lerp_(new, 1 / counts[i // 2].to(old.dtype))

@@ -15,7 +15,8 @@ from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
 from ..ops.stem import stem
 from ..ops.transition import Arguments
-from .block import affine_of, update_running
+from .block import affine_of
+from .running import update_running
 
 _MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 

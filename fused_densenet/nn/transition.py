@@ -17,7 +17,8 @@ from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, statistics_of
 from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
-from .block import CONV, NORM, norm_relu_conv_of, update_running
+from .block import CONV, NORM, norm_relu_conv_of
+from .running import update_running
 
 _NAMES = ("norm", "relu", "conv", "pool")
 AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}

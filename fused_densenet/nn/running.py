@@ -1,0 +1,86 @@
+"""Running statistics: what ``nn.BatchNorm`` does to its buffers in training, once for every forward pass.
+
+A module that torch.utils.checkpoint computes again in the backward pass has counted that batch; torch's own norms count it
+twice. Computing again is told from the Python frames above the module: every other forward pass that runs in a backward
+pass, a tensor hook's or a custom Function's, is one of its own.
+"""
+
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.statistics import BatchMoments
+
+
+def update_running(norms: Sequence[Any], moments: BatchMoments, x: Tensor) -> None:
+    """``running += momentum * (batch - running)``, the variance unbiased; counted where only the count is left.
+
+    ``moments`` are those of what the norms read in a module called with ``x``. They take no part in differentiation, so
+    there is no gradient to switch off (torch.export could not record it).
+    """
+    if not torch.compiler.is_compiling() and _is_computed_again():
+        return
+    if moments.pixels is None:
+        pixels = x.numel() // x.shape[1]
+        unbiased: Any = pixels / max(pixels - 1, 1)
+    else:
+        unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
+    batches = []
+    for i, norm in enumerate(norms):
+        if norm.training and norm.track_running_stats:
+            mean, var = moments.of(i, norm.num_features)
+            batches.append((norm, mean, var * unbiased))
+    if len({norm for norm, *_ in batches}) == len(batches):
+        _update(batches)
+    else:  # a norm that several layers share sees one batch after the other
+        for batch in batches:
+            _update([batch])
+
+
+def _update(batches: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+    if counts := [norm.num_batches_tracked for norm, *_ in batches if norm.num_batches_tracked is not None]:
+        torch._foreach_add_(counts, 1)
+    by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for norm, *moments in batches:
+        for running, batch in zip((norm.running_mean, norm.running_var), moments, strict=True):
+            if running is None:
+                continue
+            batch = batch.to(running.dtype)
+            if norm.momentum is not None:
+                old, new = by_momentum.setdefault(norm.momentum, ([], []))
+                old.append(running)
+                new.append(batch)
+            elif norm.num_batches_tracked is not None:  # the cumulative average; torch's norms need the count for it
+                running.lerp_(batch, 1 / norm.num_batches_tracked.to(running.dtype))
+    for momentum, (old, new) in by_momentum.items():
+        torch._foreach_lerp_(old, new, momentum)
+
+
+def _is_computed_again() -> bool:
+    """Whether a checkpoint, torch's or one like it, is computing its function for the second time.
+
+    It does so in a backward pass, or under its own hooks where a saved tensor is read outside of one.
+    """
+    if torch._C._current_graph_task_id() == -1 and not torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return False
+    caller: FrameType | None = sys._getframe(1)
+    callee = caller
+    while caller is not None:
+        if _computes_again(caller, callee):
+            return True
+        caller, callee = caller.f_back, caller
+    return False
+
+
+def _computes_again(frame: FrameType, callee: FrameType | None) -> bool:
+    name = frame.f_code.co_name
+    if name == "recompute_fn":
+        return frame.f_globals.get("__name__") == "torch.utils.checkpoint"
+    # The reentrant kind runs its function in its own backward, and then a backward pass through it, which may run more.
+    if name != "backward" or callee is None or callee.f_globals.get("__name__") == "torch.autograd":
+        return False
+    return hasattr(frame.f_locals.get("ctx"), "run_function")

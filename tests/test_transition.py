@@ -12,7 +12,7 @@ from tolerances import assert_no_worse, assert_same
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, FusedTransition, reference, strict
+from fused_densenet import FallbackError, FallbackWarning, FusedTransition, reference, strict
 from fused_densenet.ops.statistics import channel_moments, statistics_of
 from fused_densenet.ops.transition import Arguments
 from fused_densenet.ops.transition import transition as transition_op
@@ -115,32 +115,6 @@ def test_any_layout(layout: str) -> None:
     x = images(2, 6, 5).double()
     x = {"contiguous": x, "channels last": x.to(memory_format=torch.channels_last)}.get(layout, x.mT.contiguous().mT)
     assert_same(step(ours.double(), x), step(theirs.double(), x), "float64 whole block")
-
-
-def test_statistics_of_a_block_are_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, ours = FusedDenseBlock(2, 4, 4, 3).double(), FusedTransition(10, 6).double()
-    theirs = reference.Transition(10, 6).double()
-    theirs.load_state_dict(ours.state_dict())
-    out = block(torch.randn(2, 4, 6, 6, dtype=torch.float64))
-    expected = theirs(out)
-    torch.testing.assert_close(ours(out.clone()), expected)
-    with monkeypatch.context() as patch:
-        patch.setattr("fused_densenet.ops.statistics.channel_moments", None)
-        torch.testing.assert_close(ours(out), expected)
-        with torch.no_grad():
-            out.detach().mul_(2)
-        with pytest.raises(TypeError):
-            ours(out)  # what was known is of other values
-    torch.testing.assert_close(ours(out.detach()), theirs(out.detach()))
-
-
-def test_statistics_end_with_their_tensor() -> None:
-    from fused_densenet.ops import statistics
-
-    out = FusedDenseBlock(1, 4, 4, 2)(torch.randn(2, 4, 3, 3))
-    before = len(statistics._known)
-    del out
-    assert len(statistics._known) == before - 1
 
 
 @pytest.mark.parametrize("affine", [True, False])

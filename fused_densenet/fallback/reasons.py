@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,13 +113,19 @@ def dtype_reasons(x: Tensor, dtype: torch.dtype) -> list[str]:
 
 def context_reasons(x: Tensor) -> list[str]:
     """Why no module can run fused on ``x`` where it is called."""
-    reasons = [] if torch.compiler.is_compiling() else transform_reasons()
+    reasons = surroundings_reasons()
     if autocasts(x) and x.dtype not in (
         torch.float32,
         torch.float64,
         torch.get_autocast_dtype(x.device.type),
     ):
         reasons.append(f"autocast to {torch.get_autocast_dtype(x.device.type)} of an input in {x.dtype}")
+    return reasons
+
+
+def surroundings_reasons() -> list[str]:
+    """Why nothing can run fused where it is called, whatever the input."""
+    reasons = [] if torch.compiler.is_compiling() else transform_reasons()
     if _global_hooks():
         reasons.append("hooks on all modules are registered")
     return reasons
@@ -154,4 +161,8 @@ def _global_hooks() -> bool:
         module_hooks._global_backward_hooks,
         module_hooks._global_backward_pre_hooks,
     )
-    return any(not hook.__module__.startswith("torch.") for hooks in registered for hook in hooks.values())
+    return any(not _is_torchs(hook) for hooks in registered for hook in hooks.values())
+
+
+def _is_torchs(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", None)).startswith("torch.")

@@ -18,6 +18,7 @@ from ..fallback.reasons import (
 from ..fallback.recomputation import concatenated, recomputed
 from ..fallback.recording import exports_operators, one_call, refuse_script
 from ..ops.functional import NormReluConv, dense_block
+from .passage import Passage, passes_on
 from .running import update_running
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -137,7 +138,13 @@ class FusedDenseBlock(nn.ModuleDict):
         for layer in self.children():
             layer.memory_efficient = value  # type: ignore[assignment]
 
+    @passes_on
     def forward(self, init_features: Tensor) -> Tensor:
+        return self.pass_on(init_features, Passage())
+
+    def pass_on(self, init_features: Tensor, passage: Passage) -> Tensor:
+        """``forward(init_features)``, told what is known of ``init_features``, and telling it of the result."""
+        passage.statistics = None
         if isinstance(init_features, torch.fx.Proxy):
             return one_call(self, init_features)
         if exports_operators():
@@ -149,7 +156,7 @@ class FusedDenseBlock(nn.ModuleDict):
         reasons = fallback_reasons(init_features, layers, self.layer_class, groups)
         if reasons:
             announce(reasons)
-            return self._operator_by_operator(init_features)
+            return passage.through_operators(self._operator_by_operator, init_features)
         (group,) = groups or {None}
         if init_features.numel() == 0 and group is None:
             return self._operator_by_operator(init_features)
@@ -168,6 +175,7 @@ class FusedDenseBlock(nn.ModuleDict):
         )
         if moments is not None:
             update_running([stage.norm for stage in stages], moments, init_features)
+            passage.statistics = moments.result
         return out
 
     def parts(self) -> list[LayerParts]:

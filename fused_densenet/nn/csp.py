@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .block import FusedDenseBlock
 from .densenet import CONFIGURATIONS, Network
+from .passage import Passage, passes_on
 from .transition import FusedTransition
 
 Fusion = Literal["first", "last", "both"]
@@ -87,13 +88,20 @@ class CSPDenseBlock(nn.Module):
         self.fusion = fusion
         self.pool = pool
 
+    @passes_on
     def forward(self, x: Tensor) -> Tensor:
+        return self.pass_on(x, Passage())
+
+    def pass_on(self, x: Tensor, passage: Passage) -> Tensor:
+        """``forward(x)``, in whatever layout."""
+        passage.statistics = None
         if x.dim() < 2 or x.shape[1] != self.num_input_features:
             raise ValueError(f"x: expected {self.num_input_features} channels, got shape {tuple(x.shape)}")
         around, through = x.split(self.split, dim=1)
-        dense = self.denseblock(through)
+        inside = Passage()
+        dense = inside.through(self.denseblock, through)
         if self.fusion != "first":
-            dense = self.dense_transition(dense)
+            dense = inside.through(self.dense_transition, dense)
             if self.pool:
                 around = _average_pool(around)
         fused = torch.cat([dense, around], dim=1)

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from ..backends import choose
 from ..backends.contract import accumulate_dtype
 from ..fallback.anatomy import interceptions, is_batch_norm, kinds_of, norm_relu_reasons, own_activation, patches
-from ..fallback.reasons import announce, context_reasons, uses_batch_stats
+from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
 from ..ops.stem import stem
 from ..ops.transition import Arguments
 from .block import affine_of
+from .passage import Passage, channels_last, layout_of
 from .running import update_running
 
 _MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -36,7 +37,7 @@ class Run(NamedTuple):
 class FusedFeatures(nn.Sequential):
     """A ``nn.Sequential`` that runs ``norm, relu`` and ``norm, relu, pool`` as one operator each.
 
-    The children, their names and the result are those of ``nn.Sequential``. What is gained is memory: for such a run
+    The children, their names and the result, its layout too, are those of ``nn.Sequential``. What is gained is memory: for such a run
     nothing but its input is kept for backward, the rest is computed again. Norms are batch normalisations (timm's, which
     contain the activation, too), pools ``MaxPool(kernel_size=3, stride=2, padding=1)``; everything else, and what has
     hooks, is called as it is.
@@ -46,19 +47,24 @@ class FusedFeatures(nn.Sequential):
         if isinstance(input, torch.fx.Proxy) or exports_operators():
             return super().forward(input)
         modules = self._present()
-        x, i = _channels_last(input, modules), 0
+        if reasons := surroundings_reasons():  # every module needs to be called
+            if self.runs():
+                announce(reasons, type(self).__name__)
+            return super().forward(input)
+        passage = Passage(layout_of(input))
+        x, i = _for_the_run(input, modules), 0
         while i < len(modules):
             run = run_at(modules, i)
             if run is not None and _fits(x, run):
                 reasons = context_reasons(x) + run.interceptions()
                 if not reasons:
-                    x = _fused(x, run)
+                    x = _fused(x, run, passage)
                     i += len(run.modules)
                     continue
                 announce(reasons, type(self).__name__)
-            x = modules[i][1](x)
+            x = passage.through(modules[i][1], x)
             i += 1
-        return x
+        return passage.arranged(x)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()
@@ -77,12 +83,10 @@ class FusedFeatures(nn.Sequential):
         return [(name, module) for name, module in self._modules.items() if module is not None]
 
 
-def _channels_last(x: Tensor, modules: Sequence[tuple[str, nn.Module]]) -> Tensor:
+def _for_the_run(x: Tensor, modules: Sequence[tuple[str, nn.Module]]) -> Tensor:
     """An image for a convolution before a run: in another layout the run would copy the feature maps, many times more."""
-    if len(modules) > 1 and isinstance(modules[0][1], nn.Conv2d | nn.Conv3d) and run_at(modules, 1) is not None:
-        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        return x if layout is None else x.contiguous(memory_format=layout)
-    return x
+    plain = bool(modules) and type(modules[0][1]) in (nn.Conv2d, nn.Conv3d) and not interceptions(modules[:1])
+    return channels_last(x) if plain and len(modules) > 1 and run_at(modules, 1) is not None else x
 
 
 def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
@@ -126,12 +130,14 @@ def _fits(x: Tensor, run: Run) -> bool:
     )
 
 
-def _fused(x: Tensor, run: Run) -> Tensor:
+def _fused(x: Tensor, run: Run, passage: Passage) -> Tensor:
     norm, batch_stats, group = run.norm, uses_batch_stats(run.norm), sync_group(run.norm)
     backend = choose(x.device, x.dtype) if x.numel() else "eager"
-    statistics = (
-        statistics_of(x, backend, group) if batch_stats else frozen_statistics(norm.running_mean, norm.running_var)
-    )
+    if batch_stats:
+        statistics = statistics_of(x, backend, group, passage.statistics)
+    else:
+        statistics = frozen_statistics(norm.running_mean, norm.running_var)
+    passage.statistics = None
     gamma, beta = affine_of(norm, x)
     arguments = Arguments(x, [], [gamma], [beta], *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
     out = stem(arguments).out

@@ -18,6 +18,7 @@ from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, s
 from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
+from .passage import Passage, passes_on
 from .running import update_running
 
 _NAMES = ("norm", "relu", "conv", "pool")
@@ -89,7 +90,12 @@ class FusedTransition(nn.Sequential):
             parts["pool"] = AVG_POOL[spatial_dims](kernel_size=2, stride=2)
         super().__init__(parts)
 
+    @passes_on
     def forward(self, input: Tensor) -> Tensor:
+        return self.pass_on(input, Passage())
+
+    def pass_on(self, input: Tensor, passage: Passage) -> Tensor:
+        """``forward(input)``, told what is known of ``input``, and telling it of the result."""
         if isinstance(input, torch.fx.Proxy):
             return one_call(self, input)
         if exports_operators():
@@ -102,7 +108,7 @@ class FusedTransition(nn.Sequential):
         reasons = parts.fallback_reasons(input, structure)
         if reasons:
             announce(reasons, "FusedTransition")
-            return self._operator_by_operator(input)
+            return passage.through_operators(self._operator_by_operator, input)
         if pool and min(input.shape[2:]) < 2:
             raise ValueError(f"input: expected sizes of at least 2 to pool, got shape {tuple(input.shape)}")
         check_parameters(input, "input", parts.modules.items(), conv.weight.dtype, [norm])
@@ -110,7 +116,9 @@ class FusedTransition(nn.Sequential):
         if input.numel() == 0 and group is None:
             return self._operator_by_operator(input)
         convolution = norm_relu_conv_of(norm, conv)
-        out, statistics = transition(input, convolution, pool=pool, group=group)
+        out, statistics = transition(input, convolution, pool=pool, group=group, statistics=passage.statistics)
+        passage.statistics = None
+        passage.convolved(conv, parts.pool)
         if convolution.batch_stats:
             update_running([norm], BatchMoments(statistics.moments, None, statistics.pixels), input)
         return out
@@ -135,7 +143,12 @@ class FusedTransition(nn.Sequential):
 
 
 def transition(
-    x: Tensor, convolution: NormReluConv, *, pool: bool = True, group: str | None = None
+    x: Tensor,
+    convolution: NormReluConv,
+    *,
+    pool: bool = True,
+    group: str | None = None,
+    statistics: BatchStatistics | None = None,
 ) -> tuple[Tensor, BatchStatistics]:
     """A transition on plain tensors: ``avg_pool(conv1(relu(bn(x))))``, of window and stride 2.
 
@@ -144,17 +157,21 @@ def transition(
         convolution: the norm and the 1x1 convolution; the weight in the dtype of ``x`` or float32.
         pool: halve each size, which must be 2 at least.
         group: name of the process group over whose ranks batch statistics are taken; None for this process alone.
+        statistics: those of ``x``, where they are known.
 
     Returns:
         ``(N, K, *spatial)``, channels-last, in the dtype of ``x``, or autocast's where that is on; and the statistics
-        that ``x`` was normalised by. What a dense block of ours has returned is not read for them again.
+        that ``x`` was normalised by.
 
     Raises:
         RuntimeError: the backend that was asked for cannot run on this device or dtype.
     """
     backend = choose(x.device, x.dtype) if x.numel() else "eager"
     c = convolution
-    statistics = statistics_of(x, backend, group) if c.batch_stats else frozen_statistics(c.running_mean, c.running_var)
+    if c.batch_stats:
+        statistics = statistics_of(x, backend, group, statistics)
+    else:
+        statistics = frozen_statistics(c.running_mean, c.running_var)
     out = transition_op(
         Arguments(x, [c.weight], [c.gamma], [c.beta], *statistics[:2], c.eps, c.batch_stats, pool, backend, group)
     ).out

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.contract import accumulate_dtype
 from .block import Arguments, block
-from .statistics import BatchMoments, BatchStatistics, remember
+from .statistics import BatchMoments
 
 
 @dataclass
@@ -92,9 +92,7 @@ def dense_block(
     if not any(batch_stats):
         return outputs.out, None
     stats, bottleneck_stats, *pixels = outputs.constants
-    moments = BatchMoments(stats, bottleneck_stats if bottleneck else None, pixels[0] if pixels else None)
-    remember(outputs.out, BatchStatistics(stats, moments.pixels, group))
-    return outputs.out, moments
+    return outputs.out, BatchMoments(stats, bottleneck_stats if bottleneck else None, pixels[0] if pixels else None, group)
 
 
 def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> Tensor:

@@ -1,10 +1,9 @@
-"""Batch statistics of feature maps: taken in one pass, or left by the dense block that wrote the feature maps."""
+"""Batch statistics of feature maps: taken in one pass, or known from the dense block that wrote them."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import BACKENDS
 from ..backends.contract import accumulate_dtype
@@ -32,11 +31,13 @@ class BatchMoments(NamedTuple):
         stats: ``(2, C)``, mean and biased variance of the buffer's channels, of which a norm reads the first.
         bottleneck_stats: ``(2, layers, width)``, of the bottlenecks, which every second norm reads; None without any.
         pixels: as :class:`BatchStatistics` has them.
+        group: as :class:`BatchStatistics` has it.
     """
 
     stats: Tensor
     bottleneck_stats: Tensor | None
     pixels: Tensor | None
+    group: str | None = None
 
     def of(self, i: int, channels: int) -> Tensor:
         """``(2, channels)``, mean and variance of what norm ``i`` in the order of execution reads."""
@@ -44,24 +45,16 @@ class BatchMoments(NamedTuple):
             return self.bottleneck_stats[:, i // 2]
         return self.stats[:, :channels]
 
-
-# What is known of a tensor, and the version at which it was; forgotten with the tensor. The tensor itself carries
-# nothing, so that saving or copying it takes nothing along.
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def remember(x: Tensor, statistics: BatchStatistics) -> None:
-    """Leaves ``x``'s statistics for the module that reads it next."""
-    if not torch.compiler.is_compiling() and not x.is_inference():
-        _known[x] = (x._version, statistics)
+    @property
+    def result(self) -> BatchStatistics:
+        """The statistics of what the block returned."""
+        return BatchStatistics(self.stats, self.pixels, self.group)
 
 
-def statistics_of(x: Tensor, backend: str, group: str | None) -> BatchStatistics:
-    """The statistics of ``x`` ``(N, C, *spatial)``, known or taken."""
-    if not torch.compiler.is_compiling() and x in _known:
-        version, statistics = _known[x]
-        if version == x._version and statistics.group == group:
-            return statistics
+def statistics_of(x: Tensor, backend: str, group: str | None, known: BatchStatistics | None = None) -> BatchStatistics:
+    """The statistics of ``x`` ``(N, C, *spatial)``: those that are ``known``, if they are of ``group``, or taken."""
+    if known is not None and known.group == group:
+        return known
     moments, *pixels = channel_moments(x.detach(), backend, group)
     return BatchStatistics(moments, pixels[0] if pixels else None, group)
 

@@ -1,0 +1,121 @@
+"""What goes from one module to the next beside the feature maps, where a network owns both: their layout and statistics.
+
+Fused modules write channels-last, whatever they read. A network that calls them one after the other knows the layout that
+the feature maps would have without them, and gives it to every module that may ask for it and to what comes after. It also
+knows that nothing has touched a block's result when the next module reads it: the statistics that the block took still hold.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from ..fallback.anatomy import interceptions
+from ..ops.statistics import BatchStatistics
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_ANY_LAYOUT = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Identity),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+)
+"""Modules whose result holds the same values, in the layout of their input, whatever that is."""
+
+_CALL = nn.Module.__call__
+_FORWARDS: list[Callable[..., Any]] = []
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def passes_on(forward: Forward) -> Forward:
+    """Marks a ``forward(self, x)`` that calls ``self.pass_on(x, Passage())`` and does nothing else."""
+    _FORWARDS.append(forward)
+    return forward
+
+
+@dataclass
+class Passage:
+    """Of the feature maps between two modules.
+
+    Attributes:
+        layout: what they would have if no module ran fused; None where that does not matter.
+        statistics: their batch statistics, where the module that wrote them has taken them.
+    """
+
+    layout: torch.memory_format | None = None
+    statistics: BatchStatistics | None = None
+
+    def through(self, module: nn.Module, x: Tensor) -> Tensor:
+        """``module(x)``: told what is known of ``x`` where nobody else follows or replaces what it does."""
+        if _is_bare(module):
+            out: Tensor = module.pass_on(x, self)  # type: ignore[operator]
+            return out
+        self.statistics = None
+        if self.layout is None:
+            return module(x)
+        if type(module) not in _ANY_LAYOUT or interceptions([("", module)]):
+            return self.through_operators(module, x)
+        out = module(x)
+        self.convolved(module)
+        self._look_at(out)
+        return out
+
+    def through_operators(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function(x)``, to which ``x`` has the layout that it would have if no module ran fused."""
+        self.statistics = None
+        out = function(self.arranged(x))
+        self._look_at(out)
+        return out
+
+    def convolved(self, convolution: nn.Module, pool: nn.Module | None = None) -> None:
+        """Notes that modules have run: channels-last weights make their result so, and ``AvgPool3d`` contiguous."""
+        weight = convolution._parameters.get("weight")
+        if self.layout is torch.contiguous_format and weight is not None:
+            self.layout = layout_of(weight)
+        if self.layout is not None and isinstance(pool, nn.AvgPool3d):
+            self.layout = torch.contiguous_format
+
+    def _look_at(self, out: Any) -> None:
+        """Notes what a module has returned. Channels-last feature maps of contiguous ones are fused modules' inside it."""
+        if self.layout is not None and self.layout is not torch.contiguous_format:
+            self.layout = layout_of(out) if isinstance(out, Tensor) else None
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """``x`` in :attr:`layout`."""
+        return x if self.layout is None or not isinstance(x, Tensor) else x.contiguous(memory_format=self.layout)
+
+
+def _is_bare(module: Any) -> bool:
+    """Whether calling a module is the same as calling its ``pass_on``."""
+    return (
+        any(type(module).forward is forward for forward in _FORWARDS)
+        and "forward" not in module.__dict__
+        and type(module).__call__ is _CALL
+        and module._compiled_call_impl is None
+        and not any(
+            (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        )
+        and not module_hooks._has_any_global_hook()
+    )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` ``(N, C, *spatial)``, copied where it is of two or three spatial dimensions and in another layout."""
+    layout = _CHANNELS_LAST.get(x.dim())
+    return x if layout is None else x.contiguous(memory_format=layout)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The layout that torch's operators give to what they compute from ``x``: channels-last if its strides look like that."""
+    layout = _CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+    sizes, strides = x.shape, x.stride()
+    if layout is torch.contiguous_format or strides[1] == 0:
+        return torch.contiguous_format
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[dim] * sizes[dim]
+    return layout

@@ -18,6 +18,7 @@ from ..fallback.reasons import (
 from ..fallback.recomputation import concatenated, recomputed
 from ..fallback.recording import exports_operators, one_call, refuse_script
 from ..ops.functional import NormReluConv, dense_block
+from ..ops.subclasses import on_plain
 from .passage import Passage, passes_on
 from .running import update_running
 
@@ -164,19 +165,23 @@ class FusedDenseBlock(nn.ModuleDict):
         modules = [named for parts in layers for named in parts.modules.items()]
         dtype = stages[0].conv.weight.dtype
         check_parameters(init_features, "init_features", modules, dtype, [stage.norm for stage in stages])
-        out, moments = dense_block(
-            init_features,
-            [norm_relu_conv_of(stage.norm, stage.conv) for stage in stages],
-            bottleneck=len(layers[0].stages) == 2,
-            drop_rate=layers[0].drop_rate,
-            drop_channels=layers[0].drops_channels,
-            memory_efficient=self.memory_efficient,
-            group=group,
-        )
-        if moments is not None:
-            update_running([stage.norm for stage in stages], moments, init_features)
-            passage.statistics = moments.result
-        return out
+
+        def fused(x: Tensor) -> Tensor:
+            out, moments = dense_block(
+                x,
+                [norm_relu_conv_of(stage.norm, stage.conv) for stage in stages],
+                bottleneck=len(layers[0].stages) == 2,
+                drop_rate=layers[0].drop_rate,
+                drop_channels=layers[0].drops_channels,
+                memory_efficient=self.memory_efficient,
+                group=group,
+            )
+            if moments is not None:
+                update_running([stage.norm for stage in stages], moments, x)
+                passage.statistics = moments.result
+            return out
+
+        return on_plain(init_features, fused)
 
     def parts(self) -> list[LayerParts]:
         """Its layers, taken apart."""

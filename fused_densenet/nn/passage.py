@@ -84,7 +84,9 @@ class Passage:
 
     def arranged(self, x: Tensor) -> Tensor:
         """``x`` in :attr:`layout`."""
-        return x if self.layout is None or not isinstance(x, Tensor) else x.contiguous(memory_format=self.layout)
+        if self.layout is None or not isinstance(x, Tensor) or x.is_contiguous(memory_format=self.layout):
+            return x  # itself: some subclasses' ``contiguous`` returns another class
+        return x.contiguous(memory_format=self.layout)
 
 
 def _is_bare(module: Any) -> bool:

@@ -1,5 +1,6 @@
 """``FusedFeatures``: a ``nn.Sequential`` in which BN, ReLU and max pooling that follow each other run as one operator."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,6 +15,7 @@ from ..fallback.recording import exports_operators, refuse_script
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
 from ..ops.stem import stem
+from ..ops.subclasses import on_plain
 from ..ops.transition import Arguments
 from .block import affine_of
 from .passage import Passage, channels_last, layout_of
@@ -58,7 +60,7 @@ class FusedFeatures(nn.Sequential):
             if run is not None and _fits(x, run):
                 reasons = context_reasons(x) + run.interceptions()
                 if not reasons:
-                    x = _fused(x, run, passage)
+                    x = on_plain(x, functools.partial(_fused, run=run, passage=passage))
                     i += len(run.modules)
                     continue
                 announce(reasons, type(self).__name__)

@@ -16,6 +16,7 @@ from ..ops.functional import NormReluConv
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, statistics_of
 from ..ops.transition import Arguments
+from ..ops.subclasses import on_plain
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
 from .passage import Passage, passes_on
@@ -116,12 +117,16 @@ class FusedTransition(nn.Sequential):
         if input.numel() == 0 and group is None:
             return self._operator_by_operator(input)
         convolution = norm_relu_conv_of(norm, conv)
-        out, statistics = transition(input, convolution, pool=pool, group=group, statistics=passage.statistics)
-        passage.statistics = None
-        passage.convolved(conv, parts.pool)
-        if convolution.batch_stats:
-            update_running([norm], BatchMoments(statistics.moments, None, statistics.pixels), input)
-        return out
+
+        def fused(x: Tensor) -> Tensor:
+            out, statistics = transition(x, convolution, pool=pool, group=group, statistics=passage.statistics)
+            passage.statistics = None
+            passage.convolved(conv, parts.pool)
+            if convolution.batch_stats:
+                update_running([norm], BatchMoments(statistics.moments, None, statistics.pixels), x)
+            return out
+
+        return on_plain(input, fused)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()

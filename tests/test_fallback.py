@@ -182,6 +182,24 @@ def test_global_hooks_and_parametrized_weights(where: str) -> None:
     assert [w.category for w in caught] == [FallbackWarning]
 
 
+@pytest.mark.parametrize("module", [None, "fused_densenet_users", "torch_geometric.nn"])
+def test_global_hook_of_any_origin(module: str | None) -> None:
+    """Functions made by ``exec`` and callables of C have None for a module."""
+    block, seen = FusedDenseBlock(*SIZE), []
+
+    def hook(part: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append(type(part).__name__)
+
+    hook.__module__ = module  # type: ignore[assignment]
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        with pytest.warns(FallbackWarning, match="hooks on all modules are registered"):
+            block(torch.randn(2, SIZE[1], 4, 4))
+    finally:
+        handle.remove()
+    assert seen.count("Conv2d") == 2 * SIZE[0]
+
+
 def test_replaced_layer() -> None:
     block = FusedDenseBlock(*SIZE)
     block["denselayer2"] = peers.DenseBlock(1, 12, 2, 4, 0.0)["denselayer1"]

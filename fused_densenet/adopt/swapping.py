@@ -26,8 +26,6 @@ Described = BlockDescription | TransitionDescription
 class _Settings:
     """What a replaced module needs beside what it has; ``description`` is None where the names of its parts tell all."""
 
-    num_input_features: int | None = None
-    spatial_dims: int | None = None
     memory_efficient: bool | None = None
     description: Any = None
 
@@ -40,13 +38,8 @@ def swap(module: Any, fused: type[nn.Module], description: Described | None = No
     settings = _Settings(description=description)
     layer_class: Any = None
     if fused is FusedDenseBlock:
-        if isinstance(description, BlockDescription):
-            parts = description.parts(module)[0]
-        else:
-            parts = take_apart(next(module.children()), "")
-            layer_class = type(parts.layer)
-        conv = parts.stages[0].conv
-        settings.num_input_features, settings.spatial_dims = conv.in_channels, conv.weight.dim() - 2
+        if not isinstance(description, BlockDescription):
+            layer_class = type(next(module.children()))
     module.fused_settings = settings
     classes: Any = (type(module), fused, layer_class)
     module.__class__ = _fused_class(*classes)
@@ -78,9 +71,7 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
             "_operator_by_operator": _operator_by_operator,
             "layer_class": layer_class,
             "memory_efficient": property(_get_memory_efficient, _set_memory_efficient),
-            "num_input_features": property(lambda block: block.fused_settings.num_input_features),
             "parts": _block_parts,
-            "spatial_dims": property(lambda block: block.fused_settings.spatial_dims),
         }
     elif fused is FusedTransition:
         attributes |= {"_operator_by_operator": _operator_by_operator, "parts": _transition_parts}

@@ -114,15 +114,20 @@ def _layer_reasons(parts: LayerParts, first: LayerParts, layer_class: type | Non
 def _width_reasons(layers: Sequence[LayerParts]) -> list[str]:
     """Where the channels that a layer reads are not those that the ones before it wrote."""
     reasons = []
-    width, bottleneck = layers[0].stages[0].conv.in_channels, layers[0].stages[0].conv.out_channels
+    bottleneck, width = layers[0].stages[0].conv.weight.shape[:2]
     for parts in layers:
         for stage, read in zip(parts.stages, (width, bottleneck), strict=False):
-            if {stage.norm.num_features, stage.conv.in_channels} != {read}:
-                reasons.append(f"{parts.name} reads {stage.norm.num_features} channels where there are {read}")
-        if len(parts.stages) == 2 and parts.stages[0].conv.out_channels != bottleneck:
+            if widths_of(stage.norm) | {stage.conv.weight.shape[1]} != {read}:
+                reasons.append(f"{parts.name} reads {stage.conv.weight.shape[1]} channels where there are {read}")
+        if len(parts.stages) == 2 and parts.stages[0].conv.weight.shape[0] != bottleneck:
             reasons.append(f"{parts.stages[0].names[2]} is of another width than {layers[0].name}'s")
-        width += parts.stages[-1].conv.out_channels
+        width += parts.stages[-1].conv.weight.shape[0]
     return reasons
+
+
+def widths_of(norm: Any) -> set[int]:
+    """The channels that a norm's tensors are for, whatever it says of itself; none where it has no tensors."""
+    return {t.shape[0] for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None}
 
 
 def stage_reasons(stage: Stage) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..fallback.anatomy import LayerParts, is_memory_efficient, take_apart
+from ..fallback.anatomy import LayerParts, is_memory_efficient, structure_reasons, take_apart
 from ..fallback.checks import check_block_arguments, check_image, check_parameters
 from ..fallback.reasons import (
     announce,
@@ -126,8 +126,18 @@ class FusedDenseBlock(nn.ModuleDict):
                 memory_efficient,
                 spatial_dims=spatial_dims,
             )
-        self.num_input_features = num_input_features
-        self.spatial_dims = spatial_dims
+
+    @property
+    def num_input_features(self) -> int:
+        """Channels that its first layer reads."""
+        width: int = self.parts()[0].stages[0].conv.weight.shape[1]
+        return width
+
+    @property
+    def spatial_dims(self) -> int:
+        """Of its first convolution."""
+        dims: int = self.parts()[0].stages[0].conv.weight.dim() - 2
+        return dims
 
     @property
     def memory_efficient(self) -> bool:
@@ -150,9 +160,9 @@ class FusedDenseBlock(nn.ModuleDict):
             return one_call(self, init_features)
         if exports_operators():
             return self._operator_by_operator(init_features)
-        if not torch.jit.is_tracing():  # to which sizes are tensors
-            check_image(init_features, "init_features", self.num_input_features, self.spatial_dims)
         layers = self.parts()
+        if not torch.jit.is_tracing():  # to which sizes are tensors
+            self._check(init_features, layers)
         groups = statistics_groups(layers)
         reasons = fallback_reasons(init_features, layers, self.layer_class, groups)
         if reasons:
@@ -194,6 +204,15 @@ class FusedDenseBlock(nn.ModuleDict):
             return structure_and_hook_reasons(layers, self.layer_class)
         return fallback_reasons(x, layers, self.layer_class, statistics_groups(layers))
 
+    def _check(self, x: Any, layers: list[LayerParts]) -> None:
+        """That ``x`` fits its layers as they are; layers that do not follow one another judge it themselves."""
+        weight = getattr(layers[0].stages[0].conv, "weight", None)
+        if isinstance(x, Tensor):
+            read = isinstance(weight, Tensor) and x.dim() == weight.dim() and x.shape[1] == weight.shape[1]
+            if (read and x.dtype.is_floating_point) or structure_reasons(layers, self.layer_class):
+                return
+        check_image(x, "init_features", self.num_input_features, self.spatial_dims)
+
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()
 
@@ -221,9 +240,9 @@ def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:
 
 
 def affine_of(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """A norm's weight and bias; ones and zeros, of the dtype of ``like``, where it has none."""
+    """A norm's weight and bias; where it has none, ones and zeros for the channels ``like.shape[1]``, of its dtype."""
     gamma, beta = norm.weight, norm.bias
     return (
-        like.new_ones(norm.num_features) if gamma is None else gamma,
-        like.new_zeros(norm.num_features) if beta is None else beta,
+        like.new_ones(like.shape[1]) if gamma is None else gamma,
+        like.new_zeros(like.shape[1]) if beta is None else beta,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backends import choose
 from ..backends.contract import accumulate_dtype
-from ..fallback.anatomy import interceptions, is_batch_norm, kinds_of, norm_relu_reasons, own_activation, patches
+from ..fallback.anatomy import interceptions, is_batch_norm, kinds_of, norm_relu_reasons, own_activation, patches, widths_of
 from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
 from ..ops.ranks import sync_group
@@ -126,7 +126,7 @@ def _fits(x: Tensor, run: Run) -> bool:
     return (
         3 <= x.dim() <= 5
         and x.dim() == pooled_dims + 2
-        and x.shape[1] == norm.num_features
+        and widths_of(norm) <= {x.shape[1]}
         and (x.numel() > x.shape[1] or sync_group(norm) is not None)
         and all(t.dtype in (x.dtype, wide) and t.device == x.device for t in tensors)
     )

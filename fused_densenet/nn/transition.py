@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import choose
-from ..fallback.anatomy import Stage, interceptions, kinds_of, patches, stage_reasons, take_stage
+from ..fallback.anatomy import Stage, interceptions, kinds_of, patches, stage_reasons, take_stage, widths_of
 from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
 from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
@@ -41,8 +41,8 @@ class TransitionParts(NamedTuple):
             conv, norm, (norm_name, _, conv_name) = self.stage.conv, self.stage.norm, self.stage.names
             if any(size != 1 for size in conv.kernel_size):
                 reasons.append(f"{conv_name} is no 1x1 convolution")
-            if norm.num_features != conv.in_channels:
-                reasons.append(f"{norm_name} has {norm.num_features} channels and {conv_name} reads {conv.in_channels}")
+            for width in widths_of(norm) - {conv.weight.shape[1]}:
+                reasons.append(f"{norm_name} has {width} channels and {conv_name} reads {conv.weight.shape[1]}")
         if self.pool is not None and not _halves(self.pool):
             reasons.append(f"pool is no average pooling of window and stride 2: {self.pool}")
         return reasons
@@ -105,7 +105,7 @@ class FusedTransition(nn.Sequential):
         conv, norm, pool = parts.stage.conv, parts.stage.norm, parts.pool is not None
         structure = parts.structure_reasons()
         if not torch.jit.is_tracing() and not structure:
-            check_image(input, "input", norm.num_features, conv.weight.dim() - 2)
+            check_image(input, "input", conv.weight.shape[1], conv.weight.dim() - 2)
         reasons = parts.fallback_reasons(input, structure)
         if reasons:
             announce(reasons, "FusedTransition")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods, take_apart
+from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods
 from ..fallback.description import BlockDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..nn.block import FusedDenseBlock
@@ -37,9 +37,8 @@ def swap(module: Any, fused: type[nn.Module], description: Described | None = No
             remember_methods(type(part))
     settings = _Settings(description=description)
     layer_class: Any = None
-    if fused is FusedDenseBlock:
-        if not isinstance(description, BlockDescription):
-            layer_class = type(next(module.children()))
+    if fused is FusedDenseBlock and not isinstance(description, BlockDescription):
+        layer_class = type(next(module.children()))
     module.fused_settings = settings
     classes: Any = (type(module), fused, layer_class)
     module.__class__ = _fused_class(*classes)

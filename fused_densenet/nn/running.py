@@ -32,7 +32,8 @@ def update_running(norms: Sequence[Any], moments: BatchMoments, x: Tensor) -> No
     batches = []
     for i, norm in enumerate(norms):
         if norm.training and norm.track_running_stats:
-            mean, var = moments.of(i, norm.num_features)
+            width = next((t.shape[0] for t in (norm.running_mean, norm.running_var) if t is not None), 0)
+            mean, var = moments.of(i, width)
             batches.append((norm, mean, var * unbiased))
     if len({norm for norm, *_ in batches}) == len(batches):
         _update(batches)

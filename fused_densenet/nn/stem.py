@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from ..backends import choose
 from ..backends.contract import accumulate_dtype
-from ..fallback.anatomy import interceptions, is_batch_norm, kinds_of, norm_relu_reasons, own_activation, patches, widths_of
+from ..fallback.anatomy import (
+    interceptions,
+    is_batch_norm,
+    kinds_of,
+    norm_relu_reasons,
+    own_activation,
+    patches,
+    widths_of,
+)
 from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
 from ..ops.ranks import sync_group

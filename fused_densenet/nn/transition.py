@@ -15,8 +15,8 @@ from ..fallback.recording import exports_operators, one_call, refuse_script
 from ..ops.functional import NormReluConv
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, statistics_of
-from ..ops.transition import Arguments
 from ..ops.subclasses import on_plain
+from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
 from .passage import Passage, passes_on

@@ -92,7 +92,9 @@ def dense_block(
     if not any(batch_stats):
         return outputs.out, None
     stats, bottleneck_stats, *pixels = outputs.constants
-    return outputs.out, BatchMoments(stats, bottleneck_stats if bottleneck else None, pixels[0] if pixels else None, group)
+    return outputs.out, BatchMoments(
+        stats, bottleneck_stats if bottleneck else None, pixels[0] if pixels else None, group
+    )
 
 
 def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> Tensor:

@@ -21,6 +21,8 @@
 namespace fused_densenet {
 namespace {
 
+using at::Tensor;
+
 void run_serially(int64_t count, void (*body)(void*, int64_t), void* context) {
   for (int64_t i = 0; i < count; ++i) body(context, i);
 }
@@ -125,6 +127,64 @@ struct Cpu {
   };
 };
 
+template <class A>
+A* numbers(const Tensor& t, int64_t count, const char* name) {
+  if (!t.device().is_cpu() || t.scalar_type() != c10::CppTypeToScalarType<A>::value || !t.is_contiguous() || t.numel() != count) {
+    throw WrongValue(std::string(name) + ": expected " + std::to_string(count) +
+                     " contiguous entries of the moments' dtype");
+  }
+  return t.mutable_data_ptr<A>();
+}
+
+// running += momentum * (batch - running) as torch.lerp has it; the mean and variance of norm i are the first entries
+// of the rows of `stats`, or, where `inside` is given and i odd, those of bottleneck i / 2.
+template <class A>
+void update_running_of(const Tensor& stats, const std::optional<Tensor>& inside, at::TensorList means,
+                       at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased) {
+  const int64_t row = stats.size(1), width = inside ? inside->size(2) : 0, layers = inside ? inside->size(1) : 0;
+  const A *of_buffer = stats.const_data_ptr<A>(), *of_bottlenecks = inside ? inside->const_data_ptr<A>() : nullptr;
+  struct Update {
+    const A* batch;
+    A* running;
+    int64_t count;
+    A momentum, factor;
+  };
+  std::vector<Update> updates;
+  for (size_t i = 0; i < means.size(); ++i) {
+    const bool inner = inside && i % 2 == 1;
+    const int64_t layer = static_cast<int64_t>(i / 2), count = means[i].numel();
+    if (inner ? layer >= layers || count != width : count > row)
+      throw WrongValue("means: expected as many entries as moments");
+    for (int64_t r = 0; r < 2; ++r) {
+      const A* batch = inner ? of_bottlenecks + (r * layers + layer) * width : of_buffer + r * row;
+      A* running = numbers<A>(r == 0 ? means[i] : variances[i], count, r == 0 ? "means" : "vars");
+      updates.push_back({batch, running, count, static_cast<A>(momenta[i]), r == 0 ? A(1) : static_cast<A>(unbiased)});
+    }
+  }
+  for (const Tensor& count : counts) *numbers<int64_t>(count, 1, "counts") += 1;
+  for (const Update& u : updates) {
+    for (int64_t c = 0; c < u.count; ++c) {
+      const A change = u.batch[c] * u.factor - u.running[c];
+      u.running[c] = u.momentum < A(0.5) ? u.running[c] + u.momentum * change
+                                         : u.batch[c] * u.factor - change * (A(1) - u.momentum);
+    }
+  }
+}
+
+void update_running(const Tensor& stats, const std::optional<Tensor>& inside, at::TensorList means,
+                    at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased) {
+  if (stats.dim() != 2 || stats.size(0) != 2 || !stats.is_contiguous())
+    throw WrongValue("stats: expected shape (2, C)");
+  if (inside && (inside->dim() != 3 || !inside->is_contiguous() || inside->scalar_type() != stats.scalar_type())) {
+    throw WrongValue("inside: expected shape (2, layers, width), of the dtype of stats");
+  }
+  if (means.size() != variances.size() || means.size() != momenta.size()) {
+    throw WrongValue("vars: expected as many as means and momenta");
+  }
+  const auto update = stats.scalar_type() == at::kDouble ? update_running_of<double> : update_running_of<float>;
+  update(stats, inside, means, variances, counts, momenta, unbiased);
+}
+
 // An operator whose refusals are TypeError and ValueError in Python.
 template <auto function>
 struct Translated;
@@ -153,6 +213,7 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("norm_relu_pool", Translated<&Operators::norm_relu_pool>::call);
   m.impl("norm_relu_pool_backward", Translated<&Operators::norm_relu_pool_backward>::call);
   m.impl("run_program", Translated<&Cpu::run_program>::call);
+  m.impl("update_running", Translated<&update_running>::call);
 }
 
 #define FD_EXPORTED extern "C" __attribute__((visibility("default")))

@@ -70,3 +70,16 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
 def run_program(code: Tensor, operands: list[Tensor]) -> None:
     """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them."""
     torch.ops.fused_densenet.run_program(code, operands)
+
+
+def update_running(
+    stats: Tensor,
+    inside: Tensor | None,
+    means: list[Tensor],
+    variances: list[Tensor],
+    counts: list[Tensor],
+    momenta: list[float],
+    unbiased: float,
+) -> None:
+    """Of norms in the order of execution: counts and running statistics, by :class:`BatchMoments` of ``ops.statistics``."""
+    torch.ops.fused_densenet.update_running(stats, inside, means, variances, counts, momenta, unbiased)

@@ -33,13 +33,15 @@ SCHEMAS = (
     f"norm_relu_pool(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
     f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
     "run_program(Tensor program, Tensor(a!)[] operands) -> ()",
+    "update_running(Tensor stats, Tensor? inside, Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counts, "
+    "float[] momenta, float unbiased) -> ()",
 )
 """The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
-device (the last three the CPU's alone): defined below, once, so that the libraries load alone or together in any order.
+device (the last four the CPU's alone): defined below, once, so that the libraries load alone or together in any order.
 ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes ignore it."""
 
 
-FUNCTIONS = tuple(schema.partition("(")[0] for schema in SCHEMAS[:-1])
+FUNCTIONS = tuple(schema.partition("(")[0] for schema in SCHEMAS[:-2])
 """The primitives' names; their numbers in a program are the places here."""
 
 

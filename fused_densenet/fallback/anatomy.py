@@ -213,14 +213,14 @@ _seen: dict[type, list[Any]] = {}
 
 def remember_methods(kind: type) -> None:
     """From here on :func:`patches` tells of another ``forward`` that is assigned to the class ``kind``."""
-    _seen[kind] = _methods(kind)
+    _seen[kind] = methods_of(kind)
 
 
 def patches(kinds: Iterable[type]) -> list[str]:
     """The classes whose ``forward`` was replaced since :func:`remember_methods`."""
     reasons = []
     for kind in kinds:
-        if kind in _seen and _seen[kind] != _methods(kind):
+        if kind in _seen and _seen[kind] != methods_of(kind):
             reasons.append(f"the forward of {kind.__name__} was replaced")
     return reasons
 
@@ -229,7 +229,8 @@ def kinds_of(modules: Iterable[nn.Module | None]) -> Iterable[type]:
     return dict.fromkeys(type(module) for module in modules)
 
 
-def _methods(kind: Any) -> list[Any]:
+def methods_of(kind: Any) -> list[Any]:
+    """What a class's ``forward`` is made of."""
     return [getattr(kind, name, None) for name in ("forward", "_conv_forward", "_check_input_dim")]
 
 

@@ -91,17 +91,20 @@ def autocasts(x: Tensor) -> bool:
     return available and torch.is_autocast_enabled(device)
 
 
-def fallback_reasons(
-    x: Tensor, layers: Sequence[LayerParts], layer_class: type | None, groups: set[str | None]
-) -> list[str]:
-    """Why a block of these layers, of these :func:`statistics_groups`, cannot run fused on ``x``; empty if it can."""
-    structure = structure_and_hook_reasons(layers, layer_class)
+def fallback_reasons(x: Tensor, standing: list[str], dtype: torch.dtype, groups: set[str | None]) -> list[str]:
+    """Why a block cannot run fused on ``x``; empty if it can.
+
+    Args:
+        standing: why it cannot, whatever the input.
+        dtype: of its weights.
+        groups: its :func:`statistics_groups`.
+    """
     reasons = context_reasons(x)
     if len(groups) > 1:
         reasons.append("its norms take their statistics over different processes")
-    if not structure:
-        reasons += dtype_reasons(x, layers[0].stages[0].conv.weight.dtype)
-    return reasons + structure
+    if not standing:
+        reasons += dtype_reasons(x, dtype)
+    return reasons + standing
 
 
 def dtype_reasons(x: Tensor, dtype: torch.dtype) -> list[str]:

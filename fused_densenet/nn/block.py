@@ -1,7 +1,7 @@
 """``FusedDenseBlock``: torchvision's dense block by signature, state_dict and result; one fused operator inside."""
 
 import re
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from ..fallback.anatomy import LayerParts, is_memory_efficient, structure_reason
 from ..fallback.checks import check_block_arguments, check_image, check_parameters
 from ..fallback.reasons import (
     announce,
+    autocasts,
     fallback_reasons,
     statistics_groups,
     structure_and_hook_reasons,
@@ -17,10 +18,11 @@ from ..fallback.reasons import (
 )
 from ..fallback.recomputation import concatenated, recomputed
 from ..fallback.recording import exports_operators, one_call, refuse_script
-from ..ops.functional import NormReluConv, dense_block
+from ..fallback.standing import standing_of
+from ..ops.functional import NormReluConv, Parameters, run_block
 from ..ops.subclasses import on_plain
 from .passage import Passage, passes_on
-from .running import update_running
+from .running import RunningStatistics
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LEGACY_KEY = re.compile(r"(denselayer\d+)\.(norm|conv)\.([12]\.\w+)")
@@ -160,38 +162,44 @@ class FusedDenseBlock(nn.ModuleDict):
             return one_call(self, init_features)
         if exports_operators():
             return self._operator_by_operator(init_features)
-        layers = self.parts()
+        plan, device = standing_of(self, self._work_out)
         if not torch.jit.is_tracing():  # to which sizes are tensors
-            self._check(init_features, layers)
-        groups = statistics_groups(layers)
-        reasons = fallback_reasons(init_features, layers, self.layer_class, groups)
-        if reasons:
+            self._check(init_features, plan)
+        groups: set[str | None] = statistics_groups(plan.layers) if plan.synchronised else {None}
+        if reasons := fallback_reasons(init_features, plan.reasons, plan.dtype, groups):
             announce(reasons)
             return passage.through_operators(self._operator_by_operator, init_features)
         (group,) = groups or {None}
         if init_features.numel() == 0 and group is None:
             return self._operator_by_operator(init_features)
-        stages = [stage for parts in layers for stage in parts.stages]
-        modules = [named for parts in layers for named in parts.modules.items()]
-        dtype = stages[0].conv.weight.dtype
-        check_parameters(init_features, "init_features", modules, dtype, [stage.norm for stage in stages])
+        if not plan.fits(init_features, device):
+            modules = [named for parts in plan.layers for named in parts.modules.items()]
+            check_parameters(init_features, "init_features", modules, plan.dtype, plan.norms)
+        memory_efficient, first = self.memory_efficient, plan.layers[0]
 
         def fused(x: Tensor) -> Tensor:
-            out, moments = dense_block(
+            out, moments = run_block(
                 x,
-                [norm_relu_conv_of(stage.norm, stage.conv) for stage in stages],
-                bottleneck=len(layers[0].stages) == 2,
-                drop_rate=layers[0].drop_rate,
-                drop_channels=layers[0].drops_channels,
-                memory_efficient=self.memory_efficient,
-                group=group,
+                plan.parameters(),
+                plan.eps,
+                plan.batch_stats,
+                len(first.stages),
+                first.drop_rate,
+                first.drops_channels,
+                memory_efficient,
+                group,
             )
-            if moments is not None:
-                update_running([stage.norm for stage in stages], moments, x)
+            if moments is not None and plan.running is not None:
+                plan.running.update(moments, x)
                 passage.statistics = moments.result
             return out
 
         return on_plain(init_features, fused)
+
+    def _work_out(self) -> tuple["BlockPlan", list[nn.Module]]:
+        layers = self.parts()
+        reasons = structure_and_hook_reasons(layers, self.layer_class)
+        return BlockPlan.of(layers, reasons), list(self.modules())[1:]
 
     def parts(self) -> list[LayerParts]:
         """Its layers, taken apart."""
@@ -199,17 +207,17 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
-        layers = self.parts()
+        plan, _ = standing_of(self, self._work_out)
         if x is None:
-            return structure_and_hook_reasons(layers, self.layer_class)
-        return fallback_reasons(x, layers, self.layer_class, statistics_groups(layers))
+            return plan.reasons
+        return fallback_reasons(x, plan.reasons, plan.dtype, statistics_groups(plan.layers))
 
-    def _check(self, x: Any, layers: list[LayerParts]) -> None:
+    def _check(self, x: Any, plan: "BlockPlan") -> None:
         """That ``x`` fits its layers as they are; layers that do not follow one another judge it themselves."""
-        weight = getattr(layers[0].stages[0].conv, "weight", None)
+        weight = getattr(plan.layers[0].stages[0].conv, "weight", None)
         if isinstance(x, Tensor):
             read = isinstance(weight, Tensor) and x.dim() == weight.dim() and x.shape[1] == weight.shape[1]
-            if (read and x.dtype.is_floating_point) or structure_reasons(layers, self.layer_class):
+            if (read and x.dtype.is_floating_point) or structure_reasons(plan.layers, self.layer_class):
                 return
         check_image(x, "init_features", self.num_input_features, self.spatial_dims)
 
@@ -231,6 +239,59 @@ class FusedDenseBlock(nn.ModuleDict):
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, dim=1)
+
+
+class BlockPlan(NamedTuple):
+    """What the layers of a block say, in the order of execution; the last four only where there are no ``reasons``.
+
+    Attributes:
+        layers: the layers, taken apart.
+        reasons: why they cannot run fused, whatever the input.
+        norms: their norms; the block's convolutions are ``convs``.
+        eps, batch_stats: of the norms.
+        synchronised: whether one of them may take its statistics over the ranks of a group.
+        running: their running statistics.
+    """
+
+    layers: list[LayerParts]
+    reasons: list[str]
+    norms: list[Any]
+    convs: list[Any]
+    eps: list[float]
+    batch_stats: list[bool]
+    synchronised: bool
+    running: RunningStatistics | None
+
+    @classmethod
+    def of(cls, layers: list[LayerParts], reasons: list[str]) -> "BlockPlan":
+        stages = [stage for parts in layers for stage in parts.stages]
+        norms, convs = [stage.norm for stage in stages], [stage.conv for stage in stages]
+        if reasons:
+            return cls(layers, reasons, norms, convs, [], [], True, None)
+        batch_stats = [uses_batch_stats(norm) for norm in norms]
+        synchronised = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        return cls(
+            layers, reasons, norms, convs, [n.eps for n in norms], batch_stats, synchronised, RunningStatistics(norms)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first convolution; float32 where there are ``reasons``, and it does not matter."""
+        return torch.float32 if self.reasons else self.convs[0]._parameters["weight"].dtype
+
+    def fits(self, x: Tensor, device: torch.device | None) -> bool:
+        """Whether there is nothing to be said against ``x``, given where all parameters are."""
+        enough = x.numel() > x.shape[1] or not any(self.batch_stats)
+        return x.device == device and (x.dtype == self.dtype or autocasts(x)) and enough
+
+    def parameters(self) -> Parameters:
+        weights = [conv._parameters["weight"] for conv in self.convs]
+        gammas, betas = ([norm._parameters[name] for norm in self.norms] for name in ("weight", "bias"))
+        for i, norm in enumerate(self.norms):
+            if gammas[i] is None or betas[i] is None:
+                gammas[i], betas[i] = affine_of(norm, weights[i])
+        frozen = [norm for norm, batch in zip(self.norms, self.batch_stats, strict=True) if not batch]
+        return Parameters(weights, gammas, betas, [t for norm in frozen for t in (norm.running_mean, norm.running_var)])
 
 
 def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:

@@ -13,33 +13,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import BACKENDS, choose
 from ..ops.statistics import BatchMoments
 
 
-def update_running(norms: Sequence[Any], moments: BatchMoments, x: Tensor) -> None:
-    """``running += momentum * (batch - running)``, the variance unbiased; counted where only the count is left.
+class RunningStatistics:
+    """The buffers of norms, in the order of execution; a norm that several layers share is there as often.
 
-    ``moments`` are those of what the norms read in a module called with ``x``. They take no part in differentiation, so
-    there is no gradient to switch off (torch.export could not record it).
+    What it depends on is ``training``, ``momentum``, ``track_running_stats`` and which buffers there are.
     """
-    if not torch.compiler.is_compiling() and _is_computed_again():
-        return
-    if moments.pixels is None:
-        pixels = x.numel() // x.shape[1]
-        unbiased: Any = pixels / max(pixels - 1, 1)
-    else:
-        unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
-    batches = []
-    for i, norm in enumerate(norms):
-        if norm.training and norm.track_running_stats:
-            width = next((t.shape[0] for t in (norm.running_mean, norm.running_var) if t is not None), 0)
-            mean, var = moments.of(i, width)
-            batches.append((norm, mean, var * unbiased))
-    if len({norm for norm, *_ in batches}) == len(batches):
-        _update(batches)
-    else:  # a norm that several layers share sees one batch after the other
-        for batch in batches:
-            _update([batch])
+
+    def __init__(self, norms: Sequence[Any]) -> None:
+        self._norms = norms
+        self._buffers = [norm._buffers for norm in norms]
+        self._momenta = [norm.momentum for norm in norms]
+        self._ordinary = len(set(norms)) == len(norms) and all(map(_is_ordinary, norms))
+
+    def update(self, moments: BatchMoments, x: Tensor) -> None:
+        """``running += momentum * (batch - running)``, the variance unbiased; counted where only the count is left.
+
+        ``moments`` are those of what the norms read in a module called with ``x``. They take no part in differentiation,
+        so there is no gradient to switch off (torch.export could not record it).
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _is_computed_again():
+            return
+        if moments.pixels is None:
+            pixels = x.numel() // x.shape[1]
+            unbiased: Any = pixels / max(pixels - 1, 1)
+            if self._ordinary and not compiling and torch._C._len_torch_dispatch_stack() == 0:
+                kernels = BACKENDS[choose(x.device, x.dtype)]
+                lists = [[held[name] for held in self._buffers] for name in _BUFFERS]
+                if hasattr(kernels, "update_running") and {t.dtype for t in lists[0]} == {moments.stats.dtype}:
+                    kernels.update_running(moments.stats, moments.bottleneck_stats, *lists, self._momenta, unbiased)
+                    return
+        else:
+            unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
+        batches = []
+        for i, norm in enumerate(self._norms):
+            if norm.training and norm.track_running_stats:
+                width = next((t.shape[0] for t in (norm.running_mean, norm.running_var) if t is not None), 0)
+                mean, var = moments.of(i, width)
+                batches.append((norm, mean, var * unbiased))
+        if len({norm for norm, *_ in batches}) == len(batches):
+            _update(batches)
+        else:  # a norm that several layers share sees one batch after the other
+            for batch in batches:
+                _update([batch])
+
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_ordinary(norm: Any) -> bool:
+    """Whether a norm's buffers are all there and all updated by its momentum."""
+    complete = all(norm._buffers.get(name) is not None for name in _BUFFERS)
+    return bool(norm.training and norm.track_running_stats and complete and norm.momentum is not None)
 
 
 def _update(batches: Sequence[tuple[Any, Tensor, Tensor]]) -> None:

@@ -20,6 +20,7 @@ from ..fallback.anatomy import (
 )
 from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
+from ..fallback.standing import standing_of
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
 from ..ops.stem import stem
@@ -27,7 +28,7 @@ from ..ops.subclasses import on_plain
 from ..ops.transition import Arguments
 from .block import affine_of
 from .passage import Passage, channels_last, layout_of
-from .running import update_running
+from .running import RunningStatistics
 
 _MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     modules: list[tuple[str, nn.Module]]
     norm: Any
     pool: bool
+    running: RunningStatistics
 
     def interceptions(self) -> list[str]:
         """Which of the modules something follows or replaces."""
@@ -56,25 +58,33 @@ class FusedFeatures(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy) or exports_operators():
             return super().forward(input)
-        modules = self._present()
+        plan, _ = standing_of(self, self._work_out)
         if reasons := surroundings_reasons():  # every module needs to be called
-            if self.runs():
+            if any(plan.runs):
                 announce(reasons, type(self).__name__)
             return super().forward(input)
         passage = Passage(layout_of(input))
-        x, i = _for_the_run(input, modules), 0
-        while i < len(modules):
-            run = run_at(modules, i)
+        x, i = channels_last(input) if plan.channels_last else input, 0
+        while i < len(plan.modules):
+            run = plan.runs[i]
             if run is not None and _fits(x, run):
-                reasons = context_reasons(x) + run.interceptions()
+                reasons = context_reasons(x) + plan.reasons[i]
                 if not reasons:
                     x = on_plain(x, functools.partial(_fused, run=run, passage=passage))
                     i += len(run.modules)
                     continue
                 announce(reasons, type(self).__name__)
-            x = passage.through(modules[i][1], x)
+            x = passage.through(plan.modules[i][1], x)
             i += 1
         return passage.arranged(x)
+
+    def _work_out(self) -> tuple["FeaturesPlan", list[nn.Module]]:
+        modules = self._present()
+        runs = [run_at(modules, i) for i in range(len(modules))]
+        reasons = [[] if run is None else run.interceptions() for run in runs]
+        plan = FeaturesPlan(modules, runs, reasons, _for_the_run(modules))
+        ours = [module for run in runs if run is not None for _, module in run.modules]
+        return plan, [part for module in (*ours, *[m for _, m in modules[:1]]) for part in module.modules()]
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()
@@ -93,10 +103,26 @@ class FusedFeatures(nn.Sequential):
         return [(name, module) for name, module in self._modules.items() if module is not None]
 
 
-def _for_the_run(x: Tensor, modules: Sequence[tuple[str, nn.Module]]) -> Tensor:
-    """An image for a convolution before a run: in another layout the run would copy the feature maps, many times more."""
+class FeaturesPlan(NamedTuple):
+    """What a sequence of modules says.
+
+    Attributes:
+        modules: by name, in order.
+        runs: for each of them the run that begins with it, or None.
+        reasons: for each of them why its run cannot run fused, whatever the input.
+        channels_last: whether the input goes to a convolution before a run: in another layout the run would copy the
+            feature maps, many times more than the image.
+    """
+
+    modules: list[tuple[str, nn.Module]]
+    runs: list[Run | None]
+    reasons: list[list[str]]
+    channels_last: bool
+
+
+def _for_the_run(modules: Sequence[tuple[str, nn.Module]]) -> bool:
     plain = bool(modules) and type(modules[0][1]) in (nn.Conv2d, nn.Conv3d) and not interceptions(modules[:1])
-    return channels_last(x) if plain and len(modules) > 1 and run_at(modules, 1) is not None else x
+    return plain and len(modules) > 1 and run_at(modules, 1) is not None
 
 
 def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
@@ -112,7 +138,7 @@ def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
     if activation is None or norm_relu_reasons(norm, [activation], "norm", "relu"):
         return None
     pool = end < len(modules) and _is_stems_pooling(modules[end][1])
-    return Run(list(modules[i : end + pool]), norm, pool)
+    return Run(list(modules[i : end + pool]), norm, pool, RunningStatistics([norm]))
 
 
 def _is_stems_pooling(pool: Any) -> bool:
@@ -152,5 +178,5 @@ def _fused(x: Tensor, run: Run, passage: Passage) -> Tensor:
     arguments = Arguments(x, [], [gamma], [beta], *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
     out = stem(arguments).out
     if batch_stats:
-        update_running([norm], BatchMoments(statistics.moments, None, statistics.pixels), x)
+        run.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
     return out

@@ -12,6 +12,7 @@ from ..fallback.anatomy import Stage, interceptions, kinds_of, patches, stage_re
 from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
 from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
+from ..fallback.standing import standing_of
 from ..ops.functional import NormReluConv
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, statistics_of
@@ -20,7 +21,7 @@ from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
 from .passage import Passage, passes_on
-from .running import update_running
+from .running import RunningStatistics
 
 _NAMES = ("norm", "relu", "conv", "pool")
 AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -47,11 +48,8 @@ class TransitionParts(NamedTuple):
             reasons.append(f"pool is no average pooling of window and stride 2: {self.pool}")
         return reasons
 
-    def fallback_reasons(self, x: Tensor | None, structure: list[str]) -> list[str]:
-        """Those of :meth:`FusedTransition.fallback_reasons`, given :meth:`structure_reasons`."""
-        standing = structure + interceptions(self.modules.items()) + patches(kinds_of(self.modules.values()))
-        if x is None:
-            return standing
+    def fallback_reasons(self, x: Tensor, standing: list[str]) -> list[str]:
+        """Why it cannot run fused on ``x``, given why it cannot on any input; empty if it can."""
         return context_reasons(x) + (standing or dtype_reasons(x, self.stage.conv.weight.dtype))
 
 
@@ -101,13 +99,11 @@ class FusedTransition(nn.Sequential):
             return one_call(self, input)
         if exports_operators():
             return self._operator_by_operator(input)
-        parts = self.parts()
+        (parts, structure, standing, running), _ = standing_of(self, self._work_out)
         conv, norm, pool = parts.stage.conv, parts.stage.norm, parts.pool is not None
-        structure = parts.structure_reasons()
         if not torch.jit.is_tracing() and not structure:
             check_image(input, "input", conv.weight.shape[1], conv.weight.dim() - 2)
-        reasons = parts.fallback_reasons(input, structure)
-        if reasons:
+        if reasons := parts.fallback_reasons(input, standing):
             announce(reasons, "FusedTransition")
             return passage.through_operators(self._operator_by_operator, input)
         if pool and min(input.shape[2:]) < 2:
@@ -123,7 +119,7 @@ class FusedTransition(nn.Sequential):
             passage.statistics = None
             passage.convolved(conv, parts.pool)
             if convolution.batch_stats:
-                update_running([norm], BatchMoments(statistics.moments, None, statistics.pixels), x)
+                running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
             return out
 
         return on_plain(input, fused)
@@ -140,8 +136,16 @@ class FusedTransition(nn.Sequential):
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
+        (parts, _, standing, _), _ = standing_of(self, self._work_out)
+        return standing if x is None else parts.fallback_reasons(x, standing)
+
+    def _work_out(self) -> tuple[tuple[TransitionParts, list[str], list[str], Any], list[nn.Module]]:
+        """Its parts, why they cannot run fused, with what is in the way of them otherwise, and the running statistics."""
         parts = self.parts()
-        return parts.fallback_reasons(x, parts.structure_reasons())
+        structure = parts.structure_reasons()
+        standing = structure + interceptions(parts.modules.items()) + patches(kinds_of(parts.modules.values()))
+        running = None if structure else RunningStatistics([parts.stage.norm])
+        return (parts, structure, standing, running), list(self.modules())[1:]
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:
         return super().forward(x)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +61,40 @@ def dense_block(
     Raises:
         RuntimeError: the backend that was asked for cannot run on this device or dtype.
     """
-    per_layer = 2 if bottleneck else 1
-    weights = [c.weight for c in convolutions]
-    batch_stats = [c.batch_stats for c in convolutions]
-    gammas = [c.gamma for c in convolutions]
-    betas = [c.beta for c in convolutions]
-    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate, drop_channels) if drop_rate > 0 else None
-    keep_scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
     running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
+    parameters = Parameters(
+        [c.weight for c in convolutions], [c.gamma for c in convolutions], [c.beta for c in convolutions], running
+    )
+    constants = [c.eps for c in convolutions], [c.batch_stats for c in convolutions]
+    return run_block(
+        x, parameters, *constants, 2 if bottleneck else 1, drop_rate, drop_channels, memory_efficient, group
+    )
+
+
+class Parameters(NamedTuple):
+    """Of norm-relu-convs in the order of execution; ``running`` is (mean, variance) of the norms that use them."""
+
+    weights: list[Tensor]
+    gammas: list[Tensor]
+    betas: list[Tensor]
+    running: list[Tensor]
+
+
+def run_block(
+    x: Tensor,
+    parameters: Parameters,
+    eps: list[float],
+    batch_stats: list[bool],
+    per_layer: int,
+    drop_rate: float,
+    drop_channels: bool,
+    memory_efficient: bool,
+    group: str | None,
+) -> tuple[Tensor, BatchMoments | None]:
+    """:func:`dense_block` of lists with an entry for each norm-relu-conv."""
+    weights, gammas, betas, running = parameters
+    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate, drop_channels) if drop_rate > 0 else None
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
     dtype = accumulate_dtype(x.dtype)
     if differentiable:
         running = [t.clone() for t in running]  # a later training step may update them before this one's backward
@@ -76,15 +102,15 @@ def dense_block(
         Arguments(
             x,
             weights,
-            gammas,
-            betas,
+            [t if t.is_contiguous() else t.contiguous() for t in gammas],
+            [t if t.is_contiguous() else t.contiguous() for t in betas],
             [t if t.dtype == dtype else t.to(dtype) for t in running],
             keep,
-            [c.eps for c in convolutions],
+            eps,
             batch_stats,
             per_layer,
-            keep_scale,
-            bottleneck and differentiable and not memory_efficient,
+            1 / (1 - drop_rate) if drop_rate < 1 else 0.0,
+            per_layer == 2 and differentiable and not memory_efficient,
             choose(x.device, x.dtype) if x.numel() else "eager",
             group,
         )
@@ -92,9 +118,8 @@ def dense_block(
     if not any(batch_stats):
         return outputs.out, None
     stats, bottleneck_stats, *pixels = outputs.constants
-    return outputs.out, BatchMoments(
-        stats, bottleneck_stats if bottleneck else None, pixels[0] if pixels else None, group
-    )
+    inside = bottleneck_stats if per_layer == 2 else None
+    return outputs.out, BatchMoments(stats, inside, pixels[0] if pixels else None, group)
 
 
 def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> Tensor:

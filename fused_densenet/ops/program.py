@@ -87,9 +87,9 @@ class Program:
 
 
 def execute(program: Program, operands: Operands, backend: ModuleType, context: "Context") -> None:
-    """Runs ``program`` on tensors: whole where the backend can, else call by call."""
+    """Runs ``program`` on tensors: whole where the backend can and no profiler wants to see the calls, else one by one."""
     lists = [operands[name] for name in program.operands]
-    if context.plain and hasattr(backend, "run_program"):
+    if context.group is None and hasattr(backend, "run_program") and not torch.autograd._profiler_enabled():
         code = program.code(tuple([len(tensors) for tensors in lists]))
         if code is not None:
             backend.run_program(code, [tensor for tensors in lists for tensor in tensors])
@@ -113,10 +113,6 @@ class Context(NamedTuple):
 
     group: str | None
     pixels: int
-
-    @property
-    def plain(self) -> bool:
-        return self.group is None
 
 
 def _merge(context: Context, mean: Tensor, var: Tensor, pixels: Tensor) -> None:

@@ -20,8 +20,10 @@ import contextlib
 import json
 import pathlib
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -83,14 +85,13 @@ def stop(number: int, _: object) -> None:
 
 
 class Report:
-    """The output folder: rows.jsonl, and report.json and report.md made from it again and again."""
+    """The output folder: rows.jsonl, report.json and report.md made from it again and again, and what was printed."""
 
     def __init__(self, folder: pathlib.Path, seconds: float, smoke: bool, commit: str | None) -> None:
         self.folder, self.commit, self.began = folder, commit, time.monotonic()
-        self.logs = folder / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        for file in (folder / "rows.jsonl", *self.logs.iterdir()):
-            file.unlink(missing_ok=True)
+        self.logs = pathlib.Path(tempfile.mkdtemp(prefix="gpu_report"))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.jsonl").unlink(missing_ok=True)
         self.run = Run((folder / "rows.jsonl").absolute(), seconds - CLOSING, smoke)
         self.written, self.started = 0.0, 0
         self.write("in progress")
@@ -121,7 +122,10 @@ class Report:
             text = markdown(found)
         except Exception as error:
             text = plain(found, f"the tables cannot be made: {type(error).__name__}: {error}")
-        for name, content in (("report.json", json.dumps(found, indent=1) + "\n"), ("report.md", text)):
+        logs = sorted(self.logs.iterdir(), key=lambda file: file.stat().st_mtime)
+        printed = "\n".join(f"===== {file.name}\n{file.read_text(errors='replace')}" for file in logs)
+        contents = {"report.json": json.dumps(found, indent=1) + "\n", "report.md": text, "logs.txt": printed}
+        for name, content in contents.items():
             new = self.folder / f".{name}"
             new.write_text(content)
             new.replace(self.folder / name)
@@ -135,14 +139,8 @@ class Report:
             self.write("in progress")
 
     def close(self, status: str) -> None:
-        """The last report; the logs go into one file."""
         self.write(status)
-        files = sorted(self.logs.iterdir(), key=lambda file: file.stat().st_mtime)
-        text = [f"===== {file.name}\n{file.read_text(errors='replace')}" for file in files]
-        (self.folder / "logs.txt").write_text("\n".join(text))
-        for file in files:
-            file.unlink()
-        self.logs.rmdir()
+        shutil.rmtree(self.logs)
         print((self.folder / "report.md").read_text(), flush=True)
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ import gpu_text  # noqa: E402
 from gpu_primitives import BLOCKS, block_problems, chosen_problems, copies  # noqa: E402
 from gpu_run import POISONED, Process, Run, latest, read_rows  # noqa: E402
 from gpu_timing import Rates  # noqa: E402
+
+from fused_densenet.backends import BACKENDS  # noqa: E402
 
 Rows = list[dict[str, Any]]
 PACKAGES = ("torch", "triton", "numpy", "pytest")
@@ -197,6 +200,7 @@ def test_killed_itself_it_leaves_a_report_and_no_process(machine: Bare, tmp_path
     assert not is_running(worker)
     written = read(folder)
     assert written["status"] == "in progress" and "What a CPU said" in written["markdown"]
+    assert {file.name for file in folder.glob("[!.]*")} == {"rows.jsonl", "report.json", "report.md", "logs.txt"}
 
 
 def is_running(process: int) -> bool:
@@ -220,6 +224,47 @@ def test_beside_torchvision_on_the_cpus_kernels(tmp_path: pathlib.Path) -> None:
     }
     assert all(row["gradient_error"] < 1e-5 for row in of("error", rows) if row["precision"] == "float32")
     assert all(row["error"] < 1e-2 for row in of("primitive", rows) if row["backend"] == "cpu")
+
+
+def test_what_one_backend_measured_is_written_before_the_next_is_tried(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "rows", 60.0, smoke=True)
+    dies = types.SimpleNamespace(**dict.fromkeys((gpu_primitives.FORWARD, "place"), lambda *_: signal.raise_signal(2)))
+    monkeypatch.setattr(gpu_primitives, "backends", lambda *_: {"cpu": BACKENDS["cpu"], "dies": dies})
+    monkeypatch.setattr(gpu_primitives.Block, "step", lambda _, name: name == "cpu" or signal.raise_signal(2))
+    run.add("rates", copy=1e9, products=dict.fromkeys(("bfloat16", "tf32"), 1e9))
+    with pytest.raises(KeyboardInterrupt):
+        gpu_primitives.measure_problem(gpu_small.SMALL[1], "bfloat16", run, 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_primitives.measure_blocks(1, 32, run)
+    monkeypatch.setattr(gpu_networks.Subject, "step", lambda self: self.variant.channels_last or signal.raise_signal(2))
+    with pytest.raises(KeyboardInterrupt):
+        gpu_networks.measure_case(gpu_networks.SMOKE[0], run, 0.1)
+    rows = read_rows(run.rows)
+    assert [row["backend"] for row in (*of("primitive", rows), *of("blocks", rows))] == ["cpu", "cpu"]
+    assert [row["variant"] for row in of("network", rows)] == [gpu_text.EAGER]
+
+
+def test_the_items_for_a_gpu(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed without one; a problem goes the way that is a GPU's on the CPU."""
+    run = Run(tmp_path / "rows", 60.0, smoke=False)
+    run.add("ended", phase="networks", what=str(gpu_networks.CASES[0]), seconds=20.0)
+    networks = {item.name: item.need for item in gpu_networks.items(run)}
+    assert [needed for name, needed in networks.items() if "torch.compile" in name] == [gpu_networks.COMPILING] * 2
+    assert networks[str(gpu_networks.CASES[0])] == pytest.approx(24.0)
+    assert len(gpu_primitives.items(run)) == 2 + 2 * len(chosen_problems(64, 224))
+    run.device = torch.device("cpu")
+    run.add("rates", copy=1e9, products=dict.fromkeys(("bfloat16", "tf32"), 1e9))
+    monkeypatch.setattr(gpu_primitives, "cache_bytes", lambda _: 1 << 20)
+    problem = gpu_small.SMALL[1]
+    gpu_primitives.measure_problem(problem, "tf32", run, 0.01)
+    primitives = {row["backend"]: row for row in of("primitive", latest(read_rows(run.rows)))}
+    assert {"cpu", "eager"} <= primitives.keys() and of("failed", read_rows(run.rows)) == []
+    moved = 2 * 7 * 5 * (48 + 128) * 4 + 48 * 128 * 4
+    for row in primitives.values():
+        assert row["floor_microseconds"] == pytest.approx(max(moved, problem.flops()) / 1e3)
+        assert row["gigabytes_per_second"] * row["microseconds"] == pytest.approx(moved / 1e3)
 
 
 def test_floor_of_the_dense_blocks() -> None:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from allocator import step_memory
+from baselines import NETWORKS, checkpointed, torchvision_densenets
 from gpu_phase import Item
 from gpu_primitives import backends
 from gpu_run import Run, read_rows
 from gpu_text import COMPILED, EAGER
 from gpu_timing import Work, graph_of, interleaved, milliseconds
-from peers import NETWORKS, checkpointed, torchvision_densenets
 from torch import Tensor, nn
 
 from fused_densenet import DenseNet, fuse, reference, use_backend

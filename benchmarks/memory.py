@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from allocator import step_memory
+from baselines import NETWORKS, Architecture, checkpointed, torchvision_densenets
 from common import (
     COLOURS,
     DTYPES,
@@ -38,7 +39,6 @@ from common import (
     save_plot,
     write_json,
 )
-from peers import NETWORKS, Architecture, checkpointed, torchvision_densenets
 from provenance import describe, environment
 from rich.table import Table
 from torch import Tensor, nn

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from baselines import torchvision_densenets
 from common import (
     COLOURS,
     add_output_options,
@@ -32,7 +33,6 @@ from common import (
     save_plot,
     write_json,
 )
-from peers import torchvision_densenets
 from provenance import describe, environment
 from rich.table import Table
 from torch import Tensor, nn

@@ -81,6 +81,20 @@ def test_export(training: bool, tmp_path: pathlib.Path) -> None:
     assert_same(dict(loaded.named_buffers()), dict(network.named_buffers()), "float64 whole block")
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strictly", [True, False])
+def test_export_of_any_size(strictly: bool, training: bool) -> None:
+    """Batch, height and width, traced with and without dynamo."""
+    theirs = trained(torchvisions()).train(training)
+    ours = fuse(copy.deepcopy(theirs))
+    size = {0: torch.export.Dim("batch", min=2), **{d: torch.export.Dim(f"size{d}", min=32, max=512) for d in (2, 3)}}
+    program = torch.export.export(ours, (images(4),), dynamic_shapes=(size,), strict=strictly)
+    loaded, x = program.module(), torch.randn(3, 3, 48, 96, dtype=torch.float64)
+    assert_largest(loaded(x), theirs(x), "float64 whole block", "output")
+    if training:
+        assert_same(dict(loaded.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")
+
+
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_ahead_of_time(tmp_path: pathlib.Path) -> None:

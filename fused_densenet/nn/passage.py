@@ -17,13 +17,13 @@ from ..fallback.anatomy import interceptions
 from ..ops.statistics import BatchStatistics
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ANY_LAYOUT = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *_CONVOLUTIONS,
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Identity),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
 )
 """Modules whose result holds the same values, in the layout of their input, whatever that is."""
-
 _CALL = nn.Module.__call__
 _FORWARDS: list[Callable[..., Any]] = []
 Forward = TypeVar("Forward", bound=Callable[..., Any])
@@ -55,7 +55,9 @@ class Passage:
         self.statistics = None
         if self.layout is None:
             return module(x)
-        if type(module) not in _ANY_LAYOUT or interceptions([("", module)]):
+        # What a compiler asks of a norm's channels-last strides limits the sizes that its graph is for.
+        known = _CONVOLUTIONS if torch.compiler.is_compiling() else _ANY_LAYOUT
+        if type(module) not in known or interceptions([("", module)]):
             return self.through_operators(module, x)
         out = module(x)
         self.convolved(module)

@@ -155,3 +155,22 @@ def test_torchscript() -> None:
     assert_largest(traced(x), expected, "float64 whole block", "output")
     scripted = torch.jit.script(unfuse(copy.deepcopy(network)))
     assert_largest(scripted(x), expected, "float64 whole block", "output")
+
+
+def test_torchvisions_feature_extractor() -> None:
+    """Nodes between the fused modules; for those inside it says what to do."""
+    create = pytest.importorskip("torchvision.models.feature_extraction").create_feature_extractor
+    theirs, x = trained(torchvisions()), images(2)
+    ours = fuse(copy.deepcopy(theirs))
+    names = ["features.conv0", "features.pool0", "features.denseblock1", "features.norm5"]
+    with pytest.warns(UserWarning, match=r"as one call: .* takes fused_densenet\.unfuse\(model\)"):
+        found = create(ours, names)(x)
+    assert_same(found, create(theirs, names)(x), "float64 whole block")
+    inside = ["features.transition1.conv", "features.denseblock2.denselayer1.norm2"]
+    with (
+        pytest.warns(UserWarning, match="as one call"),
+        pytest.raises(ValueError, match="not present"),
+    ):
+        create(ours, inside)
+    unfuse(ours).eval()  # the error left it training
+    assert_same(create(ours, inside)(x), create(theirs, inside)(x), "float64 whole block")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods
@@ -176,4 +177,9 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _new(original: Any, fused: Any, layer_class: Any) -> Any:
-    return object.__new__(_fused_class(original, fused, layer_class))
+    """Under ``torch.load(weights_only=True)`` a class made of such that are allowed is allowed."""
+    made = _fused_class(original, fused, layer_class)
+    allowed = torch.serialization.get_safe_globals()
+    if all(cls is None or cls in allowed for cls in made.made_of):
+        torch.serialization.add_safe_globals([made])
+    return object.__new__(made)

@@ -1,5 +1,6 @@
 """What records a network instead of running it: torch.fx, torch.jit.script, the ONNX exporters."""
 
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,14 @@ def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
         raise RuntimeError(
             "torch.fx records a fused module as one call, and was asked to look into it: trace fused_densenet.unfuse(module), "
             "or a network that contains it"
+        )
+    if (
+        type(tracer).__name__ == "NodePathTracer"
+    ):  # of torchvision's feature extractors, which name nodes inside modules
+        warnings.warn(
+            f"torch.fx records {tracer.path_of_module(module)} as one call: a feature extractor for nodes inside it takes "
+            "fused_densenet.unfuse(model)",
+            stacklevel=2,
         )
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 

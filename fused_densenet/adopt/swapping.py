@@ -17,6 +17,7 @@ from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remembe
 from ..fallback.description import BlockDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..nn.block import FusedDenseBlock
+from ..nn.passage import Passage, passes_on
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition, TransitionParts
 
@@ -65,7 +66,7 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
         "original_class": original,
     }
     if not issubclass(fused, FusedFeatures):  # a part of whose modules is one as well
-        attributes |= {"__new__": _maker(original), "forward": _forward(original, fused)}
+        attributes |= {"__new__": _maker(original), "forward": _forward(original, fused), "pass_on": _pass_on(fused)}
     if fused is FusedDenseBlock:
         attributes |= {
             "_operator_by_operator": _operator_by_operator,
@@ -97,18 +98,27 @@ def _forward(original: Any, fused: Any) -> Callable[..., Any]:
         if x is None:
             announce(OTHER_ARGUMENTS, fused.__name__)
             return original.forward(module, *args, **options)
+        return module.pass_on(x, Passage())
+
+    return passes_on(forward)
+
+
+def _pass_on(fused: Any) -> Callable[..., Tensor]:
+    """``fused.pass_on`` between what its description says comes before and after."""
+
+    def pass_on(module: Any, x: Tensor, passage: Passage) -> Tensor:
         description = module.fused_settings.description
         before, after = (
             ((), ()) if type(description) is not BlockDescription else (description.before, description.after)
         )
         for name in before:
-            x = module._modules[name](x)
-        x = fused.forward(module, x)
+            x = passage.through(module._modules[name], x)
+        x = fused.pass_on(module, x, passage)
         for name in after:
-            x = module._modules[name](x)
+            x = passage.through(module._modules[name], x)
         return x
 
-    return forward
+    return pass_on
 
 
 OTHER_ARGUMENTS = ["it was called with other arguments than a tensor"]

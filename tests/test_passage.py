@@ -50,6 +50,16 @@ def test_statistics_of_a_block_are_not_taken_again(monkeypatch: pytest.MonkeyPat
             ours.transition1(ours.denseblock1(x))  # one by one: what happens in between is not known
 
 
+def test_sequence_without_a_stem_passes_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As networks for small images begin: a convolution, a block and a transition."""
+    theirs = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1).double(), *list(stage().children())[:2])
+    ours, x = fuse(copy.deepcopy(theirs)), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    with monkeypatch.context() as patch, strict():
+        patch.setattr("fused_densenet.ops.statistics.channel_moments", None)
+        assert_same_forward(ours, theirs, x)
+    assert ours(x).stride() == theirs(x).stride()
+
+
 def by_data(out: Tensor) -> None:
     out.data.mul_(3)
 

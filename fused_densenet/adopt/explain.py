@@ -126,7 +126,8 @@ def _fill(report: Report, module: Any, args: tuple[Any, ...], options: dict[str,
 
 
 def _mode(module: Any, x: Tensor) -> str:
-    parts = [run.norm for run in module.runs()] if isinstance(module, FusedFeatures) else module.modules()
+    parts = [run.norm for run in module.runs()] if isinstance(module, FusedFeatures) else []
+    parts = parts or module.modules()
     from_batch = {uses_batch_stats(m) for m in parts if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     statistics = "batch statistics" if True in from_batch else "running statistics"
     if len(from_batch) == 2:

@@ -1,6 +1,7 @@
 """Finds the dense blocks and transitions of a network, by structure and by class; no package is imported for it."""
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,9 +58,11 @@ def survey(model: nn.Module) -> list[Finding]:
     callers = [name for name, module in model.named_modules() if _calls_parts(module)]
     findings = list(_candidates(model, callers))
     findings = [f for f in findings if not any(_is_inside(other.name, f.name) for other in findings)]
-    blocks = {f.name.rpartition(".")[0] for f in findings if f.name}
+    parents = {f.name.rpartition(".")[0] for f in findings if f.name}
+    kinds = {f.module: f.fused_class for f in findings}
     for name, module in model.named_modules():
-        if isinstance(module, FusedFeatures) or (name in blocks and _has_runs(module) and name not in callers):
+        gains = name in parents and name not in callers and _gains(module, kinds)
+        if isinstance(module, FusedFeatures) or gains:
             reasons = _PARTS_CALLED if any(_is_inside(name, caller) for caller in callers) else []
             findings.append(Finding(name, module, FusedFeatures, reasons))
     return findings
@@ -69,10 +72,15 @@ def _calls_parts(module: nn.Module) -> bool:
     return (type(module).__module__, type(module).__name__) in _CALL_PARTS
 
 
-def _has_runs(module: nn.Module) -> bool:
-    """Whether it is a plain ``nn.Sequential`` with a norm, a ReLU and perhaps a pooling that follow each other."""
-    children = list(module._modules.items()) if type(module) is nn.Sequential else []
-    return "forward" not in module.__dict__ and any(run_at(children, i) is not None for i in range(len(children)))
+def _gains(module: nn.Module, kinds: dict[nn.Module, type[nn.Module]]) -> bool:
+    """Whether it is a plain ``nn.Sequential`` in which a ReLU follows a norm, or a transition a block."""
+    if type(module) is not nn.Sequential or "forward" in module.__dict__:
+        return False
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    follow = [(kinds.get(a), kinds.get(b)) for (_, a), (_, b) in itertools.pairwise(children)]
+    return (FusedDenseBlock, FusedTransition) in follow or any(
+        run_at(children, i) is not None for i in range(len(children))
+    )
 
 
 def _candidates(model: nn.Module, callers: list[str]) -> Iterator[Finding]:

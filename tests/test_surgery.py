@@ -98,6 +98,25 @@ def test_one_bottleneck_narrower_than_the_others() -> None:
     assert_same_step(step(ours, x), step(theirs, x))
 
 
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("bn_size", [2, None])
+def test_one_layer_adds_fewer_channels(layer: int, bn_size: int | None) -> None:
+    ours, theirs = FusedDenseBlock(3, 6, bn_size, 4).double(), reference.DenseBlock(3, 6, bn_size, 4).double()
+    theirs.load_state_dict(ours.state_dict())
+    for block in (ours, theirs):
+        layers: list[Any] = list(block.children())
+        cut(layers[layer - 1].conv1 if bn_size is None else layers[layer - 1].conv2, 0, kept(4), attributes=True)
+        before = 6 + 4 * (layer - 1)
+        for later in layers[layer:]:
+            width = later.conv1.weight.shape[1]
+            stays = torch.cat([torch.arange(before), before + kept(4), torch.arange(before + 4, width)])
+            cut(later.norm1, 0, stays, attributes=True)
+            cut(later.conv1, 1, stays, attributes=True)
+    x = torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    assert_same_step(step(ours, x), step(theirs, x))
+
+
 def test_own_block_of_other_layers() -> None:
     """Layers that a block gets from another one are its layers."""
     block, wide = FusedDenseBlock(2, 4, 2, 4), FusedDenseBlock(2, 10, 2, 4)

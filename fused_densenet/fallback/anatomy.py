@@ -119,8 +119,9 @@ def _width_reasons(layers: Sequence[LayerParts]) -> list[str]:
         for stage, read in zip(parts.stages, (width, bottleneck), strict=False):
             if widths_of(stage.norm) | {stage.conv.weight.shape[1]} != {read}:
                 reasons.append(f"{parts.name} reads {stage.conv.weight.shape[1]} channels where there are {read}")
-        if len(parts.stages) == 2 and parts.stages[0].conv.weight.shape[0] != bottleneck:
-            reasons.append(f"{parts.stages[0].names[2]} is of another width than {layers[0].name}'s")
+        for stage, first in zip(parts.stages, layers[0].stages, strict=False):
+            if stage.conv.weight.shape[0] != first.conv.weight.shape[0]:
+                reasons.append(f"{stage.names[2]} is of another width than {layers[0].name}'s")
         width += parts.stages[-1].conv.weight.shape[0]
     return reasons
 

@@ -59,7 +59,7 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
             finding.module.memory_efficient = memory_efficient
     _report(name, findings)
     if left:
-        warn_once(_LEFT + "\n".join(left), stacklevel=3)
+        warn_once(_LEFT + "\n".join(left))
     return model
 
 

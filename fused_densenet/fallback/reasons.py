@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.modules import module as module_hooks
 from ..ops.ranks import sync_group
 from .anatomy import LayerParts, intercepted, kinds_of, patches, structure_reasons
 
+_PACKAGE = __name__.partition(".")[0]
 _VARIABLE = "FUSED_DENSENET_STRICT"
 _thread = threading.local()
 
@@ -64,13 +67,17 @@ def announce(reasons: Sequence[str], name: str = "FusedDenseBlock") -> None:
     if os.environ.get(_VARIABLE, "0") not in ("", "0") if enabled is None else enabled:
         raise FallbackError(message)
     if not torch.compiler.is_compiling():
-        warn_once(message, stacklevel=4)
+        warn_once(message)
 
 
 @functools.cache
-def warn_once(message: str, stacklevel: int) -> None:
-    """A FallbackWarning, the first time that it is asked for; ``stacklevel`` is that of ``warnings.warn``."""
-    warnings.warn(message, FallbackWarning, stacklevel=stacklevel)
+def warn_once(message: str) -> None:
+    """A FallbackWarning, the first time that it is asked for, where this package was called."""
+    frame: FrameType | None = sys._getframe()
+    level = 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, FallbackWarning, stacklevel=level + 1)
 
 
 def uses_batch_stats(norm: nn.Module) -> bool:

@@ -127,13 +127,20 @@ struct Cpu {
   };
 };
 
+// The entries of a vector in any stride.
 template <class A>
-A* numbers(const Tensor& t, int64_t count, const char* name) {
-  if (!t.device().is_cpu() || t.scalar_type() != c10::CppTypeToScalarType<A>::value || !t.is_contiguous() || t.numel() != count) {
-    throw WrongValue(std::string(name) + ": expected " + std::to_string(count) +
-                     " contiguous entries of the moments' dtype");
+struct Entries {
+  A* data;
+  int64_t count, stride;
+  A& operator[](int64_t i) const { return data[i * stride]; }
+};
+
+template <class A>
+Entries<A> entries(const Tensor& t, const char* name) {
+  if (!t.device().is_cpu() || t.scalar_type() != c10::CppTypeToScalarType<A>::value || t.dim() > 1) {
+    throw WrongValue(std::string(name) + ": expected vectors of the CPU, of the moments' dtype");
   }
-  return t.mutable_data_ptr<A>();
+  return {t.mutable_data_ptr<A>(), t.numel(), t.dim() == 0 ? 1 : t.stride(0)};
 }
 
 // running += momentum * (batch - running) as torch.lerp has it; the mean and variance of norm i are the first entries
@@ -145,28 +152,30 @@ void update_running_of(const Tensor& stats, const std::optional<Tensor>& inside,
   const A *of_buffer = stats.const_data_ptr<A>(), *of_bottlenecks = inside ? inside->const_data_ptr<A>() : nullptr;
   struct Update {
     const A* batch;
-    A* running;
-    int64_t count;
+    Entries<A> running;
     A momentum, factor;
   };
   std::vector<Update> updates;
   for (size_t i = 0; i < means.size(); ++i) {
     const bool inner = inside && i % 2 == 1;
     const int64_t layer = static_cast<int64_t>(i / 2), count = means[i].numel();
-    if (inner ? layer >= layers || count != width : count > row)
+    if (inner ? layer >= layers || count != width : count > row) {
       throw WrongValue("means: expected as many entries as moments");
+    }
+    if (variances[i].numel() != count) throw WrongValue("vars: expected as many entries as means");
     for (int64_t r = 0; r < 2; ++r) {
       const A* batch = inner ? of_bottlenecks + (r * layers + layer) * width : of_buffer + r * row;
-      A* running = numbers<A>(r == 0 ? means[i] : variances[i], count, r == 0 ? "means" : "vars");
-      updates.push_back({batch, running, count, static_cast<A>(momenta[i]), r == 0 ? A(1) : static_cast<A>(unbiased)});
+      updates.push_back({batch, r == 0 ? entries<A>(means[i], "means") : entries<A>(variances[i], "vars"),
+                         static_cast<A>(momenta[i]), r == 0 ? A(1) : static_cast<A>(unbiased)});
     }
   }
-  for (const Tensor& count : counts) *numbers<int64_t>(count, 1, "counts") += 1;
+  std::vector<int64_t*> counters;
+  for (const Tensor& count : counts) counters.push_back(entries<int64_t>(count, "counts").data);
+  for (int64_t* counter : counters) ++*counter;
   for (const Update& u : updates) {
-    for (int64_t c = 0; c < u.count; ++c) {
-      const A change = u.batch[c] * u.factor - u.running[c];
-      u.running[c] = u.momentum < A(0.5) ? u.running[c] + u.momentum * change
-                                         : u.batch[c] * u.factor - change * (A(1) - u.momentum);
+    for (int64_t c = 0; c < u.running.count; ++c) {
+      const A now = u.batch[c] * u.factor, change = now - u.running[c];
+      u.running[c] = u.momentum < A(0.5) ? u.running[c] + u.momentum * change : now - change * (A(1) - u.momentum);
     }
   }
 }

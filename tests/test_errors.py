@@ -110,6 +110,7 @@ def test_one_value_per_channel_is_fine_in_eval_mode() -> None:
 def test_exception_in_the_middle_of_forward(
     backend: str, primitive: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delattr(BACKENDS[backend], "run_program", raising=False)
     block = FusedDenseBlock(**ARGUMENTS)
     state = copy.deepcopy(block.state_dict())
     whole = getattr(BACKENDS[backend], primitive)
@@ -138,6 +139,7 @@ def test_exception_in_the_middle_of_backward(backend: str, monkeypatch: pytest.M
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("planted")
 
+    monkeypatch.delattr(BACKENDS[backend], "run_program", raising=False)
     monkeypatch.setattr(BACKENDS[backend], "norm_relu_conv_backward", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
         out.sum().backward()
@@ -155,14 +157,17 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def good() -> dict[str, Any]:
     """Arguments of the C++ backward primitive; its names are those of its schema."""
-    vectors = {name: torch.ones(6) for name in ("mean", "scale", "shift", "sum_dz", "sum_dz_centered")}
-    gradient = {name: torch.ones(4) for name in ("grad_scale", "slope", "grad_mean", "offset")}
+    vectors = {name: torch.ones(6) for name in ("mean", "var", "gamma", "beta", "dgamma", "dbeta")}
+    gradient = {"value_mean": torch.ones(4), "value_correction": torch.ones(2, 4)}
     return {
         "stored": torch.ones(2, 1, 3, 5, 4),
         "value": torch.ones(2, 1, 3, 5, 4),
         **gradient,
         "x": torch.ones(2, 1, 3, 5, 6),
         **vectors,
+        "eps": 1e-5,
+        "correction": torch.ones(2, 6),
+        "pixels": None,
         "weight": torch.ones(4, 6, 1, 3, 3),
         "dx": torch.ones(2, 1, 3, 5, 6),
         "accumulate": False,
@@ -188,10 +193,16 @@ def good() -> dict[str, Any]:
         ("dx", torch.ones(2, 1, 3, 5, 5), ValueError),
         ("dx", torch.ones(2, 1, 3, 5, 12)[..., ::2], ValueError),
         ("mean", torch.ones(5), ValueError),
-        ("scale", torch.ones(6, dtype=torch.float64), TypeError),
-        ("shift", torch.ones(12)[::2], ValueError),
-        ("slope", torch.ones(6), ValueError),
-        ("sum_dz", torch.ones(6, 1), ValueError),
+        ("var", torch.ones(6, dtype=torch.float64), TypeError),
+        ("gamma", torch.ones(6, dtype=torch.bfloat16), TypeError),
+        ("beta", torch.ones(12)[::2], ValueError),
+        ("value_correction", torch.ones(2, 6), ValueError),
+        ("value_correction", torch.ones(4), ValueError),
+        ("value_mean", None, ValueError),
+        ("dbeta", torch.ones(6, 1), ValueError),
+        ("dgamma", torch.ones(6, dtype=torch.float64), TypeError),
+        ("correction", torch.ones(3, 6), ValueError),
+        ("pixels", torch.ones(2), ValueError),
         ("x", torch.ones(1, 1, 3, 5, 6).expand(2, 1, 3, 5, 6), ValueError),
     ],
 )
@@ -213,7 +224,7 @@ def test_bad_argument_of_the_backward_primitive(name: str, value: Tensor, error:
     ],
 )
 def test_bad_argument_of_the_forward_primitive(name: str, value: Tensor | None, error: type[Exception]) -> None:
-    arguments = {k: v for k, v in good().items() if k in ("x", "mean", "scale", "shift", "weight")}
+    arguments = {k: v for k, v in good().items() if k in ("x", "mean", "var", "gamma", "beta", "eps", "weight")}
     arguments.update(out=torch.ones(2, 1, 3, 5, 4), out_mean=torch.ones(4), out_var=torch.ones(4))
     operator = torch.ops.fused_densenet.norm_relu_conv
     operator(**arguments)

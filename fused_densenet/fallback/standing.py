@@ -79,9 +79,9 @@ def standing_of(
 ) -> tuple[Plan, torch.device | None]:
     """What was worked out of ``module`` and still holds, or what ``work_out`` says now: a plan, and what it looked at.
 
-    And where all parameters are; None where they are on several devices, or a compiler asks, which looks for itself.
+    And where all parameters are; None where they are on several devices, or something records, which looks for itself.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return work_out()[0], None
     known = _standing.get(module)
     if known is None or not known.holds():

@@ -277,7 +277,7 @@ class BlockPlan(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the first convolution; float32 where there are ``reasons``, and it does not matter."""
-        return torch.float32 if self.reasons else self.convs[0]._parameters["weight"].dtype
+        return torch.float32 if self.reasons else self.convs[0].weight.dtype
 
     def fits(self, x: Tensor, device: torch.device | None) -> bool:
         """Whether there is nothing to be said against ``x``, given where all parameters are."""
@@ -285,9 +285,11 @@ class BlockPlan(NamedTuple):
         return x.device == device and (x.dtype == self.dtype or autocasts(x)) and enough
 
     def parameters(self) -> Parameters:
-        weights = [conv._parameters["weight"] for conv in self.convs]
-        gammas, betas = ([norm._parameters[name] for norm in self.norms] for name in ("weight", "bias"))
-        for i, norm in enumerate(self.norms):
+        weights = [conv._parameters.get("weight") for conv in self.convs]
+        gammas, betas = ([norm._parameters.get(name) for norm in self.norms] for name in ("weight", "bias"))
+        for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
+            if weights[i] is None:  # a replica of nn.DataParallel, whose parameters are plain attributes
+                weights[i] = conv.weight
             if gammas[i] is None or betas[i] is None:
                 gammas[i], betas[i] = affine_of(norm, weights[i])
         frozen = [norm for norm, batch in zip(self.norms, self.batch_stats, strict=True) if not batch]

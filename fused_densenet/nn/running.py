@@ -44,7 +44,12 @@ class RunningStatistics:
             if self._ordinary and not compiling and torch._C._len_torch_dispatch_stack() == 0:
                 kernels = BACKENDS[choose(x.device, x.dtype)]
                 lists = [[held[name] for held in self._buffers] for name in _BUFFERS]
-                if hasattr(kernels, "update_running") and {t.dtype for t in lists[0]} == {moments.stats.dtype}:
+                kinds = {(t.dtype, t.device) for t in (*lists[0], *lists[1])}
+                if any(device != x.device for _, device in kinds):
+                    raise ValueError(
+                        f"running statistics: expected them on {x.device}, where the input is, got {kinds}"
+                    )
+                if hasattr(kernels, "update_running") and kinds == {(moments.stats.dtype, x.device)}:
                     kernels.update_running(moments.stats, moments.bottleneck_stats, *lists, self._momenta, unbiased)
                     return
         else:

@@ -18,7 +18,7 @@ from ..backends.contract import accumulate_dtype
 from . import schedule
 from .layout import channels_last, empty_channels_last
 from .operator import Operator, Outputs, norm_relu
-from .program import Context, execute
+from .program import Context, execute, without_autocast
 from .schedule import Structure
 
 
@@ -162,7 +162,7 @@ def _parameters(a: Arguments) -> dict[str, Sequence[Tensor]]:
 
 
 def _run(program: Any, operands: dict[str, Sequence[Tensor]], a: Arguments) -> None:
-    with torch.autocast(a.x.device.type, enabled=False):
+    with without_autocast(a.x.device):
         execute(program, operands, BACKENDS[a.backend], Context(a.group, a.x.numel() // a.x.shape[1]))
 
 

@@ -267,9 +267,13 @@ def _flat(outputs: Outputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nothing looks at single operators: no compiler, no mode of ``torch.utils``, no subclass of Tensor."""
+    """Whether nothing looks at single operators: no compiler, no mode of ``torch.utils``, no subclass of Tensor.
+
+    And there is data: tensors without any have the operators' shapes.
+    """
     return (
         type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
     )

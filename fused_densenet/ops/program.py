@@ -5,6 +5,7 @@ structure, on names instead of tensors, and what it asked for is executed many t
 function after the other, or whole by a compiled backend (``csrc/program.h``), which makes no tensor for a call.
 """
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,12 @@ def execute(program: Program, operands: Operands, backend: ModuleType, context: 
             getattr(backend, function)(*tensors)
         else:
             run(context, *tensors)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """For primitives, which choose their arithmetic themselves."""
+    enabled = torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 class Context(NamedTuple):

@@ -16,6 +16,7 @@ from ..backends import BACKENDS
 from ..backends.contract import Gradient, Norm, Owed, pooled
 from .layout import channels_last, empty_channels_last, pixels_last, weight_5d
 from .operator import Operator, Outputs, norm_relu
+from .program import without_autocast
 from .ranks import sum_over_ranks
 
 
@@ -84,7 +85,7 @@ class Transition(NormReluThen):
 
     def forward(self, a: Arguments) -> Outputs:
         outputs = self.allocate(a)
-        with torch.autocast(a.x.device.type, enabled=False):
+        with without_autocast(a.x.device):
             source, out = pixels_last(channels_last(a.x)), pixels_last(outputs.out)
             BACKENDS[a.backend].norm_relu_conv(source, a.norm(), weight_5d(a.weights[0]), out, None, None)
         return outputs
@@ -99,7 +100,7 @@ class Transition(NormReluThen):
     ) -> list[Tensor]:
         dx, dweight, *_ = gradients = self.allocate_backward(dout, a, needed)
         owed = self.owed(a, gradients)
-        with torch.autocast(a.x.device.type, enabled=False):
+        with without_autocast(a.x.device):
             BACKENDS[a.backend].norm_relu_conv_backward(
                 Gradient(pixels_last(channels_last(dout))),
                 pixels_last(channels_last(a.x)),

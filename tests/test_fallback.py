@@ -296,6 +296,7 @@ def _used(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> set[str]:
     used: set[str] = set()
     for name in ("cpu", "eager"):
         backend = BACKENDS[name]
+        monkeypatch.delattr(backend, "run_program", raising=False)
         whole = backend.place
 
         def place(*args: Any, name: str = name, whole: Any = whole) -> None:

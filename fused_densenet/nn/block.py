@@ -14,6 +14,7 @@ from ..fallback.reasons import (
     fallback_reasons,
     statistics_groups,
     structure_and_hook_reasons,
+    transform_reasons,
     uses_batch_stats,
 )
 from ..fallback.recomputation import concatenated, recomputed
@@ -162,9 +163,11 @@ class FusedDenseBlock(nn.ModuleDict):
             return one_call(self, init_features)
         if exports_operators():
             return self._operator_by_operator(init_features)
+        if torch.jit.is_tracing():  # to which sizes are tensors
+            announce(transform_reasons())
+            return passage.through_operators(self._operator_by_operator, init_features)
         plan, device = standing_of(self, self._work_out)
-        if not torch.jit.is_tracing():  # to which sizes are tensors
-            self._check(init_features, plan)
+        self._check(init_features, plan)
         groups: set[str | None] = statistics_groups(plan.layers) if plan.synchronised else {None}
         if reasons := fallback_reasons(init_features, plan.reasons, plan.dtype, groups):
             announce(reasons)

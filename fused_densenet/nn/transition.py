@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backends import choose
 from ..fallback.anatomy import Stage, interceptions, kinds_of, patches, stage_reasons, take_stage, widths_of
 from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
-from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons
+from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons, transform_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
 from ..fallback.standing import standing_of
 from ..ops.functional import NormReluConv
@@ -99,9 +99,12 @@ class FusedTransition(nn.Sequential):
             return one_call(self, input)
         if exports_operators():
             return self._operator_by_operator(input)
+        if torch.jit.is_tracing():  # to which sizes are tensors
+            announce(transform_reasons(), "FusedTransition")
+            return passage.through_operators(self._operator_by_operator, input)
         (parts, structure, standing, running), _ = standing_of(self, self._work_out)
         conv, norm, pool = parts.stage.conv, parts.stage.norm, parts.pool is not None
-        if not torch.jit.is_tracing() and not structure:
+        if not structure:
             check_image(input, "input", conv.weight.shape[1], conv.weight.dim() - 2)
         if reasons := parts.fallback_reasons(input, standing):
             announce(reasons, "FusedTransition")

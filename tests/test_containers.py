@@ -84,7 +84,7 @@ TRANSITION_USES: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("plain", [False])
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", TRANSITION_USES)
 @pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
 def test_transition_as_a_sequence(name: str, plain: bool) -> None:

@@ -1,7 +1,9 @@
 """``fuse``: the dense blocks, transitions and stem of a network that somebody else built, run fused where they stand."""
 
 import logging
-from typing import TypeVar
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,18 +23,19 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     """Lets every dense block, transition and stem that it recognises in ``model`` run fused, in place.
 
     Recognised are those of torchvision, timm, MONAI (1, 2 and 3 dimensions), TorchXRayVision and
-    segmentation_models_pytorch, and modules of other classes that are built alike, of ``denselayer1, denselayer2, ...``
-    with ``norm1, relu1, conv1, norm2, relu2, conv2``, and give the same on a small random input. None of these packages
-    is imported. A module that is replaced keeps its identity, parameters, state_dict keys and hooks, and is a
-    :class:`FusedDenseBlock`, :class:`FusedTransition` or :class:`FusedFeatures` besides what
-    it was. What was replaced, and what not and why, is logged (``logging.getLogger("fused_densenet")``, INFO);
-    ``fused_densenet.explain`` tells it of a model at any later time.
+    segmentation_models_pytorch, none of which is imported, and whatever computes the same, however it is called and
+    built: a copy of every module that begins with a norm and a convolution is run on small inputs, its operators are
+    noted, and the fused one must give the same results, gradients and buffers. ``model`` is not changed by that. A module
+    that is replaced keeps its identity, parameters, state_dict keys and hooks, and is a :class:`FusedDenseBlock`,
+    :class:`FusedTransition` or :class:`FusedFeatures` besides what it was. What was replaced, and what not and why, is
+    logged (``logging.getLogger("fused_densenet")``, INFO), one line for all that are alike; ``fused_densenet.explain``
+    tells it of a model at any later time.
 
     Args:
         model: the network, or a block itself.
         memory_efficient: compute the bottlenecks again in backward instead of keeping them; None keeps each block's own
-            setting (``memory_efficient`` of torchvision's layers, ``grad_checkpointing`` of timm's).
-        strict: raise where a module looks like a dense block and cannot be fused.
+            setting (``memory_efficient`` of torchvision's layers, ``grad_checkpointing`` of timm's, ``efficient``).
+        strict: raise where a module looks like a dense block and cannot be fused, and where there is none at all.
 
     Returns:
         ``model``.
@@ -49,12 +52,13 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     if not isinstance(memory_efficient, bool | None):
         raise TypeError(f"memory_efficient: expected True, False or None, got {type(memory_efficient).__name__}")
     name, findings = type(model).__name__, survey(model)
-    left = [_described(f) for f in findings if f.reasons and f.fused_class is FusedDenseBlock]
-    if strict and left:
-        raise FallbackError(_LEFT + "\n".join(left))
+    blocks = [finding for finding in findings if finding.fused_class is FusedDenseBlock]
+    left = _described([finding for finding in blocks if finding.reasons])
+    if strict and (left or not blocks):
+        raise FallbackError(_LEFT + "\n".join(left) if left else f"no dense block was found in {name}")
     for finding in findings:
         if not finding.reasons and not finding.fused:
-            swap(finding.module, finding.fused_class)
+            swap(finding.module, finding.fused_class, finding.description)
         if memory_efficient is not None and isinstance(finding.module, FusedDenseBlock):
             finding.module.memory_efficient = memory_efficient
     _report(name, findings)
@@ -84,10 +88,32 @@ def _report(name: str, findings: list[Finding]) -> None:
         for kind in (FusedDenseBlock, FusedTransition, FusedFeatures)
     ]
     _log.info("fuse(%s): %s", name, ", ".join(counts) if findings else "no dense block was found")
+    for line in _described([finding for finding in findings if not finding.fused]):
+        _log.info("fuse(%s): not fused: %s", name, line)
+
+
+def _described(findings: Sequence[Finding]) -> list[str]:
+    """A line for all findings of a class that have the same reasons but for numbers in them."""
+    groups: dict[Any, list[Finding]] = {}
     for finding in findings:
-        if not finding.fused:
-            _log.info("fuse(%s): not fused: %s", name, _described(finding))
+        groups.setdefault((finding.kind, *_alike(finding.reasons)), []).append(finding)
+    lines = []
+    for group in groups.values():
+        names = [finding.name or "the model itself" for finding in group]
+        more = f" and {len(names) - 3} more of {group[0].kind}" if len(names) > 3 else ""
+        reasons = [
+            first if number == 1 else f"{first} (and {number - 1} more like it)"
+            for first, number in _alike(group[0].reasons).values()
+        ]
+        lines.append(f"{', '.join(names[:3])}{more}: {'; '.join(reasons)}")
+    return lines
 
 
-def _described(finding: Finding) -> str:
-    return f"{finding.name or 'the model itself'}: {'; '.join(finding.reasons)}"
+def _alike(reasons: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The first, and the number, of reasons that differ in numbers only."""
+    found: dict[str, tuple[str, int]] = {}
+    for reason in reasons:
+        pattern = re.sub(r"\d+", "#", reason)
+        first, number = found.get(pattern, (reason, 0))
+        found[pattern] = first, number + 1
+    return found

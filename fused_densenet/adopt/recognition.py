@@ -1,22 +1,22 @@
-"""Finds the dense blocks and transitions of a network, by structure and by class; no package is imported for it."""
+"""Finds the dense blocks and transitions of a network, by class or by what they compute; no package is imported for it."""
 
-import copy
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..backends import use_backend
-from ..fallback.anatomy import structure_reasons, take_apart
-from ..fallback.reasons import strict
+from ..fallback.anatomy import CONVS, NORMS, kinds_of, patches, structure_reasons, take_apart
+from ..fallback.description import BlockDescription
 from ..nn.block import FusedDenseBlock
 from ..nn.stem import FusedFeatures, run_at
-from ..nn.transition import FusedTransition
-from .swapping import swap
+from ..nn.transition import FusedTransition, TransitionParts
+from .interpretation import read_block, read_transition
+from .swapping import Described
+from .trial import differs, observe, read
 
 _PACKAGES = {
     "torchvision.models.densenet": {"_DenseBlock", "_DenseLayer", "_Transition"},
@@ -24,12 +24,14 @@ _PACKAGES = {
     "monai.networks.nets.densenet": {"_DenseBlock", "_DenseLayer", "_Transition"},
     "torchxrayvision.models": {"_DenseBlock", "_DenseLayer", "_Transition"},
 }
-"""Classes whose ``forward`` is known, by module; a module of any other class is tried on a small input."""
+"""Classes whose ``forward`` is known, by module; what any other class computes is found out on a small input."""
 
 _CALL_PARTS = {("segmentation_models_pytorch.encoders.densenet", "DenseNetEncoder")}
 """Classes that call the parts of their stem and transitions one by one: replacing the whole would change nothing."""
 
+_OTHER_NORMS = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 _PARTS_CALLED = ["its owner calls its parts one by one"]
+_SCRIPTED = ["it is scripted; fuse the network before torch.jit.script"]
 
 
 @dataclass
@@ -41,23 +43,31 @@ class Finding:
         module: the module itself.
         fused_class: what it would run as: FusedDenseBlock, FusedTransition or FusedFeatures.
         reasons: what keeps it from being replaced; empty if nothing does.
+        description: where its parts stand; None where their names tell.
     """
 
     name: str
     module: Any
     fused_class: type[nn.Module]
     reasons: list[str] = field(default_factory=list)
+    description: Described | None = None
 
     @property
     def fused(self) -> bool:
         return isinstance(self.module, self.fused_class)
 
+    @property
+    def kind(self) -> str:
+        return class_name(self.module)
+
 
 def survey(model: nn.Module) -> list[Finding]:
     """Every dense block, transition and sequence of ``model``, fused or not, and everything that looks like one."""
     callers = [name for name, module in model.named_modules() if _calls_parts(module)]
-    findings = list(_candidates(model, callers))
-    findings = [f for f in findings if not any(_is_inside(other.name, f.name) for other in findings)]
+    findings = list(_search(model, "", {}))
+    for finding in findings:
+        if finding.fused_class is FusedTransition and any(_is_inside(finding.name, caller) for caller in callers):
+            finding.reasons = _PARTS_CALLED
     parents = {f.name.rpartition(".")[0] for f in findings if f.name}
     kinds = {f.module: f.fused_class for f in findings}
     for name, module in model.named_modules():
@@ -83,30 +93,60 @@ def _gains(module: nn.Module, kinds: dict[nn.Module, type[nn.Module]]) -> bool:
     )
 
 
-def _candidates(model: nn.Module, callers: list[str]) -> Iterator[Finding]:
-    for name, module in model.named_modules():
-        if isinstance(module, FusedDenseBlock | FusedTransition):
-            kind = FusedDenseBlock if isinstance(module, FusedDenseBlock) else FusedTransition
-            yield Finding(name, module, kind)
-        elif _consists_of_layers(module):
-            yield Finding(name, module, FusedDenseBlock, _obstacles(module, FusedDenseBlock, _block_reasons))
-        elif re.search("dense_?block", _class_name(module), re.IGNORECASE):
-            reasons = ["it does not consist of denselayer1, denselayer2, ..."]
-            yield Finding(name, module, FusedDenseBlock, reasons)
-        elif _looks_like_transition(module):
-            reasons = _PARTS_CALLED
-            if not any(_is_inside(name, caller) for caller in callers):
-                reasons = _obstacles(module, FusedTransition, _transition_reasons)
-            yield Finding(name, module, FusedTransition, reasons)
+def _search(module: nn.Module, name: str, seen: dict[int, None]) -> Iterator[Finding]:
+    """The findings in ``module`` and below; where it is one itself, only those that it calls around its layers."""
+    if id(module) in seen:
+        return
+    seen[id(module)] = None
+    finding = _found(module, name)
+    if finding is not None and not finding.reasons:
+        yield finding
+        inside = getattr(finding.description or _description_of(module), "around", ())
+        below = [(key, module._modules[key]) for key in inside]
+    else:
+        below = list(module._modules.items())
+    found = [f for key, child in below if child is not None for f in _search(child, f"{name}.{key}".strip("."), seen)]
+    if finding is not None and finding.reasons and not any(_is_whole(f) for f in found):
+        yield finding
+    else:
+        yield from found
+
+
+def _is_whole(finding: Finding) -> bool:
+    """Whether it is a dense block of several layers, or runs fused: more than a piece of a block."""
+    layers = getattr(finding.description, "layers", None)
+    return not finding.reasons and finding.fused_class is FusedDenseBlock and (layers is None or len(layers) > 1)
+
+
+def _description_of(module: Any) -> Any:
+    return getattr(module.__dict__.get("fused_settings"), "description", None)
 
 
 def _is_inside(name: str, outer: str) -> bool:
     return name != outer and name.startswith(f"{outer}." if outer else "")
 
 
-def _class_name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
+    """Of a module, of one that was scripted or of one that is fused: the name that its author gave to its class."""
     scripted = getattr(module, "original_name", None)
-    return scripted if isinstance(scripted, str) else type(module).__name__
+    return scripted if isinstance(scripted, str) else getattr(type(module), "original_class", type(module)).__name__
+
+
+def _found(module: nn.Module, name: str) -> Finding | None:
+    """What ``module`` itself is, or looks like."""
+    for kind in (FusedDenseBlock, FusedTransition):
+        if isinstance(module, kind):
+            return Finding(name, module, kind)
+    called_block = re.search("dense_?block", class_name(module), re.IGNORECASE) is not None
+    called_transition = "Transition" in class_name(module) and len(module._modules) > 0
+    if isinstance(module, torch.jit.ScriptModule):
+        kind = FusedDenseBlock if called_block else FusedTransition
+        return Finding(name, module, kind, _SCRIPTED) if called_block or called_transition else None
+    if _is_known(type(module)) and called_transition:
+        return Finding(name, module, FusedTransition, _standing_reasons(module, FusedTransition))
+    if _is_known(type(module)) and _consists_of_layers(module) and all(map(_is_known, kinds_of(module.children()))):
+        return Finding(name, module, FusedDenseBlock, _standing_reasons(module, FusedDenseBlock))
+    return _tried(module, name, called_block or _consists_of_layers(module), called_transition)
 
 
 def _consists_of_layers(module: nn.Module) -> bool:
@@ -114,71 +154,90 @@ def _consists_of_layers(module: nn.Module) -> bool:
     return bool(names) and all(re.fullmatch(r"denselayer\d+", name) for name in names)
 
 
-def _looks_like_transition(module: nn.Module) -> bool:
-    return "Transition" in _class_name(module) and {"norm", "conv"} <= dict(module.named_children()).keys()
+def _is_known(cls: type) -> bool:
+    """Whether ``cls`` is a package's own, with the methods that the package gave it."""
+    modules = [getattr(method, "__module__", "") for method in vars(cls).values() if callable(method)]
+    return cls.__name__ in _PACKAGES.get(cls.__module__, ()) and set(modules) <= {cls.__module__, ""}
 
 
-def _obstacles(
-    module: nn.Module, fused_class: type[nn.Module], structure: Callable[[nn.Module], tuple[list[str], list[type]]]
-) -> list[str]:
-    """Why a module that looks like one of ``fused_class`` cannot be fused."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return ["it is scripted; fuse the network before torch.jit.script"]
-    reasons, classes = structure(module)
-    if module._parameters or module._buffers:
+def _standing_reasons(module: Any, fused_class: type[nn.Module]) -> list[str]:
+    """What is wrong with the structure of a module of a known class."""
+    if fused_class is FusedDenseBlock:
+        layers = [take_apart(layer, name) for name, layer in module.named_children()]
+        reasons = structure_reasons(layers, type(layers[0].layer))
+        containers = [module, *module.children(), *(layer._modules.get("layers") for layer in module.children())]
+    else:
+        reasons, containers = FusedTransition.parts(module).structure_reasons(), [module]
+    if any(part is not None and (part._parameters or part._buffers) for part in containers):
         reasons.append("it has parameters or buffers of its own")
     if "forward" in module.__dict__:
         reasons.append("its forward was replaced")
-    if not reasons and not all(map(_is_known, classes)):
-        reasons += _trial(module, fused_class)
     return reasons
 
 
-def _is_known(cls: type) -> bool:
-    """Whether ``cls`` is a package's own, with the ``forward`` that the package gave it."""
-    forward = vars(cls).get("forward")
-    return cls.__name__ in _PACKAGES.get(cls.__module__, ()) and getattr(forward, "__module__", "") in (
-        cls.__module__,
-        "",
-    )
-
-
-def _block_reasons(block: nn.Module) -> tuple[list[str], list[type]]:
-    """What is wrong with the structure, and the classes whose ``forward`` matters."""
-    layers = [take_apart(layer, name) for name, layer in block.named_children()]
-    layer_class = type(layers[0].layer)
-    return structure_reasons(layers, layer_class), [type(block), layer_class]
-
-
-def _transition_reasons(transition: nn.Module) -> tuple[list[str], list[type]]:
-    return FusedTransition.parts(transition).structure_reasons(), [type(transition)]  # type: ignore[arg-type]
-
-
-def _trial(module: nn.Module, fused_class: type[nn.Module]) -> list[str]:
-    """Compares a copy's own ``forward`` with the fused one in float64, in training and in eval mode."""
-    kind = type(module).__name__
+def _tried(module: nn.Module, name: str, called_block: bool, called_transition: bool) -> Finding | None:
+    """What a module of an unknown class computes on a small input; nothing where neither that nor its name tells."""
+    kind: type[nn.Module] = FusedTransition if called_transition and not called_block else FusedDenseBlock
+    shape = _input_shape(module)
+    if isinstance(shape, str):
+        return Finding(name, module, kind, [shape]) if called_block else None
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            own = copy.deepcopy(module).to("cpu", torch.float64)
-            for part in own.modules():
-                for hooks in (part._forward_hooks, part._forward_pre_hooks):
-                    hooks.clear()
-                if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                    for tensor in (part.weight, part.bias, part.running_mean, part.running_var):
-                        if tensor is not None:
-                            tensor.uniform_(0.5, 1.5)
-            fused = copy.deepcopy(own)
-            swap(fused, fused_class)
-            weight = next(p for p in own.parameters() if p.dim() > 1)
-            x = torch.randn(2, weight.shape[1], *[4] * (weight.dim() - 2), dtype=torch.float64, device="cpu")
-            for training in (True, False):
-                results = []
-                for part in (own, fused):
-                    torch.manual_seed(0)
-                    with use_backend("eager"), strict():
-                        results.append([part.train(training)(x.clone()), *part.buffers()])
-                if not all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(*results, strict=True)):
-                    return [f"the forward of {kind} computes something else than a {fused_class.__name__}"]
+        own, traces = observe(module, *shape)
     except Exception as error:  # it is somebody else's code: whatever it raises, it cannot be fused
-        return [f"the forward of {kind} could not be tried: {type(error).__name__}: {error}"]
-    return []
+        return Finding(name, module, kind, [_failed(module, error)]) if called_block or called_transition else None
+    reading = read(read_block, own, traces)
+    if reading.description is None and not reading.reasons and not called_block:
+        kind, reading = FusedTransition, read(read_transition, own, traces)
+        if not called_transition and not (reading.description is not None and reading.description.pools):
+            return None
+    elif reading.description is not None or reading.reasons:
+        kind = FusedDenseBlock
+    description = reading.description
+    if description is None:
+        reasons = reading.reasons or [
+            "it does not concatenate its input with what norms, ReLUs and convolutions make of it"
+        ]
+        return Finding(name, module, kind, reasons)
+    return Finding(name, module, kind, _obstacles(module, own, kind, shape, description), description)
+
+
+def _input_shape(module: nn.Module) -> tuple[int, int] | str:
+    """Channels and dimensions of what the first norm and the first convolution read; or why that cannot be."""
+    if type(module).forward is nn.Module.forward:
+        return "it is only a container"
+    parts: list[Any] = list(module.modules())
+    if any(map(nn.parameter.is_lazy, module.parameters())):
+        return "it has lazy modules, which must have run once before fuse"
+    norm = next((part for part in parts if isinstance(part, (*NORMS, *_OTHER_NORMS))), None)
+    conv = next((part for part in parts if isinstance(part, CONVS)), None)
+    if norm is None or conv is None:
+        return f"it has no {'batch normalisation' if norm is None else 'convolution'}"
+    channels: int = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if channels != conv.in_channels:
+        return "it does not begin with a norm and a convolution of what that norm gives"
+    return channels, len(conv.kernel_size)
+
+
+def _obstacles(
+    module: nn.Module, own: nn.Module, kind: type[nn.Module], shape: tuple[int, int], description: Described
+) -> list[str]:
+    """Why a module that was found to be a dense block or transition cannot be fused all the same."""
+    if isinstance(description, BlockDescription):
+        reasons = structure_reasons(description.parts(module), None)
+    else:
+        reasons = TransitionParts(*description.parts(module)).structure_reasons()
+    reasons += patches(kinds_of(module.modules()))
+    if "forward" in module.__dict__:
+        reasons.append("its forward was replaced")
+    if reasons:
+        return reasons
+    try:
+        difference = differs(own, *shape, kind, description)
+    except Exception as error:
+        return [_failed(module, error)]
+    what = f"the forward of {class_name(module)} computes something else than a {kind.__name__}"
+    return [f"{what}: {difference}"] if difference else []
+
+
+def _failed(module: nn.Module, error: Exception) -> str:
+    return f"the forward of {class_name(module)} could not be tried: {type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ through the module's own ``forward``.
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods
+from ..fallback.anatomy import SWITCHES, LayerParts, is_memory_efficient, patches, remember_methods
 from ..fallback.description import BlockDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..nn.block import FusedDenseBlock
@@ -171,8 +172,10 @@ def _patched(module: Any) -> list[str]:
 def _get_memory_efficient(block: Any) -> bool:
     settings = block.fused_settings
     if settings.memory_efficient is None:
-        layers = block.children() if settings.description is None else block.modules()
-        return any(map(is_memory_efficient, layers))
+        if settings.description is None:
+            return any(map(is_memory_efficient, block.children()))
+        inside = itertools.islice(block.modules(), 1, None)
+        return any(map(block.__dict__.get, SWITCHES)) or any(map(is_memory_efficient, inside))
     return settings.memory_efficient
 
 

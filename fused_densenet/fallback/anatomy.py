@@ -19,12 +19,20 @@ _NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout")
 
 
 class Stage(NamedTuple):
-    """One norm-relu-conv. ``norm`` and ``conv`` are None where there is none of the names that messages call them by."""
+    """One norm-relu-conv.
+
+    Attributes:
+        norm, conv: None where there is none of the names that messages call them by.
+        activations: what is called between them, one after the other.
+        names: what messages call the norm, its activation and the convolution.
+        seen: whether their classes were seen to compute what torch's do, so that a subclass will do.
+    """
 
     norm: Any
     activations: list[nn.Module]
     conv: Any
     names: tuple[str, str, str]
+    seen: bool = False
 
 
 class LayerParts(NamedTuple):
@@ -134,20 +142,24 @@ def widths_of(norm: Any) -> set[int]:
 def stage_reasons(stage: Stage) -> list[str]:
     """Why a norm-relu-conv cannot run fused."""
     norm, relu, conv = stage.names
-    reasons = norm_relu_reasons(stage.norm, stage.activations, norm, relu)
+    reasons = norm_relu_reasons(stage.norm, stage.activations, norm, relu, stage.seen)
     if stage.conv is None:
         reasons.append(f"{conv} is missing")
-    elif type(stage.conv) not in CONVS:
+    elif type(stage.conv) not in CONVS and not (stage.seen and isinstance(stage.conv, CONVS)):
         reasons.append(f"{conv} is a {type(stage.conv).__name__}")
     else:
         reasons += [f"{conv} {reason}" for reason in _conv_reasons(stage.conv)]
     return reasons
 
 
-def norm_relu_reasons(norm: Any, activations: Sequence[nn.Module], norm_name: str, relu_name: str) -> list[str]:
+def norm_relu_reasons(
+    norm: Any, activations: Sequence[nn.Module], norm_name: str, relu_name: str, seen: bool = False
+) -> list[str]:
     reasons = []
     if norm is None:
         reasons.append(f"{norm_name} is missing")
+    elif seen and isinstance(norm, NORMS):
+        pass
     elif not is_batch_norm(norm):
         reasons.append(f"{norm_name} is a {type(norm).__name__}")
     elif type(norm._modules.get("drop", _IDENTITY)) is not nn.Identity:

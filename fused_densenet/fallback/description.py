@@ -4,6 +4,7 @@ A description is plain data. It names no tensor and holds no module, so it goes 
 parts that were replaced by others of their kind (by ``SyncBatchNorm.convert_sync_batchnorm``, say) are found again.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from torch import nn
 
 from .anatomy import LayerParts, Stage
 
-_RELU = nn.ReLU()
 _HALVING = (nn.AvgPool1d(2), nn.AvgPool2d(2), nn.AvgPool3d(2))
 
 
@@ -27,15 +27,19 @@ class Place(NamedTuple):
 
 
 class StagePlaces(NamedTuple):
-    """The numbers of a norm-relu-conv's modules; ``activation`` is None where a function is called."""
+    """A norm-relu-conv: the numbers of its modules, and the slope of its activation for negative numbers.
+
+    ``activation`` is None where a function is called.
+    """
 
     norm: int
     activation: int | None
     conv: int
+    slope: float = 0.0
 
 
 class DropoutPlace(NamedTuple):
-    """A layer's dropout: the module, or the rate that a function is given and the module whose mode it follows."""
+    """A dropout: the module, or the rate that a function is given; the module whose mode it follows; of whole channels?"""
 
     module: int | None
     rate: float
@@ -64,7 +68,7 @@ class Description:
                 return found, [f"{place.path} is missing"]
             if place.kinds and type(module) not in place.kinds:
                 return found, [f"{place.path} is a {type(module).__name__}"]
-            if place.kinds and len(module._modules) != place.children:
+            if (place.kinds or not found) and len(module._modules) != place.children:
                 return found, [f"{place.path or 'it'} has other modules inside than when fuse was called"]
             found.append(module)
         return found, [
@@ -80,10 +84,23 @@ class Description:
 
     def stage(self, places: StagePlaces, found: Sequence[Any]) -> Stage:
         """A norm-relu-conv of what :meth:`find` found."""
-        relu = places.activation
-        names = [self.places[i].path for i in (places.norm, places.norm if relu is None else relu, places.conv)]
-        activation = _RELU if relu is None else found[relu]
-        return Stage(found[places.norm], [activation], found[places.conv], (names[0], names[1], names[2]))
+        norm, conv = self.places[places.norm].path, self.places[places.conv].path
+        activation = f"{norm}'s activation" if places.activation is None else self.places[places.activation].path
+        return Stage(
+            found[places.norm], [_activation(places.slope)], found[places.conv], (norm, activation, conv), seen=True
+        )
+
+
+_RELU = nn.ReLU()
+
+
+@functools.cache
+def _leaky(slope: float) -> nn.Module:
+    return nn.LeakyReLU(slope)
+
+
+def _activation(slope: float) -> nn.Module:
+    return _leaky(slope) if slope else _RELU
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class BlockDescription(Description):
 
     Attributes:
         layers: for each layer its norm-relu-convs, in order.
-        dropouts: for each layer its dropout.
+        dropouts: for each layer the dropouts after its norm-relu-convs; None for none, or one of rate 0.
         before: names of the children that are called, one after the other, on what the block is given.
         units: names of the children that are its layers, where there are others before or after them.
         after: names of the children that are called on its result.
@@ -101,7 +118,7 @@ class BlockDescription(Description):
     """
 
     layers: tuple[tuple[StagePlaces, ...], ...]
-    dropouts: tuple[DropoutPlace | None, ...]
+    dropouts: tuple[tuple[DropoutPlace | None, ...], ...]
     before: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -109,25 +126,37 @@ class BlockDescription(Description):
     returns_new: bool = False
 
     def parts(self, block: nn.Module) -> list[LayerParts]:
-        """The layers of ``block``, taken apart; all its modules count as the first one's."""
+        """The layers of ``block``, taken apart; all its modules, and all reasons against them, are the first one's."""
         found, changes = self.find(block)
         if changes:
             return [LayerParts("it", None, {}, [], 0.0, False, changes)]
+        changes = self._missing_reasons()
         modules = self.named(found)
         parts: list[LayerParts] = []
-        for number, (stages, dropout) in enumerate(zip(self.layers, self.dropouts, strict=True), 1):
+        for number, (stages, dropouts) in enumerate(zip(self.layers, self.dropouts, strict=True), 1):
             taken = [self.stage(places, found) for places in stages]
-            rate, channels = _rate(dropout, found)
-            parts.append(LayerParts(f"layer {number}", None, {} if parts else modules, taken, rate, channels))
+            rate, channels = _rate(dropouts[-1], found)
+            parts.append(LayerParts(f"layer {number}", None, modules, taken, rate, channels, changes))
+            modules, changes = {}, []
         return parts
 
-    def missing_reasons(self) -> list[str]:
+    @property
+    def around(self) -> tuple[str, ...]:
+        """The children that are no layers."""
+        return (*self.before, *self.after)
+
+    def dropout_places(self) -> list[DropoutPlace]:
+        return [place for dropouts in self.dropouts for place in dropouts if place is not None]
+
+    def _missing_reasons(self) -> list[str]:
         """What the fused operators cannot do of it."""
         reasons = []
         if self.prepends:
             reasons.append("it puts new features before those that their layer reads, not behind them")
         if self.returns_new:
             reasons.append("it returns the new features alone")
+        if any(place is not None for dropouts in self.dropouts for place in dropouts[:-1]):
+            reasons.append("it has a dropout after both convolutions of a layer")
         return reasons
 
 

@@ -1,0 +1,199 @@
+"""What a module computes: its operators on a small input, which parameters each one reads, and what else it looks at."""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+HARMLESS = frozenset({"requires_grad", "grad_fn", "is_leaf", "dim", "ndim", "device", "is_cuda"})
+"""What a module may ask of a tensor: every input of a kind that the fused operators take answers the same."""
+
+DROPOUTS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d": True, "feature_dropout": True}
+"""Functions that drop values out, and whether they drop whole channels."""
+
+_SAME = frozenset({"contiguous"})
+_ALIASES = {"relu_": "relu", "leaky_relu_": "leaky_relu", "concat": "cat", "concatenate": "cat"}
+
+
+@dataclass(eq=False)
+class Node:
+    """A tensor and the operator that made it.
+
+    Attributes:
+        op: the function's name, without the underscore of its in-place form; "input" for what the module was given.
+        inputs: the tensors among its arguments that are no parameters.
+        arguments: the others, by position or name.
+        owner: path of the module whose parameters or buffers it reads, "" for none, None where there are several.
+        caller: path of the module whose ``forward`` called it.
+    """
+
+    op: str
+    inputs: tuple["Node", ...] = ()
+    arguments: dict[int | str, Any] = field(default_factory=dict)
+    owner: str | None = ""
+    caller: str = ""
+
+
+@dataclass
+class Call:
+    """A call of a module inside with one tensor, which returned one."""
+
+    path: str
+    given: Node
+    returned: Node
+
+
+@dataclass
+class Trace:
+    """A run of a module.
+
+    Attributes:
+        nodes: every tensor that was made, in order, the input first.
+        result: what it returned; None where that is no tensor that an operator of torch made.
+        calls: the modules inside that were called.
+        looked_at: what it asked of tensors, or of the world, that may decide what it does; and who did.
+    """
+
+    nodes: list[Node]
+    result: Node | None
+    calls: list[Call]
+    looked_at: list[tuple[str, str]]
+
+
+def trace(module: nn.Module, x: Tensor) -> Trace:
+    """Runs ``module`` on ``x``; its modules must be copies of its own, for hooks are added to them.
+
+    Raises:
+        Exception: whatever ``module(x)`` raises.
+    """
+    recorder = _Recorder(module, x)
+    before = list(_world())
+    settings = {path: plain_settings(part) for path, part in module.named_modules()}
+    handles = [handle for path, part in module.named_modules() for handle in recorder.follow(path, part)]
+    try:
+        with recorder:
+            out = module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    looked_at = list(recorder.looked_at)
+    if before != list(_world()):
+        looked_at.append(("", "random numbers that are not torch's"))
+    if settings != {path: plain_settings(part) for path, part in module.named_modules()}:
+        looked_at.append(("", "attributes that it sets itself"))
+    return Trace(recorder.nodes, recorder.node_of.get(id(out)), recorder.calls, looked_at)
+
+
+def rate(arguments: Mapping[int | str, Any]) -> float:
+    """The rate among the arguments of a dropout function."""
+    found: float = arguments.get("p", arguments.get(1, 0.5))
+    return found
+
+
+_MODULES_OWN = frozenset(nn.Module().__dict__) | {"_is_init"}
+
+
+def plain_settings(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are numbers, strings and the like, and no matter of its mode."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in _MODULES_OWN and isinstance(value, bool | int | float | str | tuple | None)
+    }
+
+
+def _world() -> Iterator[Any]:
+    yield random.getstate()
+    if "numpy" in sys.modules:
+        yield [str(part) for part in sys.modules["numpy"].random.get_state()]
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.owners = {
+            id(tensor): (path, name)
+            for path, part in module.named_modules()
+            for name, tensor in (*part._parameters.items(), *part._buffers.items())
+            if tensor is not None
+        }
+        self.nodes = [Node("input")]
+        self.node_of = {id(x): self.nodes[0]}
+        self.alive: list[Any] = [x]  # so that no other tensor gets the id of one of these
+        self.calls: list[Call] = []
+        self.looked_at: dict[tuple[str, str], None] = {}
+        self.stack: list[str] = []
+        self.given: list[Any] = []
+
+    def follow(self, path: str, module: nn.Module) -> Iterator[Any]:
+        def enter(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            values = (*args, *options.values())
+            self.stack.append(path)
+            self.given.append(self.node_of.get(id(values[0])) if len(values) == 1 else None)
+
+        def leave(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            self.stack.pop()
+            given, returned = self.given.pop(), self.node_of.get(id(out))
+            if given is not None and returned is not None:
+                self.calls.append(Call(path, given, returned))
+
+        yield module.register_forward_pre_hook(enter, with_kwargs=True)
+        yield module.register_forward_hook(leave)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        out = function(*args, **options)
+        name = getattr(function, "__name__", str(function))
+        if name in ("__get__", "__set__"):
+            name = getattr(function.__self__, "__name__", name)
+        tensors = list(_tensors((args, options)))
+        owned = [self.owners[id(t)] for t in tensors if id(t) in self.owners]
+        if name in HARMLESS or (owned and all(attribute == "num_batches_tracked" for _, attribute in owned)):
+            return out
+        results = list(_tensors(out))
+        if not results:
+            what = {"size": "shape", "__len__": "shape"}.get(name, name).strip("_")
+            self.looked_at[self._caller(), f"the {what} of a tensor" if tensors else what] = None
+            return out
+        inputs = tuple(self._node(t) for t in tensors if id(t) not in self.owners)
+        arguments = {key: value for key, value in (*enumerate(args), *options.items()) if not list(_tensors(value))}
+        if name in _SAME or (name in DROPOUTS and not rate(arguments)):
+            nodes = [inputs[0]] * len(results)
+        else:
+            paths = {path for path, _ in owned}
+            owner = None if len(paths) > 1 else next(iter(paths), "")
+            op = _ALIASES.get(name, name)
+            if op == "cat" and arguments.get("dim", arguments.get(1, 0)) not in (1, 1 - args[0][0].dim()):
+                op = "cat along another dimension than the channels'"
+            nodes = [Node(op, inputs, arguments, owner, self._caller()) for _ in results]
+            self.nodes += nodes
+        for tensor, node in zip(results, nodes, strict=True):
+            self.node_of[id(tensor)] = node
+        self.alive += results
+        return out
+
+    def _caller(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+    def _node(self, tensor: Tensor) -> Node:
+        """That of a tensor; one that comes from nowhere is an operator that torch did not call."""
+        node = self.node_of.get(id(tensor))
+        if node is None:
+            node = self.node_of[id(tensor)] = Node("something that is no function of torch", caller=self._caller())
+            self.nodes.append(node)
+            self.alive.append(tensor)
+        return node
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

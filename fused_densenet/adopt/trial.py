@@ -1,0 +1,142 @@
+"""A module of an unknown class on small inputs: what it was read to be, and whether the fused one gives the same."""
+
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import use_backend
+from ..fallback.anatomy import SWITCHES
+from ..fallback.description import BlockDescription
+from ..fallback.reasons import strict
+from ..nn.block import NORM
+from .interpretation import Reading
+from .swapping import Described, swap
+from .trace import Trace, trace
+
+_SIZES = {1: ((5,), (12,)), 2: ((5, 3), (9, 10)), 3: ((3, 3, 5), (2, 3, 10))}
+"""Odd ones and, in the last dimension at least, more than eight: what a module does to a few pixels is no proof."""
+_BATCHES = (3, 2)
+_MIXED = "training of some modules"
+_MODES = (("training", "eval", _MIXED), ("training", "eval"))
+
+
+def observe(module: nn.Module, channels: int, spatial_dims: int) -> tuple[nn.Module, list[Trace]]:
+    """A copy of ``module``, and what it does in training and in eval mode.
+
+    Raises:
+        Exception: whatever copying or calling it raises.
+    """
+    with _undisturbed():
+        own, size = _copy(module, spatial_dims), _SIZES[spatial_dims][0]
+        traces = []
+        for training in (True, False):
+            x = torch.randn(2, channels, *size, dtype=torch.float64, device="cpu", requires_grad=True)
+            traces.append(trace(own.train(training), x * 1))
+        return own, traces
+
+
+def read(reader: Callable[[nn.Module, Trace], Reading], module: nn.Module, traces: Sequence[Trace]) -> Reading:
+    """What ``reader`` makes of the ``traces`` of a module, if it is the same of each."""
+    readings = [reader(module, trace) for trace in traces]
+    descriptions = [reading.description for reading in readings]
+    if descriptions[1:] == descriptions[:-1]:
+        return readings[0]
+    reasons = [reason for reading in readings for reason in reading.reasons]
+    return Reading(reasons=reasons or ["it does something else in eval mode than in training"])
+
+
+def differs(
+    own: nn.Module, channels: int, spatial_dims: int, fused_class: type[nn.Module], described: Described
+) -> str:
+    """What the fused one does otherwise than ``own``, in float64; empty if nothing.
+
+    Compared are results, gradients by input and parameters, and buffers, in training, in eval mode and with modes mixed.
+
+    Raises:
+        Exception: whatever calling one of them raises.
+    """
+    with _undisturbed(), use_backend("eager"), strict():
+        fused = copy.deepcopy(own)
+        swap(fused, fused_class, described)
+        for batch, size, modes in zip(_BATCHES, _SIZES[spatial_dims], _MODES, strict=True):
+            x = torch.randn(batch, channels, *size, dtype=torch.float64, device="cpu")
+            for mode in modes:
+                for module in (own, fused):
+                    _set_mode(module, mode, described)
+                expected, actual = _step(own, x), _step(fused, x)
+                for what, value in expected.items():
+                    if not _same(value, actual[what]):
+                        return f"{what} in {mode}"
+    return ""
+
+
+def _set_mode(module: nn.Module, mode: str, described: Described) -> None:
+    module.train(mode == "training")
+    if mode == _MIXED:
+        choices = random.Random(0)
+        for part in module.modules():
+            part.training = choices.random() < 0.5
+        for place in described.dropout_places() if isinstance(described, BlockDescription) else ():
+            module.get_submodule(described.places[place.follows].path).training = True
+
+
+def _step(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    torch.manual_seed(0)
+    random.seed(0)
+    x = x.requires_grad_()
+    out = module(x * 1)
+    named = dict(module.named_parameters())
+    torch.manual_seed(1)
+    dout = torch.randn(out.shape, dtype=out.dtype, device=out.device)
+    gradients = torch.autograd.grad(out, [x, *named.values()], dout, allow_unused=True)
+    names = ["its input", *named]
+    return {
+        "its result": out.detach(),
+        **{f"the gradient by {name}": gradient for name, gradient in zip(names, gradients, strict=True)},
+        **{f"the buffer {name}": buffer.clone() for name, buffer in module.named_buffers()},
+    }
+
+
+def _same(expected: Tensor | None, actual: Tensor | None) -> bool:
+    if expected is None or actual is None:
+        return expected is actual
+    return expected.shape == actual.shape and torch.allclose(actual, expected, rtol=1e-7, atol=1e-9)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leaves random numbers alone, and whatever gradients and autocast are set to."""
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            torch.manual_seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+
+
+def _copy(module: nn.Module, spatial_dims: int) -> nn.Module:
+    """On the CPU in float64, with norms that do something, of this process alone, without hooks."""
+    own = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
+    for part in own.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
+        for name in SWITCHES:
+            if name in part.__dict__:
+                setattr(part, name, False)
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            for tensor in (part.weight, part.bias, part.running_mean, part.running_var):
+                if tensor is not None:
+                    tensor.data.uniform_(0.5, 1.5)
+        if type(part) is nn.SyncBatchNorm:  # which the CPU refuses
+            part.__class__ = NORM[spatial_dims]  # type: ignore[assignment]
+    return own

@@ -40,16 +40,18 @@ class Reading:
     Attributes:
         description: of a dense block or transition; None where it is none.
         reasons: what keeps it from being one where it looks like one; empty where it does not.
+        hints: what it does that may be the reason why it does not.
     """
 
     description: Any = None
     reasons: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
 
 def read_block(module: nn.Module, trace: Trace) -> Reading:
     """A module that returns its input beside what norm-relu-convs make of it, and of each other's results."""
     if not any(node.op == "cat" and _is_dense(_pieces(node)) for node in trace.nodes):
-        return Reading()
+        return Reading(hints=_foreign(module, trace, _PARTS))
     result, row = trace.result, _row(trace)
     while result is not None and result.op != "cat":
         result = next((call.given for call in row if call.returned is result), None)
@@ -58,10 +60,10 @@ def read_block(module: nn.Module, trace: Trace) -> Reading:
     chains, base, layers, returns_new = _layers(trace, result)
     around = _around(row, base, result, len(layers))
     if around is None:
-        inner = any(call.path and call.returned is result for call in trace.calls)
-        return Reading(
-            reasons=[] if inner else ["not all of what it does before or after its layers is done by its children"]
-        )
+        if any(call.path and call.returned is result for call in trace.calls):
+            return Reading(hints=_foreign(module, trace, _PARTS))  # the block is a module inside
+        reasons = _foreign(module, trace, _PARTS)
+        return Reading(reasons=reasons or ["not all that it does around its layers is done by its children"])
     foreign = _foreign(module, trace, _PARTS, [*around.before, *around.after])
     if foreign:
         return Reading(reasons=foreign)
@@ -124,12 +126,13 @@ def _pieces(node: Node) -> list[Node]:
 
 
 def _is_dense(pieces: Sequence[Node]) -> bool:
-    """Whether one of them is read by a norm, and that by a convolution, from which another one is made."""
+    """Whether one is made by a convolution of what a norm gives, and another of what that norm reads."""
     for made in pieces:
         for conv in (node for node in _ancestors([made]) if node.op in _CONV):
             norms = [node for node in _ancestors(conv.inputs, _CONV) if node.op in _NORM]
             read = {id(node) for norm in norms for node in _ancestors(norm.inputs, _CONV)}
-            if any(id(piece) in read for piece in pieces if piece is not made):
+            others = _ancestors([piece for piece in pieces if piece is not made], _CONV)
+            if not read.isdisjoint(map(id, others)):
                 return True
     return False
 
@@ -229,8 +232,8 @@ def _around(row: Sequence[Any], base: Node | None, result: Node, layers: int) ->
 def _foreign(module: nn.Module, trace: Trace, known: Collection[str], elsewhere: Collection[str] = ()) -> list[str]:
     """What it does beside the operators of ``known``, except in the children ``elsewhere``."""
     reasons = [
-        f"{caller or 'its forward'} looks at {what}"
-        for caller, what in trace.looked_at
+        f"{caller or 'its forward'} {remark}"
+        for caller, remark in trace.remarks
         if caller.partition(".")[0] not in elsewhere
     ]
     for node in trace.nodes:

@@ -194,7 +194,7 @@ def _tried(module: nn.Module, name: str, called_block: bool, called_transition: 
         kind = FusedDenseBlock
     description = reading.description
     if description is None:
-        reasons = reading.reasons or [
+        reasons = (reading.reasons or reading.hints) or [
             "it does not concatenate its input with what norms, ReLUs and convolutions make of it"
         ]
         return Finding(name, module, kind, reasons)

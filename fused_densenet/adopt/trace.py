@@ -55,13 +55,13 @@ class Trace:
         nodes: every tensor that was made, in order, the input first.
         result: what it returned; None where that is no tensor that an operator of torch made.
         calls: the modules inside that were called.
-        looked_at: what it asked of tensors, or of the world, that may decide what it does; and who did.
+        remarks: what it did besides that may decide what it does another time, and which module inside did.
     """
 
     nodes: list[Node]
     result: Node | None
     calls: list[Call]
-    looked_at: list[tuple[str, str]]
+    remarks: list[tuple[str, str]]
 
 
 def trace(module: nn.Module, x: Tensor) -> Trace:
@@ -80,12 +80,12 @@ def trace(module: nn.Module, x: Tensor) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    looked_at = list(recorder.looked_at)
+    remarks = list(recorder.remarks)
     if before != list(_world()):
-        looked_at.append(("", "random numbers that are not torch's"))
+        remarks.append(("", "draws random numbers that are not torch's"))
     if settings != {path: plain_settings(part) for path, part in module.named_modules()}:
-        looked_at.append(("", "attributes that it sets itself"))
-    return Trace(recorder.nodes, recorder.node_of.get(id(out)), recorder.calls, looked_at)
+        remarks.append(("", "sets attributes of its own"))
+    return Trace(recorder.nodes, recorder.node_of.get(id(out)), recorder.calls, remarks)
 
 
 def rate(arguments: Mapping[int | str, Any]) -> float:
@@ -125,7 +125,7 @@ class _Recorder(TorchFunctionMode):
         self.node_of = {id(x): self.nodes[0]}
         self.alive: list[Any] = [x]  # so that no other tensor gets the id of one of these
         self.calls: list[Call] = []
-        self.looked_at: dict[tuple[str, str], None] = {}
+        self.remarks: dict[tuple[str, str], None] = {}
         self.stack: list[str] = []
         self.given: list[Any] = []
 
@@ -157,7 +157,7 @@ class _Recorder(TorchFunctionMode):
         results = list(_tensors(out))
         if not results:
             what = {"size": "shape", "__len__": "shape"}.get(name, name).strip("_")
-            self.looked_at[self._caller(), f"the {what} of a tensor" if tensors else what] = None
+            self.remarks[self._caller(), f"looks at the {what} of a tensor" if tensors else f"calls {what}"] = None
             return out
         inputs = tuple(self._node(t) for t in tensors if id(t) not in self.owners)
         arguments = {key: value for key, value in (*enumerate(args), *options.items()) if not list(_tensors(value))}

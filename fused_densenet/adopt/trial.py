@@ -19,7 +19,7 @@ from .interpretation import Reading
 from .swapping import Described, swap
 from .trace import Trace, trace
 
-_SIZES = {1: ((5,), (12,)), 2: ((5, 3), (9, 10)), 3: ((3, 3, 5), (2, 3, 10))}
+_SIZES = {1: ((5,), (12,)), 2: ((5, 3), (9, 10)), 3: ((3, 3, 5), (3, 4, 10))}
 """Odd ones and, in the last dimension at least, more than eight: what a module does to a few pixels is no proof."""
 _BATCHES = (3, 2)
 _MIXED = "training of some modules"
@@ -33,7 +33,7 @@ def observe(module: nn.Module, channels: int, spatial_dims: int) -> tuple[nn.Mod
         Exception: whatever copying or calling it raises.
     """
     with _undisturbed():
-        own, size = _copy(module, spatial_dims), _SIZES[spatial_dims][0]
+        own, size = _copy(module, spatial_dims), _SIZES[spatial_dims][1]
         traces = []
         for training in (True, False):
             x = torch.randn(2, channels, *size, dtype=torch.float64, device="cpu", requires_grad=True)

@@ -14,7 +14,7 @@ _CONV = frozenset({"conv1d", "conv2d", "conv3d"})
 _RELU = frozenset({"relu", "leaky_relu"})
 _NORM = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm"})
 _POOL = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
-_PARTS = frozenset({"input", "batch_norm", "cat", *_RELU, *_CONV, *DROPOUTS})
+_PARTS = frozenset({"input", "batch_norm", "cat", *_RELU, *_CONV, *_POOL, *DROPOUTS})
 
 
 class _Chain(NamedTuple):
@@ -51,20 +51,20 @@ class Reading:
 def read_block(module: nn.Module, trace: Trace) -> Reading:
     """A module that returns its input beside what norm-relu-convs make of it, and of each other's results."""
     if not any(node.op == "cat" and _is_dense(_pieces(node)) for node in trace.nodes):
-        return Reading(hints=_foreign(module, trace, _PARTS))
+        return Reading(hints=_foreign(module, trace))
     result, row = trace.result, _row(trace)
     while result is not None and result.op != "cat":
         result = next((call.given for call in row if call.returned is result), None)
     if result is None:
-        return Reading(reasons=_foreign(module, trace, _PARTS) or ["it does not return what it concatenates"])
+        return Reading(reasons=_foreign(module, trace) or ["it does not return what it concatenates"])
     chains, base, layers, returns_new = _layers(trace, result)
     around = _around(row, base, result, len(layers))
     if around is None:
         if any(call.path and call.returned is result for call in trace.calls):
-            return Reading(hints=_foreign(module, trace, _PARTS))  # the block is a module inside
-        reasons = _foreign(module, trace, _PARTS)
+            return Reading(hints=_foreign(module, trace))  # the block is a module inside
+        reasons = _foreign(module, trace)
         return Reading(reasons=reasons or ["not all that it does around its layers is done by its children"])
-    foreign = _foreign(module, trace, _PARTS, [*around.before, *around.after])
+    foreign = _foreign(module, trace, [*around.before, *around.after])
     if foreign:
         return Reading(reasons=foreign)
     prepends = not returns_new and len(layers) > 0 and _pieces(result)[-1] is base
@@ -100,11 +100,11 @@ def read_transition(module: nn.Module, trace: Trace) -> Reading:
     pool = trace.result if trace.result is not None and trace.result.op in _POOL else None
     end = trace.result if pool is None else pool.inputs[0]
     chain = None if end is None else _chain(end, {id(trace.nodes[0])})
-    foreign = _foreign(module, trace, _PARTS | _POOL)
+    foreign = _foreign(module, trace)
     if foreign or chain is None or len(chain.stages) != 1 or chain.source is not trace.nodes[0]:
         return Reading(reasons=foreign or ["it is no norm, ReLU, convolution and pooling in a row"])
     places = _places(module, [])
-    reasons = _left_over(module, trace, places, chain.stages[0], [])
+    reasons = _left_over(module, trace, places, [*chain.stages[0], *([] if pool is None else [pool])], [])
     if chain.dropouts != [None]:
         reasons.append("it has a dropout")
     number_of = {place.path: number for number, place in enumerate(places)}
@@ -129,10 +129,9 @@ def _is_dense(pieces: Sequence[Node]) -> bool:
     """Whether one is made by a convolution of what a norm gives, and another of what that norm reads."""
     for made in pieces:
         for conv in (node for node in _ancestors([made]) if node.op in _CONV):
-            norms = [node for node in _ancestors(conv.inputs, _CONV) if node.op in _NORM]
-            read = {id(node) for norm in norms for node in _ancestors(norm.inputs, _CONV)}
-            others = _ancestors([piece for piece in pieces if piece is not made], _CONV)
-            if not read.isdisjoint(map(id, others)):
+            others = {id(node) for node in _ancestors([piece for piece in pieces if piece is not made], _CONV)}
+            norms = [node for node in _ancestors(conv.inputs, _CONV) if node.op in _NORM and id(node) not in others]
+            if any(id(node) in others for norm in norms for node in _ancestors(norm.inputs, _CONV)):
                 return True
     return False
 
@@ -229,15 +228,15 @@ def _around(row: Sequence[Any], base: Node | None, result: Node, layers: int) ->
     return _Row(names[:start], names[start:end], names[end:]) if end - start == layers else None
 
 
-def _foreign(module: nn.Module, trace: Trace, known: Collection[str], elsewhere: Collection[str] = ()) -> list[str]:
-    """What it does beside the operators of ``known``, except in the children ``elsewhere``."""
+def _foreign(module: nn.Module, trace: Trace, elsewhere: Collection[str] = ()) -> list[str]:
+    """The operators that no dense block or transition has, except in the children ``elsewhere``."""
     reasons = [
         f"{caller or 'its forward'} {remark}"
         for caller, remark in trace.remarks
         if caller.partition(".")[0] not in elsewhere
     ]
     for node in trace.nodes:
-        if node.op not in known and node.caller.partition(".")[0] not in elsewhere:
+        if node.op not in _PARTS and node.caller.partition(".")[0] not in elsewhere:
             reasons.append(_described(module, node))
     return list(dict.fromkeys(reasons))
 
@@ -258,7 +257,7 @@ def _left_over(
 ) -> list[str]:
     """What is neither a layer's nor elsewhere: modules with parameters, norms and convolutions called besides."""
     reasons = []
-    owners = [node.owner for node in parts if node.op not in _RELU]
+    owners = [node.owner for node in parts if node.owner]
     if len(set(owners)) != len(owners):
         reasons.append("it uses a norm or a convolution more than once")
     for place in places:
@@ -267,10 +266,10 @@ def _left_over(
             reasons.append(f"{place.path or 'it'} has parameters or buffers that are no part of a layer")
     accounted = {id(node) for node in parts}
     for node in trace.nodes:
-        if node.op in _CONV | _RELU | {"batch_norm"} and node.caller.partition(".")[0] not in elsewhere:
+        if node.op in _CONV | _RELU | _POOL | {"batch_norm"} and node.caller.partition(".")[0] not in elsewhere:
             if id(node) not in accounted:
                 reasons.append(f"{node.caller or 'its forward'} calls {node.op} besides")
-            elif node.op not in _RELU and not isinstance(module.get_submodule(node.owner or ""), (*NORMS, *CONVS)):
+            elif node.owner and not isinstance(module.get_submodule(node.owner or ""), (*NORMS, *CONVS)):
                 reasons.append(f"{node.owner} is a {type(module.get_submodule(node.owner or '')).__name__}")
     return reasons
 

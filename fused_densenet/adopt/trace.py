@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-HARMLESS = frozenset({"requires_grad", "grad_fn", "is_leaf", "dim", "ndim", "device", "is_cuda"})
+HARMLESS = frozenset({"requires_grad", "grad_fn", "is_leaf", "dim", "ndim", "device", "is_cuda", "_assert"})
 """What a module may ask of a tensor: every input of a kind that the fused operators take answers the same."""
 
 DROPOUTS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d": True, "feature_dropout": True}

@@ -19,7 +19,7 @@ from .interpretation import Reading
 from .swapping import Described, swap
 from .trace import Trace, trace
 
-_SIZES = {1: ((5,), (12,)), 2: ((5, 3), (9, 10)), 3: ((3, 3, 5), (3, 4, 10))}
+_SIZES = {1: ((5,), (12,)), 2: ((5, 3), (9, 10)), 3: ((2, 3, 5), (3, 3, 9))}
 """Odd ones and, in the last dimension at least, more than eight: what a module does to a few pixels is no proof."""
 _BATCHES = (3, 2)
 _MIXED = "training of some modules"

@@ -420,3 +420,13 @@ NETWORKS: dict[str, Rebuilt] = {
     "Tiramisu": Rebuilt(tiramisu, 1, 0, ("it returns the new features alone",)),
     "Tiramisu with biases": Rebuilt(lambda: tiramisu(True), 0, 0, (_BIAS,) * 2),
 }
+
+
+def built(name: str) -> nn.Module:
+    """In float64, norms not at their initial ones and zeros."""
+    network = NETWORKS[name].build().double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_var):
+                nn.init.uniform_(value, 0.5, 1.5)
+    return network

@@ -5,25 +5,15 @@ import copy
 import pytest
 import torch
 from networks import assert_same_step
-from rebuilt_networks import NETWORKS
+from rebuilt_networks import NETWORKS, built
 from small_networks import blocks, results
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_densenet import FallbackError, FusedTransition, explain, fuse, strict, unfuse
 
 
 def images() -> Tensor:
     return torch.randn(3, 3, 12, 14, dtype=torch.float64)
-
-
-def built(name: str) -> nn.Module:
-    """In float64, norms not at their initial ones and zeros."""
-    network = NETWORKS[name].build().double()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for value in (module.weight, module.bias, module.running_var):
-                nn.init.uniform_(value, 0.5, 1.5)
-    return network
 
 
 @pytest.mark.parametrize("name", NETWORKS)

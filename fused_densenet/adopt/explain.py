@@ -70,7 +70,8 @@ def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
 
     With inputs, ``module(*inputs, **options)`` is run once under the autocast, gradient and train or eval mode of the call; its
     buffers, the random numbers and the warnings of later calls are left as they are. Without, what is known without an
-    input is told: what :func:`fuse` replaced or would replace, and what is in the way of the rest.
+    input is told: what :func:`fuse` replaced or would replace, and what is in the way of the rest. Tools that count or
+    quantise operators see one for each module that runs fused: give them :func:`unfuse` of the model.
 
     Args:
         module: a network or a block, before or after :func:`fuse`.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..fallback.anatomy import SWITCHES, LayerParts, is_memory_efficient, patches, remember_methods
 from ..fallback.description import BlockDescription, TransitionDescription
 from ..fallback.reasons import announce
+from ..fallback.recording import warn_of_foreign_modes
 from ..nn.block import FusedDenseBlock
 from ..nn.passage import Passage, passes_on
 from ..nn.stem import FusedFeatures
@@ -95,6 +96,8 @@ def _forward(original: Any, fused: Any) -> Callable[..., Any]:
 
     @functools.wraps(original.forward)
     def forward(module: Any, *args: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            warn_of_foreign_modes()
         x = args[0] if len(args) == 1 and not options else only_argument(original, args, options)
         if x is None:
             announce(OTHER_ARGUMENTS, fused.__name__)

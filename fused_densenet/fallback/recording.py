@@ -1,10 +1,12 @@
 """What records a network instead of running it: torch.fx, torch.jit.script, the ONNX exporters."""
 
+import functools
 import warnings
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
@@ -14,6 +16,8 @@ def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
         RuntimeError: it was asked to trace the fused module itself.
     """
     tracer: Any = x.tracer
+    if type(tracer).__module__.startswith("torch.ao.quantization"):
+        _warn_of_one_operator("FX quantization")
     if tracer.root is module:
         raise RuntimeError(
             "torch.fx records a fused module as one call, and was asked to look into it: trace fused_densenet.unfuse(module), "
@@ -28,6 +32,23 @@ def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
             stacklevel=2,
         )
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
+
+
+def warn_of_foreign_modes() -> None:
+    """Warns where somebody's ``TorchDispatchMode``, which may count operators or change them, sees one instead of many."""
+    kind = type(_get_current_dispatch_mode())
+    if kind is not type(None) and not kind.__module__.startswith(("torch.", "fused_densenet.")):
+        _warn_of_one_operator(kind.__name__)
+
+
+@functools.cache
+def _warn_of_one_operator(what: str) -> None:
+    warnings.warn(
+        f"{what} sees a fused module as one operator: where it counts, quantises or changes operators, "
+        "give it fused_densenet.unfuse(model)",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def exports_operators() -> bool:

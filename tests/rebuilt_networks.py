@@ -385,6 +385,28 @@ def tiramisu(bias: bool = False) -> nn.Module:
     return Whole([UpAndDown(3, 8, upsample=False, bias=bias), UpAndDown(2, 20, upsample=True, bias=bias)], 8)
 
 
+# Nobody's: all modules are attributes of the block, one ReLU serves all, and some modules do nothing.
+class Flat(nn.Module):
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        for i in range(count):
+            setattr(self, f"normalise_{i}", nn.BatchNorm2d(width + i * GROWTH))
+            setattr(self, f"convolve_{i}", conv(width + i * GROWTH, GROWTH, 3))
+        self.activate, self.nothing, self.none = nn.ReLU(inplace=True), nn.Identity(), nn.Dropout(0.0)
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(self.count):
+            new = self.activate(getattr(self, f"normalise_{i}")(x))
+            new = self.none(self.nothing(getattr(self, f"convolve_{i}")(self.nothing(new))))
+            x = torch.cat([x, self.nothing(new)], dim=-3)
+        return self.nothing(x)
+
+
+def flat() -> nn.Module:
+    return Whole([Flat(3, 8), FunctionalTransition(20, 10), Flat(1, 10)], 14)
+
+
 class Rebuilt(NamedTuple):
     """How to build it; how many of its dense blocks and transitions run fused; why the others do not."""
 
@@ -417,6 +439,7 @@ NETWORKS: dict[str, Rebuilt] = {
     "mmpretrain": Rebuilt(mmpretrain, 2, 1),
     "gpleiss": Rebuilt(lambda: gpleiss(False), 2, 1),
     "d2l": Rebuilt(d2l, 0, 0, (_BIAS,) * 2),
+    "attributes": Rebuilt(flat, 2, 1),
     "Tiramisu": Rebuilt(tiramisu, 1, 0, ("it returns the new features alone",)),
     "Tiramisu with biases": Rebuilt(lambda: tiramisu(True), 0, 0, (_BIAS,) * 2),
 }

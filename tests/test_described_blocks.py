@@ -8,14 +8,27 @@ from typing import Any
 import pytest
 import torch
 from networks import assert_same_step
-from rebuilt_networks import GROWTH, OneActivation, Unit, bamos, bearpaw, conv, gpleiss, hysts, mmpretrain, pytorchcv
+from rebuilt_networks import (
+    GROWTH,
+    OfListTaking,
+    OneActivation,
+    PooledPreConv,
+    Unit,
+    bamos,
+    bearpaw,
+    conv,
+    gpleiss,
+    hysts,
+    mmpretrain,
+    pytorchcv,
+)
 from small_networks import blocks, results
 from tolerances import assert_largest
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fused_densenet
-from fused_densenet import FallbackWarning, FusedTransition, explain, fuse, strict, unfuse
+from fused_densenet import FallbackWarning, FusedDenseBlock, FusedTransition, explain, fuse, strict, unfuse
 
 
 def images() -> Tensor:
@@ -234,3 +247,20 @@ def test_pooling_replaced_by_another() -> None:
     x = images()
     with pytest.warns(FallbackWarning, match="pool is a MaxPool2d"):
         assert_same_step(results(ours, x), results(theirs, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_wrapped_block() -> None:
+    """What only passes on to a module inside is not what is replaced."""
+    for wrap in (nn.DataParallel, torch.optim.swa_utils.AveragedModel, nn.Sequential, torch.compile):
+        wrapped = fuse(wrap(OfListTaking(2, 8)), strict=True)
+        assert [type(m).__name__ for m in wrapped.modules() if isinstance(m, FusedDenseBlock)] == ["FusedDenseBlock"]
+        assert not isinstance(wrapped, FusedDenseBlock)
+
+
+def test_transition_in_a_stage_that_is_left() -> None:
+    stage = nn.Sequential(PooledPreConv(16, 8), Unit(8), Unit(12))
+    stage[2].conv2.bn = nn.GroupNorm(2, 2 * GROWTH)
+    with pytest.warns(FallbackWarning, match="not every dense block can be fused: 0: 2.conv2.bn is a GroupNorm"):
+        model = fuse(nn.ModuleList([stage]))
+    assert isinstance(model[0][0], FusedTransition) and not blocks(model)

@@ -159,6 +159,24 @@ class Counting(Layer):
         return new
 
 
+class Collecting(Layer):
+    """It keeps what it computed in a list."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.kept: list[Any] = []
+
+    def inside(self, new: Tensor) -> Tensor:
+        self.kept.append(None)
+        return new
+
+
+class Keeping(Layer):
+    def inside(self, new: Tensor) -> Tensor:
+        self.kept = new
+        return new
+
+
 class SharedNorm(Layer):
     def forward(self, x: Tensor) -> Tensor:
         new = self.conv1(self.relu1(self.norm1(x)))
@@ -254,6 +272,8 @@ LAYERS: dict[type[nn.Module], str] = {
     NumpysStochasticDepth: "its forward draws random numbers that are not torch's",
     Noise: "0 calls randn_like",
     Counting: "its forward sets attributes of its own",
+    Collecting: "its forward sets attributes of its own",
+    Keeping: "its forward sets attributes of its own",
     SharedNorm: "its layers|more than once|besides|neither",
     NormTwice: "0.norm1 calls batch_norm besides",
     Grouped: "0.conv2 is grouped, strided or dilated",

@@ -50,7 +50,7 @@ class Reading:
 
 def read_block(module: nn.Module, trace: Trace) -> Reading:
     """A module that returns its input beside what norm-relu-convs make of it, and of each other's results."""
-    if not any(node.op == "cat" and _is_dense(_pieces(node)) for node in trace.nodes):
+    if _is_around_another(trace) or not any(n.op == "cat" and _is_dense(_pieces(n)) for n in trace.nodes):
         return Reading(hints=_foreign(module, trace))
     result, row = trace.result, _row(trace)
     while result is not None and result.op != "cat":
@@ -84,6 +84,7 @@ def read_block(module: nn.Module, trace: Trace) -> Reading:
         BlockDescription(
             tuple(places),
             _settings(module, places, read),
+            _switches(module, places),
             tuple(tuple(_stage(stage, number_of) for stage in chain.stages) for chain in taken),
             dropouts,
             before=tuple(around.before),
@@ -101,6 +102,8 @@ def read_transition(module: nn.Module, trace: Trace) -> Reading:
     end = trace.result if pool is None else pool.inputs[0]
     chain = None if end is None else _chain(end, {id(trace.nodes[0])})
     foreign = _foreign(module, trace)
+    if _is_around_another(trace):
+        return Reading(hints=foreign)
     if foreign or chain is None or len(chain.stages) != 1 or chain.source is not trace.nodes[0]:
         return Reading(reasons=foreign or ["it is no norm, ReLU, convolution and pooling in a row"])
     places = _places(module, [])
@@ -116,7 +119,15 @@ def read_transition(module: nn.Module, trace: Trace) -> Reading:
     if reasons:
         return Reading(reasons=reasons)
     stage = _stage(chain.stages[0], number_of)
-    return Reading(TransitionDescription(tuple(places), _settings(module, places), stage, pool is not None, pooling))
+    return Reading(
+        TransitionDescription(tuple(places), _settings(module, places), (), stage, pool is not None, pooling)
+    )
+
+
+def _is_around_another(trace: Trace) -> bool:
+    """Whether a module inside does all that it does."""
+    first = trace.nodes[0]
+    return any(call.path and call.given is first and call.returned is trace.result for call in trace.calls)
 
 
 def _pieces(node: Node) -> list[Node]:
@@ -307,6 +318,11 @@ def _settings(module: nn.Module, places: Sequence[Place], rates: Collection[int 
             settings = {name: value for name, value in plain_settings(part).items() if name not in ignored}
             found += [(number, settings)] if settings else []
     return tuple(found)
+
+
+def _switches(module: nn.Module, places: Sequence[Place]) -> tuple[str, ...]:
+    paths = [place.path for place in places if place.kinds or not place.path]
+    return tuple(path for path in paths if not vars(module.get_submodule(path)).keys().isdisjoint(SWITCHES))
 
 
 def _stage(nodes: tuple[Node, Node, Node], number_of: dict[str, int]) -> StagePlaces:

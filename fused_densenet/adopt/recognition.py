@@ -29,6 +29,9 @@ _PACKAGES = {
 _CALL_PARTS = {("segmentation_models_pytorch.encoders.densenet", "DenseNetEncoder")}
 """Classes that call the parts of their stem and transitions one by one: replacing the whole would change nothing."""
 
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch.optim.", "torch._dynamo.")
+"""Modules of modules that do something else than compute."""
+
 _OTHER_NORMS = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 _PARTS_CALLED = ["its owner calls its parts one by one"]
 _SCRIPTED = ["it is scripted; fuse the network before torch.jit.script"]
@@ -106,10 +109,15 @@ def _search(module: nn.Module, name: str, seen: dict[int, None]) -> Iterator[Fin
     else:
         below = list(module._modules.items())
     found = [f for key, child in below if child is not None for f in _search(child, f"{name}.{key}".strip("."), seen)]
-    if finding is not None and finding.reasons and not any(_is_whole(f) for f in found):
-        yield finding
-    else:
+    if finding is None or not finding.reasons:
         yield from found
+        return
+    transitions = [f for f in found if f.fused_class is FusedTransition and not f.reasons]
+    if any(map(_is_whole, found)) or (transitions and finding.fused_class is FusedTransition):
+        yield from found  # what it is called or looks like, a module inside it is
+        return
+    yield finding
+    yield from transitions
 
 
 def _is_whole(finding: Finding) -> bool:
@@ -203,7 +211,7 @@ def _tried(module: nn.Module, name: str, called_block: bool, called_transition: 
 
 def _input_shape(module: nn.Module) -> tuple[int, int] | str:
     """Channels and dimensions of what the first norm and the first convolution read; or why that cannot be."""
-    if type(module).forward is nn.Module.forward:
+    if type(module).forward is nn.Module.forward or type(module).__module__.startswith(_WRAPPERS):
         return "it is only a container"
     parts: list[Any] = list(module.modules())
     if any(map(nn.parameter.is_lazy, module.parameters())):

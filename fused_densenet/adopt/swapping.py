@@ -6,7 +6,6 @@ through the module's own ``forward``.
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fallback.anatomy import SWITCHES, LayerParts, is_memory_efficient, patches, remember_methods
+from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods
 from ..fallback.description import BlockDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
@@ -177,8 +176,7 @@ def _get_memory_efficient(block: Any) -> bool:
     if settings.memory_efficient is None:
         if settings.description is None:
             return any(map(is_memory_efficient, block.children()))
-        inside = itertools.islice(block.modules(), 1, None)
-        return any(map(block.__dict__.get, SWITCHES)) or any(map(is_memory_efficient, inside))
+        return settings.description.is_memory_efficient(block)  # type: ignore[no-any-return]
     return settings.memory_efficient
 
 

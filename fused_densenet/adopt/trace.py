@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -72,7 +72,7 @@ def trace(module: nn.Module, x: Tensor) -> Trace:
     """
     recorder = _Recorder(module, x)
     before = list(_world())
-    settings = {path: plain_settings(part) for path, part in module.named_modules()}
+    attributes = [_attributes(part) for part in module.modules()]
     handles = [handle for path, part in module.named_modules() for handle in recorder.follow(path, part)]
     try:
         with recorder:
@@ -83,7 +83,7 @@ def trace(module: nn.Module, x: Tensor) -> Trace:
     remarks = list(recorder.remarks)
     if before != list(_world()):
         remarks.append(("", "draws random numbers that are not torch's"))
-    if settings != {path: plain_settings(part) for path, part in module.named_modules()}:
+    if attributes != [_attributes(part) for part in module.modules()]:
         remarks.append(("", "sets attributes of its own"))
     return Trace(recorder.nodes, recorder.node_of.get(id(out)), recorder.calls, remarks)
 
@@ -102,8 +102,32 @@ def plain_settings(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in module.__dict__.items()
-        if name not in _MODULES_OWN and isinstance(value, bool | int | float | str | tuple | None)
+        if name not in _MODULES_OWN and (_is_plain(value) or (type(value) is tuple and all(map(_is_plain, value))))
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None)
+
+
+class _Identity(NamedTuple):
+    """An attribute that is no plain value: which one, and how much is in it."""
+
+    value: Any
+    size: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value and self.size == other.size
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """All attributes of a module but torch's own, to see whether they change."""
+    others = {
+        name: _Identity(value, len(value) if isinstance(value, list | dict | set) else 0)
+        for name, value in module.__dict__.items()
+        if name not in _MODULES_OWN
+    }
+    return others | plain_settings(module)
 
 
 def _world() -> Iterator[Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .anatomy import LayerParts, Stage
+from .anatomy import SWITCHES, LayerParts, Stage
 
 _HALVING = (nn.AvgPool1d(2), nn.AvgPool2d(2), nn.AvgPool3d(2))
 
@@ -54,10 +54,12 @@ class Description:
     Attributes:
         places: every module inside, parents before their children.
         settings: by number, the plain attributes of modules that are not torch's own; they must stay.
+        switches: paths of the modules that can be set to compute bottlenecks again in backward.
     """
 
     places: tuple[Place, ...]
     settings: tuple[tuple[int, dict[str, Any]], ...]
+    switches: tuple[str, ...]
 
     def find(self, root: nn.Module) -> tuple[list[Any], list[str]]:
         """The modules, by number, and what is not as it was; they are not to be used where there is such a change."""
@@ -77,6 +79,16 @@ class Description:
             for name, value in before.items()
             if getattr(found[number], name, None) != value
         ]
+
+    def is_memory_efficient(self, root: nn.Module) -> bool:
+        """Whether any of the modules that can be is set to compute bottlenecks again in backward."""
+        for path in self.switches:
+            module: Any = root
+            for name in path.split(".") if path else ():
+                module = None if module is None else module._modules.get(name)
+            if module is not None and any(module.__dict__.get(name, False) for name in SWITCHES):
+                return True
+        return False
 
     def named(self, found: Sequence[Any]) -> dict[str, Any]:
         """What :meth:`find` found, by path, without the module itself."""

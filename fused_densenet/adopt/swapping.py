@@ -176,7 +176,7 @@ def _get_memory_efficient(block: Any) -> bool:
     if settings.memory_efficient is None:
         if settings.description is None:
             return any(map(is_memory_efficient, block.children()))
-        return settings.description.is_memory_efficient(block)  # type: ignore[no-any-return]
+        return settings.description.is_memory_efficient(block)
     return settings.memory_efficient
 
 

@@ -10,7 +10,10 @@ import report
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton_offline import SHARED_LIMIT, TARGETS, Resources, compile_kernel, resources
+
+from fused_densenet.backends.triton.launch import Launch
 
 ALSO_SERVED = {"sm_80": 101376}  # compute capability 8.6, 8.9 and 12.0 have less shared memory than 8.0
 PROCESSES = 2
@@ -84,6 +87,15 @@ def _spills(a, b, c, BLOCK: tl.constexpr):
 
 def test_a_kernel_that_spills_is_found() -> None:
     tensors: list[Any] = [torch.empty(128, 128) for _ in range(3)]
-    used = resources(compile_kernel(_spills, *tensors, target="sm_80", BLOCK=128, num_warps=4, num_stages=1))
+    options = Launch(_spills, (1, 1, 1), (), 4, 1).options
+    used = resources(compile_kernel(_spills, *tensors, target="sm_80", BLOCK=128, **options))
     assert used.stack > 0
     assert used.tensor_instructions == 0
+
+
+def test_multiplications_and_additions_are_fused_whatever_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knobs.language, "default_fp_fusion", False)
+    options = Launch(_spills, (1, 1, 1), (), 4, 1).options
+    for target in ("sm_80", "gfx942"):
+        compiled = compile_kernel(_spills, *[torch.empty(16, 16)] * 3, target=target, BLOCK=16, **options)
+        assert compiled.metadata.enable_fp_fusion

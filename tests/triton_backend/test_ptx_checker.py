@@ -12,7 +12,7 @@ from cases import IMAGE, LINE, ONE, SQUARE, Case
 from ptx.parser import Kernel, PtxError
 from triton_ptx import executing_ptx, run
 
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 @triton.jit

@@ -34,7 +34,8 @@ class Launch:
         self.grid = grid
         self.numbers = numbers
         self.constants: Constants = constants
-        self.options = {"num_warps": warps, "num_stages": stages}
+        # Forward and backward round a norm alike, fused or not: which of them is not left to triton's default.
+        self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         self._rest = (*numbers, *constants.values())
         self._compiled: dict[tuple[int, ...], Any] = {}
 

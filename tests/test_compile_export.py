@@ -140,7 +140,7 @@ def test_symbolic_trace() -> None:
     assert "features.denseblock1.denselayer1.conv1" in called
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torchscript() -> None:
     network = trained(fuse(torchvisions()))
     x = images(2)

@@ -183,8 +183,6 @@ def test_small_inputs_without_bottleneck(split_ratio: float) -> None:
     assert_same_step(step(ours.double(), x), step(theirs.double(), x))
 
 
-# Inductor imports a module of torch that still uses what torch deprecates.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize(("fusion", "compiler"), [*((fusion, "aot_eager") for fusion in FUSIONS), ("both", "inductor")])
 def test_compile(fusion: str, compiler: str) -> None:
     ours, _ = networks(fusion=fusion, small_inputs=True)

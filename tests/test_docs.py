@@ -47,7 +47,7 @@ def _no_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.usefixtures("_no_downloads")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
 def test_sample(name: str) -> None:
     """Each by itself, in an empty namespace and folder."""
     exec(compile(SAMPLES[name], name, "exec"), {"__name__": "sample"})

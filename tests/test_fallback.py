@@ -245,7 +245,6 @@ def test_per_sample_gradients() -> None:
         assert_largest(per_sample[name].sum(0), parameter.grad, "float64 whole block", name)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_forward_mode() -> None:
     ours, theirs = _blocks(lambda _: None)
     ours, theirs = ours.eval(), theirs.eval()
@@ -262,7 +261,7 @@ def test_forward_mode() -> None:
     assert_largest(actual, expected, "float64 whole block", "tangent")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_block() -> None:
     block = FusedDenseBlock(*SIZE).eval()
     x = torch.randn(2, 8, 4, 4)

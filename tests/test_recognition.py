@@ -201,7 +201,6 @@ def test_class_that_was_patched(patched: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.filterwarnings("ignore:not every dense block:fused_densenet.FallbackWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_network() -> None:
     model = torch.jit.script(network().float().eval())
     with pytest.raises(FallbackError, match=r"denseblock2: it is scripted; fuse the network before"):

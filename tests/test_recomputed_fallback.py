@@ -71,7 +71,6 @@ def test_hooks_are_called_again() -> None:
     assert calls == {"norm1": 2, "norm2": 1}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_nothing_is_recomputed_where_operators_are_recorded() -> None:
     """torch.func, forward mode, tracing and compiling see a block without checkpoints; so does inference."""
     recomputing, keeping = (block.eval() for block in pair())

@@ -314,9 +314,17 @@ def _gradients(
 def norm_relu(
     x: Tensor, moments: Sequence[Tensor | None], gamma: Tensor, beta: Tensor, eps: float, batch_stats: bool
 ) -> Tensor:
-    """``relu(bn(x))``, by the batch's statistics or by ``moments``, a mean and a variance."""
-    mean, var = (None, None) if batch_stats else moments
-    return F.relu(F.batch_norm(x, mean, var, gamma, beta, batch_stats, eps=eps))
+    """``relu(bn(x))``, by the batch's statistics or by ``moments``, a mean and a variance; differentiable to any order.
+
+    torch's batch_norm is not, by the batch's statistics.
+    """
+    if not batch_stats:
+        running_mean, running_var = moments
+        return F.relu(F.batch_norm(x, running_mean, running_var, gamma, beta, False, eps=eps))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0, keepdim=True)
+    scale, shift = (t.view(-1, *[1] * (x.dim() - 2)) for t in (gamma, beta))
+    return F.relu((wide - mean) * ((var + eps).rsqrt() * scale) + shift).to(x.dtype)
 
 
 def refuse_synchronised(group: str | None) -> None:

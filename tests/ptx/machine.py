@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .limits import check_launch
 from .memory import AccessError, GlobalMemory, SharedMemory, bank_conflicts
 from .parser import Address, Immediate, Instruction, Kernel, Operand, PtxError, Register, Sink, Symbol
 
@@ -59,6 +60,7 @@ class Machine:
             raw = value if isinstance(value, bytes) else (value & (2**64 - 1)).to_bytes(8, "little")
             self.parameters[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
         self.shared_size = kernel.static_shared + shared
+        check_launch(kernel, grid, threads, self.shared_size)
         self.memory = GlobalMemory(tensors)
         self.counts: Counter[str] = Counter()
         self.conflicts: Counter[int] = Counter()

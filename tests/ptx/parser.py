@@ -1,5 +1,6 @@
 """PTX text to instructions with operands, registers and labels, for the kernels that compilers emit (PTX ISA 8)."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -68,10 +69,15 @@ _DECLARATION = r"(\.extern\s+)?\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+([\w$
 
 @dataclass
 class Kernel:
-    """One ``.entry``: parameters and symbols with their addresses, bits of each register, instructions, labels."""
+    """One ``.entry``: parameters and symbols with their addresses, bits of each register, instructions, labels.
+
+    ``target`` is what it was compiled for, "90a" of sm_90a; ``most_threads`` what a block may have.
+    """
 
     text: str
     name: str
+    target: str = ""
+    most_threads: int = 1024
     parameters: dict[str, int] = field(default_factory=dict)  # offset of each in the memory of parameters
     parameter_bytes: int = 0
     registers: dict[str, int] = field(default_factory=dict)
@@ -88,11 +94,18 @@ class Kernel:
         entry = re.search(rf"\.entry\s+{re.escape(self.name)}\s*\((.*?)\)", text, re.S)
         if entry is None:
             raise PtxError(f"no entry {self.name}")
+        target = re.search(r"\.target\s+sm_(\w+)", text)
+        if target is None:
+            raise PtxError("no target")
+        self.target = target[1]
         for align, bits, name, count in re.findall(_PARAMETER, entry[1].strip()):
             size = int(bits) // 8 * int(count or 1)
             self.parameters[name] = _round_up(self.parameter_bytes, int(align or size))
             self.parameter_bytes = self.parameters[name] + size
         opening = text.index("{", entry.end())
+        bound = re.search(r"\.(?:max|req)ntid\s+([\d,\s]+)", text[entry.end() : opening])
+        if bound is not None:
+            self.most_threads = math.prod(map(int, bound[1].split(",")))
         body = text[opening + 1 : _closing(text, opening)]
         self._find_memory(text, set(re.findall(r"[\w$]+", body)))
         for statement, line in _statements(body, text.count("\n", 0, opening) + 1):

@@ -1,5 +1,6 @@
 """Instructions that work lane by lane: arithmetic, logic, conversion, loads and stores, asynchronous copies."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -72,14 +73,6 @@ def _elementwise(names: str, function: Callable[..., np.ndarray]) -> None:
         write(machine, it.operands[0], function(*values), kind, size, active)
 
 
-def _minimum(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return np.fmin(p, q) if p.dtype.kind == "f" else np.minimum(p, q)
-
-
-def _maximum(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return np.fmax(p, q) if p.dtype.kind == "f" else np.maximum(p, q)
-
-
 def _fused(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
     if p.dtype == np.float32:
         return (p.astype(np.float64) * q + r).astype(np.float32)
@@ -96,8 +89,6 @@ def _divide(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 _elementwise("add", lambda p, q: p + q)
 _elementwise("sub", lambda p, q: p - q)
-_elementwise("min", _minimum)
-_elementwise("max", _maximum)
 _elementwise("neg", lambda p: -p)
 _elementwise("abs", np.abs)
 _elementwise("fma", _fused)
@@ -110,6 +101,22 @@ _elementwise("and", lambda p, q: p & q)
 _elementwise("or", lambda p, q: p | q)
 _elementwise("xor", lambda p, q: p ^ q)
 _elementwise("not", lambda p: ~p)
+
+
+@instruction("min", "max")
+def _extreme(machine: Machine, it: Instruction, active: np.ndarray) -> None:
+    """Of a number and NaN the number; NaN only where the instruction asks for it."""
+    if not set(it.modifiers[:-1]) <= {"NaN", "ftz"}:
+        raise machine.error(it, "unknown instruction")
+    kind, size = _type(it.kind)
+    numbers: dict[tuple[str, bool], Any] = {
+        ("min", False): np.fmin,
+        ("max", False): np.fmax,
+        ("min", True): np.minimum,
+        ("max", True): np.maximum,
+    }
+    values = [read(machine, operand, kind, size) for operand in it.operands[1:]]
+    write(machine, it.operands[0], functools.reduce(numbers[it.op, it.has("NaN")], values), kind, size, active)
 
 
 @instruction("mul", "mad")

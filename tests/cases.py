@@ -68,6 +68,12 @@ NARROW_WEIGHTS = [
     Case(IMAGE, 48, 12, SQUARE, accumulate=False, weights=None),
 ]
 
+NAN = [
+    Case((1, 1, 5, 6), 16, 8, SQUARE, accumulate=False),
+    Case((1, 1, 5, 6), 16, 8, ONE, accumulate=False),
+    Case((1, 1, 5, 6), 16, 8, ONE, accumulate=False, pool=True),
+]
+
 
 class _Inputs(NamedTuple):
     draw: "_Draw"
@@ -124,6 +130,33 @@ def run_case(
     dx_before = before[..., : case.C].cpu()
     _compare_backward(case, _on_cpu(grad), x.cpu(), _on_cpu(norm), weight.cpu(), dx_before, *results, rounding)
     _assert_bits(gradients[..., case.C :], before[..., case.C :], "gradients of other channels")
+
+
+def run_nan(case: Case, dtype: torch.dtype, backend: Any = triton) -> None:
+    """One NaN in the input and one in the gradient reach what they reach in autograd, and nothing else."""
+    draw = _Draw("cpu", torch.Generator().manual_seed(case.C + case.K))
+    norm = Norm(draw(case.C), draw.positive(case.C), 0.3 * draw(case.C))
+    x, stored = draw(*case.pixels, case.C).to(dtype), draw(*case.out_pixels, case.K).to(dtype)
+    _keep_clear_of_zero(x, norm)
+    x[0, 0, 1, 2, case.C - 2] = torch.nan
+    stored[0, 0, 1, 2, 3] = torch.nan
+    weight = draw(case.K, case.C, *case.kernel)
+    out, dx, dweight, sums = torch.empty_like(stored), torch.empty_like(x), torch.empty_like(weight), draw(2, case.C)
+    backend.norm_relu_conv(x, norm, weight, out, None, None)
+    grad = Gradient(stored, torch.zeros_like(stored), torch.ones(case.K), *torch.zeros(3, case.K))
+    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, False, dweight, *sums)
+    mean, scale, shift = (v.double() for v in norm)
+    z = (x.double() - mean) * scale + shift
+    a = _first(z.relu())
+    expected = [_last(_convolve(case, a, weight.double()))]
+    da, dw = _convolution_backward(case, _first(stored), a, weight.double())
+    dz = da.masked_fill(z <= 0, 0)
+    expected += [dz, dw, dz.flatten(0, 3).sum(0), (dz * (x.double() - mean)).flatten(0, 3).sum(0)]
+    for name, found, exact in zip(
+        ("out", "dx", "dweight", "sum", "centred"), (out, dx, dweight, *sums), expected, strict=True
+    ):
+        assert torch.equal(found.isnan(), exact.isnan()), name
+        assert exact.isnan().any(), name
 
 
 def _on_cpu(operand: Any) -> Any:

@@ -100,6 +100,6 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def uses_tf32(x: Tensor) -> bool:
     """Whether products of ``x`` run in TF32: float32 on an NVIDIA GPU, by torch's switch for convolutions."""
-    if x.dtype != torch.float32 or torch.version.hip is not None:
+    if x.dtype != torch.float32 or torch.version.hip is not None or x.device.type == "xpu":
         return False
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]

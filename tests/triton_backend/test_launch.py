@@ -1,6 +1,7 @@
 """Launches that go past Triton's own binder give a kernel what the binder would, and the right kernel."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,9 @@ from fused_densenet.backends import triton as backend
 from fused_densenet.backends.contract import Gradient, Norm
 from fused_densenet.backends.triton import plans
 from fused_densenet.backends.triton.launch import Launch
+from fused_densenet.backends.triton.plans import Problem
+
+CPU = torch.device("cpu")
 
 _launches: list[tuple[Any, tuple[Any, ...]]] = []  # one list, as triton keeps launchers with the kernels it compiled
 
@@ -102,6 +106,31 @@ def test_a_profiler_hears_of_every_launch(launched: list[tuple[Any, tuple[Any, .
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
     assert launched[-1][1][7] is knobs.runtime.launch_enter_hook
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("arithmetic", ["half", "ieee"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_volumes_of_many_pixels_fit_a_grid(kernel: int, arithmetic: str, pool: bool) -> None:
+    """Two of 256 x 256 x 256: four times 65535 tiles of 128, which the second and third axis of a grid do not take."""
+    channels, sizes = 64, (2, 256, 256, 256)
+    out = (2, 128, 128, 128) if pool else sizes
+    strides = [tuple(math.prod(shape[i:]) for i in range(1, 6)) for shape in ((*s, channels) for s in (sizes, out))]
+    weight = (16, channels, *(1 if pool else kernel,) * 3)
+    dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
+    problem = Problem(
+        (*sizes, channels), strides[0], (*out, 16), strides[1], weight, weight, dtype, dtype, arithmetic, CPU
+    )
+    forward = plans.norm_relu_conv(problem, True)
+    backward = plans.norm_relu_conv_backward(problem, strides[1], strides[0], False, weight)
+    place = plans.place((*sizes, channels), strides[0], channels, (dtype, dtype), True)
+    for launch in (forward.product, forward.merge, backward.data, backward.weight, backward.add, place.copy):
+        assert launch is None or (max(launch.grid[1:]) <= 65535 and launch.grid[0] < 2**31)
+
+
+def test_a_grid_that_no_gpu_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match="a grid of"):
+        Launch(_copy, (1, 65536, 1), (16,), 4, 1, BLOCK=16)
 
 
 class _Tensor:

@@ -5,7 +5,7 @@ import cases
 import pytest
 import tolerances
 import torch
-from cases import CUBE, IMAGE, LINE, ONE, POOLED, ROW, SQUARE, VOLUME, Case
+from cases import CUBE, IMAGE, LINE, NAN, ONE, POOLED, ROW, SQUARE, VOLUME, Case
 from triton_ptx import executing_ptx
 
 from fused_densenet import FusedDenseBlock, reference
@@ -46,6 +46,15 @@ def test_pooled(case: Case, target: str) -> None:
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
 def test_norm_relu_conv_in_ieee_float32(case: Case) -> None:
     run(case, "ieee", "sm_80")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("case", NAN, ids=str)
+def test_nan_reaches_what_it_reaches_in_torch(case: Case, arithmetic: str, target: str) -> None:
+    dtype, switch, _ = ARITHMETIC[arithmetic]
+    with cases.float32_products(switch), executing_ptx(target):
+        cases.run_nan(case, dtype)
 
 
 def run(case: Case, arithmetic: str, target: str) -> None:

@@ -1,7 +1,8 @@
 """Triton's interpreter, repaired and watched. Import before triton: it turns the interpreter on.
 
 As shipped (3.6, 3.7) the interpreter multiplies the bit patterns of bfloat16 in ``tl.dot`` and in arithmetic, truncates
-where a GPU rounds, and lets any access and any race pass. Here bfloat16 computes in float32 and rounds to nearest even;
+where a GPU rounds, keeps NaN where a GPU's maximum loses it, and lets any access and any race pass. Here bfloat16
+computes in float32 and rounds to nearest even; a maximum keeps NaN only where it is told to;
 a load's masked lanes without ``other`` are NaN, as they are undefined on a GPU; and inside :func:`watch` every access
 must belong to an argument, no two programs may touch one element unless all of them read it, and bytes are counted.
 """
@@ -243,6 +244,7 @@ def _repair() -> None:
         _repair_arithmetic(name, operands)
     Builder.get_bf16 = lambda self, value: Handle(narrow(np.array([value], np.float32)), tl.bfloat16)
     _repair_dot()
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     _repair_loop_bounds()
     _watch_memory()
 

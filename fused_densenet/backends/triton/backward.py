@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .operands import at, gradient, normalise, pooled_activation, position, window_start, window_step
+from .operands import at, gradient, normalise, operand, pooled_activation, position, relu, window_start, window_step
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _store_dz(
         source = first + window_step(t, H, W, PH, PW)
         tile = tl.load(x + at(source, x_stride, c), mask=mask, other=0.0)
         z = normalise(tile, mean, scale, shift)
-        dz = tl.where(mask & (z > 0), da * share, 0.0)
+        dz = tl.where(mask & ~(z <= 0), da * share, 0.0)  # where z is NaN too, as in torch
         target = dx + at(source, dx_stride, c)
         stored = dz
         if ACCUMULATE:
@@ -46,9 +46,9 @@ def _store_dz(
         tl.store(target, stored.to(dx.dtype.element_ty), mask=mask)
         centred = dz * (tile.to(tl.float32) - mean[None, :])
         if t == 0:
-            a, sum_dz, sum_dz_centered = tl.maximum(z, 0.0), tl.sum(dz, 0), tl.sum(centred, 0)
+            a, sum_dz, sum_dz_centered = relu(z), tl.sum(dz, 0), tl.sum(centred, 0)
         else:
-            a += tl.maximum(z, 0.0)
+            a += relu(z)
             sum_dz += tl.sum(dz, 0)
             sum_dz_centered += tl.sum(centred, 0)
     tl.store(sums + c, sum_dz, mask=c < C)
@@ -112,7 +112,8 @@ def backward_pointwise(
     row = tl.arange(0, BLOCK_P)
     w = tl.load(
         weight + (k * weight_k)[:, None] + (c * weight_c)[None, :], mask=in_k[:, None] & in_c[None, :], other=0.0
-    ).to(dtype)
+    )
+    w = operand(w, dtype, PRECISION)
     x_mean = tl.load(mean + c, mask=in_c, other=0.0)
     x_scale = tl.load(scale + c, mask=in_c, other=0.0)
     x_shift = tl.load(shift + c, mask=in_c, other=0.0)
@@ -130,7 +131,7 @@ def backward_pointwise(
             tl.load(g_mean + k, mask=in_k, other=0.0),
             tl.load(g_offset + k, mask=in_k, other=0.0),
         )
-        g = tl.where(valid[:, None], g, 0.0).to(dtype)
+        g = operand(tl.where(valid[:, None], g, 0.0), dtype, PRECISION)
         da = tl.dot(g, w, input_precision=PRECISION)
         a = _store_dz(
             da,
@@ -154,7 +155,7 @@ def backward_pointwise(
             ACCUMULATE,
         )
         if WEIGHT:
-            dw = tl.dot(tl.trans(g), a.to(dtype), dw, input_precision=PRECISION)
+            dw = tl.dot(tl.trans(g), operand(a, dtype, PRECISION), dw, input_precision=PRECISION)
     if WEIGHT:
         target = partials + weights_at + program.to(tl.int64) * K * C
         tl.store(target + (k * C)[:, None] + c[None, :], dw, mask=in_k[:, None] & in_c[None, :])
@@ -207,9 +208,10 @@ def backward_data(
     """
     TAPS: tl.constexpr = 1 if POOL else KD * KH * KW
     dtype = x.dtype.element_ty
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    row = tl.program_id(0) // c_tiles
+    c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
-    row = tl.program_id(1)
     p = row * BLOCK_P + tl.arange(0, BLOCK_P)
     valid = p < pixels
     if TAPS > 1:
@@ -239,13 +241,13 @@ def backward_data(
             tl.load(g_mean + k, mask=in_k, other=0.0),
             tl.load(g_offset + k, mask=in_k, other=0.0),
         )
-        g = tl.where(inside[:, None], g, 0.0).to(dtype)
+        g = operand(tl.where(inside[:, None], g, 0.0), dtype, PRECISION)
         w = tl.load(
             w_at + (k * weight_k)[:, None] + (c * weight_c)[None, :],
             mask=in_k[:, None] & in_c[None, :],
             other=0.0,
         )
-        da = tl.dot(g, w.to(dtype), da, input_precision=PRECISION)
+        da = tl.dot(g, operand(w, dtype, PRECISION), da, input_precision=PRECISION)
     _store_dz(
         da,
         x,
@@ -346,7 +348,7 @@ def backward_weight(
             tl.load(g_mean + k, mask=in_n, other=0.0),
             tl.load(g_offset + k, mask=in_n, other=0.0),
         )
-        g = tl.where(g_mask, g, 0.0).to(dtype)
+        g = operand(tl.where(g_mask, g, 0.0), dtype, PRECISION)
         a = pooled_activation(
             x,
             x_stride,
@@ -362,6 +364,6 @@ def backward_weight(
             KH if POOL else 1,
             KW if POOL else 1,
         )
-        dw = tl.dot(tl.trans(g), a.to(dtype), dw, input_precision=PRECISION)
+        dw = tl.dot(tl.trans(g), operand(a, dtype, PRECISION), dw, input_precision=PRECISION)
     target = partials + weights_at + program.to(tl.int64) * TAPS * K * C
     tl.store(target + n[:, None].to(tl.int64) * C + c[None, :], dw, mask=in_n[:, None] & in_c[None, :])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .operands import at, normalise, pooled_activation, position, tile_moments, window_start
+from .operands import at, normalise, operand, pooled_activation, position, relu, tile_moments, window_start
 
 
 @triton.jit(do_not_specialize=["pixels", "D", "H", "W"])
@@ -45,9 +45,11 @@ def norm_relu_conv(
     convolution, of size 1, is of their means of relu(norm(x)).
     """
     TAPS: tl.constexpr = 1 if POOL else KD * KH * KW
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    dtype = x.dtype.element_ty
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0) // k_tiles
+    k = tl.program_id(0) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     in_k = k < K
-    tile = tl.program_id(1)
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     valid = p < pixels
     if POOL:
@@ -76,7 +78,7 @@ def norm_relu_conv(
                 inside = inside & (width + ww >= 0) & (width + ww < W)
             source = p.to(tl.int64) + ((dd * H + hh) * W + ww)
             values = tl.load(x + at(source, x_stride, c), mask=inside[:, None] & in_c[None, :], other=0.0)
-            a = tl.maximum(normalise(values, x_mean, x_scale, x_shift), 0.0)
+            a = relu(normalise(values, x_mean, x_scale, x_shift))
             if TAPS > 1:
                 a = tl.where(inside[:, None], a, 0.0)
             w_at = weight + ((dd + KD // 2) * weight_d + (hh + KH // 2) * weight_h + (ww + KW // 2) * weight_w)
@@ -85,7 +87,7 @@ def norm_relu_conv(
             mask=in_c[:, None] & in_k[None, :],
             other=0.0,
         )
-        acc = tl.dot(a.to(x.dtype.element_ty), w.to(x.dtype.element_ty), acc, input_precision=PRECISION)
+        acc = tl.dot(operand(a, dtype, PRECISION), operand(w, dtype, PRECISION), acc, input_precision=PRECISION)
     stored = acc.to(out.dtype.element_ty)
     tl.store(out + at(p, out_stride, k), stored, mask=valid[:, None] & in_k[None, :])
     if MOMENTS:

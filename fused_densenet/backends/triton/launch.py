@@ -14,6 +14,9 @@ from triton import knobs
 from triton.runtime import driver
 
 Grid = tuple[int, int, int]
+MOST_PROGRAMS: Grid = (2**31 - 1, 65535, 65535)
+"""CUDA C++ Programming Guide, table of compute capabilities; the least that any GPU takes."""
+
 Number = int | None
 Constants = dict[str, int | bool | str]
 
@@ -30,6 +33,8 @@ class Launch:
     def __init__(
         self, function: Any, grid: Grid, numbers: tuple[Number, ...], warps: int, stages: int, **constants: Any
     ) -> None:
+        if any(size > most for size, most in zip(grid, MOST_PROGRAMS, strict=True)):
+            raise ValueError(f"{function.__name__}: a grid of {grid} programs, a GPU takes {MOST_PROGRAMS}")
         self.function = function
         self.grid = grid
         self.numbers = numbers

@@ -11,6 +11,23 @@ def normalise(x, mean, scale, shift):
 
 
 @triton.jit
+def relu(z):
+    """NaN stays, as in torch; without the option it would become 0 on a GPU."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def operand(values, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Values as a matrix product takes them: of the data's dtype, or rounded to TF32 where hardware would cut bits off."""
+    if PRECISION == "tf32":
+        bits = (values.to(tl.float32).to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        result = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)  # a NaN's may overflow
+    else:
+        result = values.to(dtype)
+    return result
+
+
+@triton.jit
 def gradient(stored, value, scale, slope, mean, offset):
     """``contract.Gradient`` of a tile of pixels by channels."""
     centred = value.to(tl.float32) - mean[None, :]
@@ -58,10 +75,10 @@ def pooled_activation(
     x, x_stride, first, c, mask, mean, scale, shift, H, W, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
 ):
     """Means of relu(norm(x)) over windows that begin at ``first``."""
-    a = tl.maximum(normalise(tl.load(x + at(first, x_stride, c), mask=mask, other=0.0), mean, scale, shift), 0.0)
+    a = relu(normalise(tl.load(x + at(first, x_stride, c), mask=mask, other=0.0), mean, scale, shift))
     for t in tl.static_range(1, PD * PH * PW):
         values = tl.load(x + at(first + window_step(t, H, W, PH, PW), x_stride, c), mask=mask, other=0.0)
-        a += tl.maximum(normalise(values, mean, scale, shift), 0.0)
+        a += relu(normalise(values, mean, scale, shift))
     return a * (1.0 / (PD * PH * PW))
 
 

@@ -157,7 +157,7 @@ def norm_relu_conv(problem: Problem, moments: bool, tile: Tile | None = None) ->
     rows = triton.cdiv(problem.pixels, tile.p)
     product = Launch(
         forward.norm_relu_conv,
-        (triton.cdiv(k, tile.k), rows, 1),
+        (triton.cdiv(k, tile.k) * rows, 1, 1),
         (_x_stride(problem), pixel_stride(problem.out, problem.out_strides), *problem.weight_strides, *problem.sizes()),
         tile.warps,
         tile.stages,
@@ -208,7 +208,7 @@ def norm_relu_conv_backward(
         grid = (c_tiles, splits, 1)
     else:
         constants = {**problem.constants(), "ACCUMULATE": accumulate}
-        numbers, grid = (*strides, *problem.weight_strides, *problem.sizes()), (c_tiles, rows, 1)
+        numbers, grid = (*strides, *problem.weight_strides, *problem.sizes()), (c_tiles * rows, 1, 1)
         if dweight is not None:
             weight_tile = chosen.get("backward_weight") or problem.tile("backward_weight")
             weight, splits = _backward_weight(problem, strides[:3], weights_at, weight_tile)

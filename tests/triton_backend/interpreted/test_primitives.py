@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 import triton_cpu
-from cases import CASES, NARROW_WEIGHTS, ONE, POOLED, Case
+from cases import CASES, NAN, NARROW_WEIGHTS, ONE, POOLED, Case
 
 from fused_densenet.backends import triton
 from fused_densenet.backends.contract import Gradient, Norm
@@ -25,6 +25,13 @@ def test_pooled_by_either_kernel(precision: str) -> None:
     """In IEEE float32 the data gradient and the weight gradient are kernels of their own."""
     with triton_cpu.watch(), cases.float32_products(precision):
         cases.run_case(POOLED[0], torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("case", NAN, ids=str)
+def test_nan_reaches_what_it_reaches_in_torch(case: Case, precision: str) -> None:
+    with triton_cpu.watch(), cases.float32_products(precision):
+        cases.run_nan(case, torch.float32)
 
 
 def test_moments_without_a_copy() -> None:

@@ -1,4 +1,4 @@
-"""The primitives as Triton kernels: NVIDIA, AMD and Intel GPUs, no compiler installed.
+"""The primitives as Triton kernels: NVIDIA, AMD and Intel GPUs. At run time triton needs a C compiler.
 
 Every function follows the contract of :mod:`fused_densenet.backends.contract`; :mod:`.primitives`, which has them,
 imports triton and is itself imported at first use.
@@ -7,6 +7,9 @@ imports triton and is itself imported at first use.
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if interpreted else "it serves GPUs (and the CPU under TRITON_INTERPRET=1), not cpu"
     if device.type not in ("cuda", "xpu"):
         return f"it serves cuda and xpu devices, not {device.type}"
-    return _too_old(device)
+    return _too_old(device) or _no_compiler()
 
 
 @functools.cache
@@ -43,6 +46,18 @@ def _too_old(device: torch.device) -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"triton needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+@functools.cache
+def _no_compiler() -> str | None:
+    """Why triton could not compile what launches its kernels, C with Python's headers, at its first launch."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return f"triton needs a C compiler at run time and finds no {' or '.join(names)}"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as triton does
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+        return "triton needs Python's headers (Python.h) at run time, and they are missing"
+    return None
 
 
 def __getattr__(name: str) -> Any:

@@ -40,9 +40,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, tuple[
     plans.forget()
 
 
-def step(dtype: torch.dtype, weights: torch.dtype, channels: int = 32, offset: int = 0) -> None:
+def step(dtype: torch.dtype, weights: torch.dtype, channels: int = 32, offset: int = 0, width: int = 4) -> None:
     """A convolution, forward and backward."""
-    buffer = torch.empty(2, 1, 4, 4, offset + channels + 16, dtype=dtype)
+    buffer = torch.empty(2, 1, 4, width, offset + channels + 16, dtype=dtype)
     x, out = buffer[..., offset : offset + channels], buffer[..., offset + channels :]
     norm, weight = Norm(*torch.empty(3, channels)), torch.empty(16, channels, 1, 1, 1, dtype=weights)
     backend.norm_relu_conv(x, norm, weight, out, *torch.empty(2, 16))
@@ -66,6 +66,20 @@ def test_each_dtype_has_its_kernel(launched: list[tuple[Any, tuple[Any, ...]]]) 
         assert signatures["add_partials"]["dweight"] == NAMES[weights]
 
 
+def assert_same(bound: list[tuple[Any, tuple[Any, ...]]], direct: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Launches by way of the binder, and the same past it."""
+    for (source, binders), (again, ours) in zip(bound, direct, strict=True):
+        assert source is again
+        assert binders[:4] == ours[:4]  # grid and stream
+        for theirs, mine, kind in zip(binders[9:], ours[9:], source.signature.values(), strict=True):
+            if isinstance(theirs, torch.Tensor):
+                assert type(mine) is int and mine % 16 == theirs.data_ptr() % 16
+            elif kind != "constexpr":
+                assert mine == theirs
+            else:
+                assert mine == (0 if theirs is None else theirs)
+
+
 @pytest.mark.parametrize(("channels", "offset"), [(32, 0), (32, 1), (17, 0)])
 def test_the_arguments_are_those_of_the_binder(
     launched: list[tuple[Any, tuple[Any, ...]]], channels: int, offset: int
@@ -75,16 +89,34 @@ def test_the_arguments_are_those_of_the_binder(
         step(torch.bfloat16, torch.float32, channels, offset)
     first, second = launched[:4], launched[4:]
     assert len(second) == 4
-    for (source, bound), (again, ours) in zip(first, second, strict=True):
-        assert source is again
-        assert bound[:4] == ours[:4]  # grid and stream
-        for theirs, mine, kind in zip(bound[9:], ours[9:], source.signature.values(), strict=True):
-            if isinstance(theirs, torch.Tensor):
-                assert type(mine) is int and mine % 16 == theirs.data_ptr() % 16
-            elif kind != "constexpr":
-                assert mine == theirs
-            else:
-                assert mine == (0 if theirs is None else theirs)
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize("channels", [32, 17])
+def test_images_of_another_size_have_the_same_kernels(
+    launched: list[tuple[Any, tuple[Any, ...]]], channels: int
+) -> None:
+    """Those after the first go to C at once, with what the binder gives for each alone."""
+    widths = (5, 16, 1, 300)
+    for width in (4, *widths):
+        step(torch.bfloat16, torch.float32, channels, width=width)
+    direct = launched[4:]
+    launched.clear()
+    for width in widths:
+        plans.forget()
+        step(torch.bfloat16, torch.float32, channels, width=width)
+    assert_same(launched, direct)
+
+
+def test_many_sizes_of_images_are_planned_once_each() -> None:
+    """Of 120 convolutions each, as in DenseNet-121, in turn."""
+    plans.forget()
+    for _ in range(2):
+        for width in range(1, 101):
+            for layer in range(120):
+                plans.norm_relu_conv(problem((1, 1, 1, width), 64 + layer), True)
+    kept = plans.norm_relu_conv.cache_info()
+    assert kept.misses == kept.hits == 12000
 
 
 @triton.jit
@@ -108,22 +140,24 @@ def test_a_profiler_hears_of_every_launch(launched: list[tuple[Any, tuple[Any, .
     assert launched[-1][1][7] is knobs.runtime.launch_enter_hook
 
 
-@pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("arithmetic", ["half", "ieee"])
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_volumes_of_many_pixels_fit_a_grid(kernel: int, arithmetic: str, pool: bool) -> None:
-    """Two of 256 x 256 x 256: four times 65535 tiles of 128, which the second and third axis of a grid do not take."""
-    channels, sizes = 64, (2, 256, 256, 256)
-    out = (2, 128, 128, 128) if pool else sizes
-    strides = [tuple(math.prod(shape[i:]) for i in range(1, 6)) for shape in ((*s, channels) for s in (sizes, out))]
+def problem(size: tuple[int, ...], channels: int, kernel: int = 1, pool: bool = False, half: bool = True) -> Problem:
+    out = (size[0], *(n // 2 for n in size[1:])) if pool else size
+    strides = [tuple(math.prod(shape[i:]) for i in range(1, 6)) for shape in ((*size, channels), (*out, channels))]
     weight = (16, channels, *(1 if pool else kernel,) * 3)
-    dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
-    problem = Problem(
-        (*sizes, channels), strides[0], (*out, 16), strides[1], weight, weight, dtype, dtype, arithmetic, CPU
-    )
-    forward = plans.norm_relu_conv(problem, True)
-    backward = plans.norm_relu_conv_backward(problem, strides[1], strides[0], False, weight)
-    place = plans.place((*sizes, channels), strides[0], channels, (dtype, dtype), True)
+    dtype, arithmetic = (torch.bfloat16, "half") if half else (torch.float32, "ieee")
+    return Problem((*size, channels), strides[0], (*out, 16), strides[1], weight, weight, dtype, dtype, arithmetic, CPU)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_volumes_of_many_pixels_fit_a_grid(kernel: int, half: bool, pool: bool) -> None:
+    """Two of 256 x 256 x 256: four times 65535 tiles of 128, which the second and third axis of a grid do not take."""
+    it = problem((2, 256, 256, 256), 64, kernel, pool, half)
+    forward = plans.norm_relu_conv(it, True)
+    backward = plans.norm_relu_conv_backward(it, it.out_strides, it.x_strides, False, it.weight)
+    place = plans.place(it.x, it.x_strides, 64, (it.dtype, it.dtype), True)
+    assert place is not None
     for launch in (forward.product, forward.merge, backward.data, backward.weight, backward.add, place.copy):
         assert launch is None or (max(launch.grid[1:]) <= 65535 and launch.grid[0] < 2**31)
 
@@ -159,9 +193,10 @@ def test_the_device_of_the_tensors_is_current(monkeypatch: pytest.MonkeyPatch) -
     active = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda index: 100 + index)
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
     it = Launch(_copy, (3, 1, 1), (16,), 4, 1, BLOCK=16)
-    it._compiled[1, 0, 0] = SimpleNamespace(
+    compiled = SimpleNamespace(
         function="function", packed_metadata="metadata", run=lambda *arguments: seen.append((current[0], arguments))
     )
+    it._compiled = {(1, 0, 0): compiled}
     it(_Tensor(), _Tensor())
     it(_Tensor(), _Tensor())
     launch = (1, (3, 1, 1, 101, "function", "metadata", None, None, None, 4096, 4096, 16, 16))

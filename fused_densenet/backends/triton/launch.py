@@ -2,7 +2,8 @@
 
 Triton's own launch works out at every call how each argument specialises the kernel. Here numbers are known when a launch
 is planned, so that of a call only the alignment of the tensors is left: the compiled kernel is kept under it, and its
-launch in C is given addresses, which it does not look up again.
+launch in C is given addresses, which it does not look up again. Launches that differ in nothing that triton compiles for
+share their kernels, so that a network on images of a size not seen before goes to Triton's launch no more.
 """
 
 from typing import Any
@@ -19,6 +20,8 @@ MOST_PROGRAMS: Grid = (2**31 - 1, 65535, 65535)
 
 Number = int | None
 Constants = dict[str, int | bool | str]
+kernels: dict[tuple[Any, ...], dict[tuple[int, ...], Any]] = {}
+"""Compiled ones by device and alignment of their tensors, by what else triton compiles for."""
 
 
 class Launch:
@@ -42,10 +45,17 @@ class Launch:
         # Forward and backward round a norm alike, fused or not: which of them is not left to triton's default.
         self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         self._rest = (*numbers, *constants.values())
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[tuple[int, ...], Any] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         execute(self, tensors)
+
+    def _find_kernels(self, tensors: tuple[Tensor | None, ...]) -> dict[tuple[int, ...], Any]:
+        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        parameters = self.function.params[len(tensors) :]
+        numbers = [_kind(n, p.do_not_specialize) for n, p in zip(self.numbers, parameters, strict=False)]
+        key = self.function, *self.options.values(), *self.constants.values(), *dtypes, *numbers
+        return kernels.setdefault(key, {})
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> None:
         if not isinstance(self.function, triton.JITFunction):  # the interpreter
@@ -61,6 +71,8 @@ class Launch:
             return
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         key = (device, *[address & 15 for address in addresses])
+        if self._compiled is None:
+            self._compiled = self._find_kernels(tensors)
         compiled = self._compiled.get(key)
         runtime = knobs.runtime
         if compiled is None:
@@ -72,6 +84,13 @@ class Launch:
             stream = active.get_current_stream(device)
             function, metadata = compiled.function, compiled.packed_metadata
             compiled.run(*self.grid, stream, function, metadata, None, None, None, *addresses, *self._rest)
+
+
+def _kind(number: Number, plain: bool) -> tuple[bool, ...] | None:
+    """What triton compiles for of a number; one that is ``plain`` counts by its width alone."""
+    if number is None:
+        return None
+    return (number.bit_length() > 31, *(() if plain else (number == 1, number % 16 == 0)))
 
 
 def launch(it: Launch, tensors: tuple[Tensor | None, ...]) -> None:

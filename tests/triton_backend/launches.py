@@ -153,6 +153,12 @@ def _step(weight_shape: tuple[int, ...], arithmetic: str, variant: Variant) -> l
     with float32_products("tf32" if arithmetic == "tf32" else "ieee"), recording() as launches:
         backend.place(x, x, *torch.empty(2, c))
         backend.place_backward(Gradient(dx, x, *norm, norm.mean), x)
+        for pooled in (torch.empty(2, 1, 5, 6, c, dtype=dtype), x):
+            backend.norm_relu_pool(x, norm, pooled)
+            backend.norm_relu_pool_backward(pooled, x, norm, dx, *torch.empty(2, c))
+        volume, pooled = torch.empty(2, 10, 6, 2, c, dtype=dtype), torch.empty(2, 5, 3, 1, c, dtype=dtype)
+        backend.norm_relu_pool(volume, norm, pooled)
+        backend.norm_relu_pool_backward(pooled, volume, norm, torch.empty_like(volume), *torch.empty(2, c))
         backend.norm_relu_conv(x, norm, weight, outputs, *moments)
         backend.norm_relu_conv_backward(
             grad, x, norm, weight, dx, bool(variant.accumulate), dweight, *torch.empty(2, c)

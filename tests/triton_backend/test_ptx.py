@@ -6,6 +6,7 @@ import pytest
 import tolerances
 import torch
 from cases import CUBE, IMAGE, LINE, NAN, ONE, POOLED, ROW, SQUARE, VOLUME, Case
+from stem_cases import STEMS, StemCase, run_stem, run_stem_nan
 from triton_ptx import executing_ptx
 
 from fused_densenet import FusedDenseBlock, reference
@@ -20,6 +21,8 @@ CASES = [
     Case(IMAGE, 192, 48, SQUARE, accumulate=False),
     Case(LINE, 36, 12, ROW),
     Case(VOLUME, 24, 12, CUBE),
+    Case(LINE, 36, 48, ONE, weight=False),
+    Case(IMAGE, 36, 12, SQUARE, weight=False),
 ]
 ARITHMETIC = {  # dtype of the data, torch's switch, dtype of the rounding
     "bfloat16": (torch.bfloat16, "ieee", torch.bfloat16),
@@ -55,6 +58,23 @@ def test_nan_reaches_what_it_reaches_in_torch(case: Case, arithmetic: str, targe
     dtype, switch, _ = ARITHMETIC[arithmetic]
     with cases.float32_products(switch), executing_ptx(target):
         cases.run_nan(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("sm_80", torch.bfloat16), ("sm_80", torch.float32), ("sm_80", torch.float16), ("sm_90", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", STEMS[:3], ids=str)
+def test_stem(case: StemCase, dtype: torch.dtype, target: str) -> None:
+    with executing_ptx(target):
+        run_stem(case, dtype)
+
+
+@pytest.mark.parametrize("case", STEMS[:3], ids=str)
+def test_nan_in_a_stem(case: StemCase) -> None:
+    with executing_ptx("sm_80"):
+        run_stem_nan(case)
 
 
 def run(case: Case, arithmetic: str, target: str) -> None:

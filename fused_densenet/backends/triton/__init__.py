@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 
-from ..eager import norm_relu_pool as norm_relu_pool
-from ..eager import norm_relu_pool_backward as norm_relu_pool_backward
 
-_PRIMITIVES = ("place", "place_backward", "norm_relu_conv", "norm_relu_conv_backward")
+_PRIMITIVES = (
+    "place",
+    "place_backward",
+    "norm_relu_conv",
+    "norm_relu_conv_backward",
+    "norm_relu_pool",
+    "norm_relu_pool_backward",
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

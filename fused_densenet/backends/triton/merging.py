@@ -74,7 +74,7 @@ def add_partials(
     """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last the sums."""
     weight_programs = tl.cdiv(weight_values, BLOCK)
     program = tl.program_id(0)
-    if program < weight_programs:
+    if dweight is not None and program < weight_programs:
         i = program * BLOCK + tl.arange(0, BLOCK)
         valid = i < weight_values
         lane = tl.arange(0, BLOCK_S)
@@ -88,7 +88,7 @@ def add_partials(
         offset = row % K * weight_k + i % C * weight_c
         offset += tap // (KH * KW) * weight_d + tap // KW % KH * weight_h + tap % KW * weight_w
         tl.store(dweight + offset, tl.sum(acc, 0).to(dweight.dtype.element_ty), mask=valid)
-    else:
+    if program >= weight_programs:
         j = (program - weight_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
         tile = tl.arange(0, BLOCK_R)
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import backward, forward, merging, placement, tuning
+from . import backward, forward, merging, placement, pooling, tuning
 from .launch import Launch, kernels
 from .tiles_on_disk import Tile
 from .tuning import ShapeClass
@@ -111,6 +111,21 @@ class Backward:
     add: Launch
     workspace: Size
     rest: list[tuple[int, int, int]]
+
+
+@dataclass(slots=True)
+class PoolBackward:
+    """``look(x, *norm, None, places)`` where anything is pooled, ``data(grad, places, x, *norm, dx, partials)``,
+    ``add(partials, None, sum_dz, sum_dz_centered)``.
+
+    Attributes:
+        workspace: values of ``partials``.
+    """
+
+    look: Launch | None
+    data: Launch
+    add: Launch
+    workspace: Size
 
 
 @_kept
@@ -214,16 +229,7 @@ def norm_relu_conv_backward(
             weight, splits = _backward_weight(problem, strides[:3], weights_at, weight_tile)
     function = getattr(backward, name)
     data = Launch(function, grid, numbers, tile.warps, tile.stages, **constants, **problem.blocks(tile))
-    blocks = {"KH": problem.weight[3], "KW": problem.weight[4]}
-    blocks |= {"BLOCK_S": 16, "BLOCK": 256, "BLOCK_R": 512, "BLOCK_C": 8}
-    add = Launch(
-        merging.add_partials,
-        (triton.cdiv(values, 256) + triton.cdiv(2 * c, 8), 1, 1),
-        (weights_at, values, splits, rows, *(dweight or (0,) * 5), c, k),
-        8,
-        1,
-        **blocks,
-    )
+    add = _add(weights_at, values, splits, rows, c, k, dweight or (0,) * 5, problem.weight[3:])
     return Backward(data, weight, add, (weights_at + splits * values,), _rest(problem) if not accumulate else [])
 
 
@@ -245,6 +251,61 @@ def _backward_weight(problem: Problem, strides: Size, weights_at: int, tile: Til
     return launch, splits
 
 
+def _add(
+    weights_at: int,
+    values: int,
+    splits: int,
+    rows: int,
+    c: int,
+    k: int = 1,
+    strides: Size = (0,) * 5,
+    kernel: Size = (1, 1),
+) -> Launch:
+    """``strides`` are those of the weight's gradient, ``kernel`` the last two sizes of it."""
+    blocks = {"KH": kernel[0], "KW": kernel[1], "BLOCK_S": 16, "BLOCK": 256, "BLOCK_R": 512, "BLOCK_C": 8}
+    grid = (triton.cdiv(values, 256) + triton.cdiv(2 * c, 8), 1, 1)
+    return Launch(merging.add_partials, grid, (weights_at, values, splits, rows, *strides, c, k), 8, 1, **blocks)
+
+
+@_kept
+def norm_relu_pool(x: Size, x_strides: Size, out: Size, out_strides: Size, dtype: torch.dtype) -> Launch:
+    """``launch(x, *norm, out, None)``."""
+    return _windows(x, pixel_stride(x, x_strides), out, pixel_stride(out, out_strides))
+
+
+@_kept
+def norm_relu_pool_backward(
+    x: Size, x_strides: Size, dx_strides: Size, grad: Size, grad_strides: Size, dtype: torch.dtype, device: torch.device
+) -> PoolBackward:
+    pixels, c = math.prod(x[:4]), x[4]
+    window, blocks = _window(x, grad), _pool_blocks(c)
+    c_tiles = triton.cdiv(c, blocks["BLOCK_C"])
+    share, programs = _split(pixels, blocks["BLOCK_P"], 8 * tuning.multiprocessors(device) // c_tiles)
+    strides = (pixel_stride(grad, grad_strides), pixel_stride(x, x_strides), pixel_stride(x, dx_strides))
+    numbers = (*strides, pixels, *x[1:], share)
+    data = Launch(pooling.norm_relu_pool_backward, (programs, c_tiles, 1), numbers, 8, 1, **window, **blocks)
+    look = None if grad == x else _windows(x, strides[1], grad, 0)
+    return PoolBackward(look, data, _add(0, 0, 0, programs, c), (programs * 2 * c,))
+
+
+def _windows(x: Size, x_stride: int, out: Size, out_stride: int) -> Launch:
+    pixels, c = math.prod(out[:4]), x[4]
+    blocks = _pool_blocks(c)
+    grid = (triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(c, blocks["BLOCK_C"]), 1)
+    return Launch(
+        pooling.norm_relu_pool, grid, (x_stride, out_stride, pixels, *x[1:]), 8, 1, **_window(x, out), **blocks
+    )
+
+
+def _window(x: Size, out: Size) -> dict[str, int]:
+    sizes = zip(("WD", "WH", "WW"), x[1:4], out[1:4], strict=True)
+    return {name: 1 if size == pooled else 3 for name, size, pooled in sizes}
+
+
+def _pool_blocks(channels: int) -> dict[str, int]:
+    return {"BLOCK_P": 32, "BLOCK_C": min(power(channels), 64)}
+
+
 def _merge(rows: int, rows_per_image: int, row_pixels: int, pixels: int, channels: int) -> Launch:
     numbers = (rows, rows_per_image, row_pixels, pixels, channels)
     return Launch(merging.merge_moments, (triton.cdiv(channels, 8), 1, 1), numbers, 8, 1, BLOCK_R=512, BLOCK_K=8)
@@ -258,7 +319,14 @@ def _rest(problem: Problem) -> list[tuple[int, int, int]]:
 def forget() -> None:
     """Drops what is kept: the tiles in use changed."""
     kernels.clear()
-    for plan in (place, place_backward, norm_relu_conv, norm_relu_conv_backward):
+    for plan in (
+        place,
+        place_backward,
+        norm_relu_conv,
+        norm_relu_conv_backward,
+        norm_relu_pool,
+        norm_relu_pool_backward,
+    ):
         plan.cache_clear()
 
 

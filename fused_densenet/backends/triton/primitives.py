@@ -1,4 +1,4 @@
-"""The host side of the four primitives: workspaces and launches.
+"""The host side of the primitives: workspaces and launches.
 
 Nothing here waits for the device or allocates by the data's values, so a block can be captured in a CUDA graph.
 """
@@ -95,6 +95,28 @@ def norm_relu_conv_backward(
         plan.weight(*terms, x, *vectors, partials)
     plan.add(partials, dweight, sums[0], sums[1])
     settle(sums, x, norm, dx, accumulate, owed)
+
+
+def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
+    if out.numel():
+        plans.norm_relu_pool(x.shape, x.stride(), out.shape, out.stride(), x.dtype)(x, *norm, out, None)
+
+
+def norm_relu_pool_backward(
+    grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
+) -> None:
+    if not x.numel():
+        sum_dz.zero_()
+        sum_dz_centered.zero_()
+        return
+    plan = plans.norm_relu_pool_backward(x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), x.dtype, x.device)
+    places = None
+    if plan.look is not None:
+        places = torch.empty(grad.shape, dtype=torch.uint8, device=x.device)
+        plan.look(x, *norm, None, places)
+    partials = _workspace(plan.workspace, x)
+    plan.data(grad, places, x, *norm, dx, partials)
+    plan.add(partials, None, sum_dz, sum_dz_centered)
 
 
 def _problem(x: Tensor, out: Tensor, weight: Tensor) -> Problem:

@@ -7,6 +7,7 @@ import pytest
 import tolerances
 import torch
 import triton_cpu
+from cases import float32_products
 
 from fused_densenet import FusedDenseBlock, reference, use_backend
 
@@ -28,7 +29,7 @@ def pair(
 
 
 def run(block: FusedDenseBlock, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    with use_backend("triton"), triton_cpu.watch():
+    with use_backend("triton"), triton_cpu.watch(), float32_products("ieee"):
         return blocks.step(block, x)
 
 

@@ -7,24 +7,27 @@ import pytest
 import torch
 import triton_cpu
 from cases import CASES, NAN, NARROW_WEIGHTS, ONE, POOLED, Case
+from stem_cases import STEMS, StemCase, run_stem, run_stem_nan
 
 from fused_densenet.backends import triton
 from fused_densenet.backends.contract import Gradient, Norm
 from fused_densenet.backends.triton import plans, tiles_on_disk, tuning
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, torch.float16), (torch.bfloat16, None)], ids=["tf32", "bfloat16"]
+)
 @pytest.mark.parametrize("case", [*CASES, *POOLED, *NARROW_WEIGHTS], ids=str)
-def test_norm_relu_conv(case: Case, dtype: torch.dtype) -> None:
-    with triton_cpu.watch():
-        cases.run_case(case, dtype)
+def test_norm_relu_conv(case: Case, dtype: torch.dtype, rounding: torch.dtype | None) -> None:
+    with triton_cpu.watch(), cases.float32_products("tf32"):
+        cases.run_case(case, dtype, rounding=rounding)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_pooled_by_either_kernel(precision: str) -> None:
-    """In IEEE float32 the data gradient and the weight gradient are kernels of their own."""
-    with triton_cpu.watch(), cases.float32_products(precision):
-        cases.run_case(POOLED[0], torch.float32)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[9], *POOLED[:2]], ids=str)
+def test_ieee_float32(case: Case) -> None:
+    """The data gradient and the weight gradient are kernels of their own."""
+    with triton_cpu.watch(), cases.float32_products("ieee"):
+        cases.run_case(case, torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
@@ -32,6 +35,20 @@ def test_pooled_by_either_kernel(precision: str) -> None:
 def test_nan_reaches_what_it_reaches_in_torch(case: Case, precision: str) -> None:
     with triton_cpu.watch(), cases.float32_products(precision):
         cases.run_nan(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", STEMS, ids=str)
+def test_stem(case: StemCase, dtype: torch.dtype) -> None:
+    with triton_cpu.watch():
+        first, second = (run_stem(case, dtype) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", STEMS, ids=str)
+def test_nan_in_a_stem(case: StemCase) -> None:
+    with triton_cpu.watch():
+        run_stem_nan(case)
 
 
 def test_moments_without_a_copy() -> None:

@@ -1,0 +1,98 @@
+"""Cases of the stem's two primitives, and what autograd in float64 says of them."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tolerances import assert_entries
+from torch import Tensor
+
+from fused_densenet.backends import triton
+from fused_densenet.backends.contract import Norm
+
+
+class StemCase(NamedTuple):
+    """``x`` (N, D, H, W, C); where ``pool`` maxima over windows of 3 with stride 2."""
+
+    pixels: tuple[int, int, int, int]
+    C: int
+    pool: bool = True
+
+    @property
+    def out_pixels(self) -> tuple[int, ...]:
+        n, *sizes = self.pixels
+        return (n, *((size + 1) // 2 for size in sizes)) if self.pool else self.pixels
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.pixels))}-C{self.C}{'' if self.pool else '-no-pooling'}"
+
+
+STEMS = [
+    StemCase((2, 1, 5, 6), 64),
+    StemCase((1, 3, 4, 3), 24),
+    StemCase((1, 1, 3, 5), 33, pool=False),
+    StemCase((2, 1, 1, 37), 5),
+    StemCase((1, 1, 2, 7), 70),
+    StemCase((2, 1, 7, 1), 16),
+]
+
+
+def run_stem(case: StemCase, dtype: torch.dtype, backend: Any = triton) -> list[Tensor]:
+    """Both primitives on channels of a wider buffer, with values drawn so that there are ties; returns what they gave."""
+    generator = torch.Generator().manual_seed(case.C)
+    mean, scale, shift = torch.randn(3, case.C, generator=generator)
+    norm = Norm(mean, scale.abs() + 0.5, shift)
+    buffer = torch.full((*case.pixels, case.C + 3), torch.nan).to(dtype)
+    x = buffer[..., : case.C]
+    x.copy_(torch.randn(*case.pixels, case.C, generator=generator).mul(4).round().div(4) + 0.03125)
+    _keep_clear_of_zero(x, norm)
+    grad = torch.randn(*case.out_pixels, case.C, generator=generator).to(dtype)
+    out, dx = torch.full_like(grad, torch.nan), torch.full_like(buffer, torch.nan)
+    sums = torch.full((2, case.C), torch.nan)
+    backend.norm_relu_pool(x, norm, out)
+    backend.norm_relu_pool_backward(grad, x, norm, dx[..., : case.C], *sums)
+    assert dx[..., case.C :].isnan().all()
+
+    a, dz, exact = exact_stem(case, grad, x, norm)
+    size = exact_stem(case, grad.abs(), x, norm)[1]
+    assert_entries(out, exact, exact.abs() + 1, dtype, "output")
+    assert_entries(dx[..., : case.C], dz, size, dtype, "input's gradient")
+    for found, factor, what in zip(sums, (1, x.double() - norm.mean), ("dz", "dz (x - mean)"), strict=True):
+        total, magnitude = (dz * factor).flatten(0, 3).sum(0), (size * factor).abs().flatten(0, 3).sum(0)
+        assert_entries(found, total, magnitude, torch.float32, f"sum of {what}")
+    assert case.pool == bool((a[dz == 0] > 0).any())
+    return [out, dx[..., : case.C].contiguous(), sums]
+
+
+def exact_stem(case: StemCase, grad: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """The activation, the gradient by ReLU's input and the output; ties fall as in float32, where values are compared."""
+    a = ((x.float() - norm.mean) * norm.scale + norm.shift).relu().double().requires_grad_()
+    out = _pool(a) if case.pool else a
+    [da] = torch.autograd.grad(out, a, grad.double())
+    return a.detach(), da.masked_fill(a <= 0, 0), out.detach()
+
+
+def run_stem_nan(case: StemCase, backend: Any = triton) -> None:
+    """A NaN reaches the windows that it lies in, and takes their gradient."""
+    norm = Norm(*torch.zeros(2, case.C).add_(1), torch.zeros(case.C))
+    x, grad = torch.rand(*case.pixels, case.C) + 2, torch.rand(*case.out_pixels, case.C)
+    middle = tuple(size // 2 for size in case.pixels[1:])
+    x[(0, *middle)] = torch.nan
+    out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(2, case.C)
+    backend.norm_relu_pool(x, norm, out)
+    backend.norm_relu_pool_backward(grad, x, norm, dx, *sums)
+    _, dz, exact = exact_stem(case, grad, x, norm)
+    assert torch.equal(out.isnan(), exact.isnan()) and exact.isnan().any()
+    assert torch.equal(dx == 0, dz == 0) and dz[(0, *middle)].all()
+    assert sums[1].isnan().all()
+
+
+def _pool(a: Tensor) -> Tensor:
+    windows = [3 if size > 1 else 1 for size in a.shape[1:4]]
+    strides, padding = [(w + 1) // 2 for w in windows], [w // 2 for w in windows]
+    return F.max_pool3d(a.movedim(4, 1), windows, strides, padding).movedim(1, 4)
+
+
+def _keep_clear_of_zero(x: Tensor, norm: Norm) -> None:
+    z = (x.double() - norm.mean.double()) * norm.scale.double() + norm.shift.double()
+    x.copy_(torch.where(z.abs() < 0.02, (norm.mean + (1 - norm.shift) / norm.scale).to(x.dtype), x))

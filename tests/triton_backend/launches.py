@@ -120,7 +120,7 @@ def every_launch(family: str) -> list[Recorded]:
 
 def _of_class(family: str, function: str, arithmetic: str, k: int, variant: Variant) -> Iterator[Recorded]:
     taps = 1 if function == "backward_pointwise" or (function == "norm_relu_conv" and k > 64) or variant.pool else 9
-    outputs = (k if variant.aligned else k - 4) if function != "backward_weight" else max(k // taps, 1)
+    outputs = (k if variant.aligned else k - 4) if function != "backward_weight" else (32 if variant.aligned else 12)
     if variant.pool and function in ("backward_data", "backward_weight"):
         outputs = 512  # as many as need these kernels in a convolution of size 1
     weight = (outputs, 128 if variant.aligned else 132, 1, *((3, 3) if taps == 9 else (1, 1)))

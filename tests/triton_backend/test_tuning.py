@@ -15,7 +15,7 @@ from fused_densenet.backends.triton.tiles_on_disk import Tile
 from fused_densenet.backends.triton.tuning import ShapeClass
 
 SHAPE = ShapeClass("norm_relu_conv", "half", 128, 1, 256, 4096, False)
-CPU = torch.device("cpu")
+CPU, PIXELS = torch.device("cpu"), 4096
 
 
 @pytest.fixture
@@ -42,18 +42,35 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
 
 def test_the_fixed_choice_is_the_default() -> None:
     assert not tuning.AUTOTUNE
-    assert tuning.tile(SHAPE, CPU) == tuning.candidates(SHAPE, "sm_90")[0]
+    assert tuning.tile(SHAPE, CPU, PIXELS) == tuning.candidates(SHAPE, "sm_90")[0]
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("kernel", "k", "c"), [("norm_relu_conv", 128, 512), ("backward_data", 32, 128)])
+@pytest.mark.parametrize("side", [56, 28, 14, 7])
+def test_a_batch_of_64_gives_every_multiprocessor_a_program(
+    side: int, kernel: str, k: int, c: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the 132 of an H100, and with the largest tile that does: at 56 x 56 the first, at 7 x 7 a small one."""
+    monkeypatch.setattr(tuning, "family", lambda device: family)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
+    pixels = 64 * side**2
+    shape = ShapeClass(kernel, "half", k, 1, c, pixels, False)
+    tile = tuning.tile(shape, CPU, pixels)
+    columns = -(-k // tile.k) if kernel == "norm_relu_conv" else -(-c // tile.c)
+    assert -(-pixels // tile.p) * columns >= 132
+    assert (tile == tuning.candidates(shape, family)[0]) or side <= 14
 
 
 def test_the_fastest_is_kept(file: pathlib.Path, run: Callable[[Tile], None]) -> None:
     choices = tuning.candidates(SHAPE, "sm_90")
     assert len(choices) > 1
     assert tuning.tune(SHAPE, CPU, run)
-    assert tuning.tile(SHAPE, CPU) == choices[-1] and run.tiles == choices
+    assert tuning.tile(SHAPE, CPU, PIXELS) == choices[-1] and run.tiles == choices
     assert not tuning.tune(SHAPE, CPU, run) and run.tiles == choices
     tuning._chosen.clear()  # another process
     assert tuning.tune(SHAPE, CPU, run) and run.tiles == choices
-    assert tuning.tile(SHAPE, CPU) == choices[-1]
+    assert tuning.tile(SHAPE, CPU, PIXELS) == choices[-1]
 
 
 def test_choices_of_other_shapes_stay(file: pathlib.Path, run: Callable[[Tile], None]) -> None:
@@ -71,13 +88,13 @@ def test_a_file_that_is_something_else_counts_for_nothing(
     file.parent.mkdir()
     file.write_text(content)
     assert tuning.tune(SHAPE, CPU, run)
-    assert json.loads(file.read_text())[str(SHAPE)] == list(tuning.tile(SHAPE, CPU))
+    assert json.loads(file.read_text())[str(SHAPE)] == list(tuning.tile(SHAPE, CPU, PIXELS))
 
 
 def test_a_choice_that_is_no_candidate_is_made_again(file: pathlib.Path, run: Callable[[Tile], None]) -> None:
     tiles_on_disk.write(file, str(SHAPE), Tile(1024, 1024, 128, 8, 5))
     tuning.tune(SHAPE, CPU, run)
-    assert tuning.tile(SHAPE, CPU) in tuning.candidates(SHAPE, "sm_90")
+    assert tuning.tile(SHAPE, CPU, PIXELS) in tuning.candidates(SHAPE, "sm_90")
 
 
 def test_a_folder_that_cannot_be_written_does_not_matter(
@@ -96,8 +113,8 @@ def test_a_candidate_that_does_not_fit_is_left_out(file: pathlib.Path, run: Call
         if tile != choices[0]:
             raise OutOfResources(200000, 100000, "shared memory")
 
-    assert not tuning.tune(SHAPE, CPU, only_the_first_fits)
-    assert tuning.tile(SHAPE, CPU) == choices[0]
+    assert tuning.tune(SHAPE, CPU, only_the_first_fits)
+    assert tuning.tile(SHAPE, CPU, PIXELS) == choices[0]
     assert tuning._fastest(lambda: only_the_first_fits(choices[-1]), CPU) == math.inf
 
 

@@ -3,12 +3,24 @@
 import triton
 import triton.language as tl
 
-from .operands import at, gradient, normalise, operand, pooled_activation, position, relu, window_start, window_step
+from .operands import (
+    gradient,
+    normalise,
+    operand,
+    pointers,
+    pooled_activation,
+    position,
+    relu,
+    window_start,
+    window_step,
+)
+from .packing import row_length
 
 
 @triton.jit
 def _store_dz(
     da,
+    before,
     x,
     x_stride,
     dx,
@@ -27,22 +39,26 @@ def _store_dz(
     PH: tl.constexpr,
     PW: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """ReLU's backward, ``dx = dz`` or ``dx += scale * dz``, and the tile's sums of dz and dz * (x - mean) in ``sums``.
 
-    Over all pixels of the windows that begin at ``first``, each with its share of ``da``. Returns the windows' means of
+    Over all pixels of the windows that begin at ``first``, each with its share of ``da``. ``before`` is what ``dx`` holds of
+    the first of them where that was loaded before the product, not to wait for it here, or None. Returns the windows' means of
     the activation.
     """
     share = 1.0 / (PD * PH * PW)
     for t in tl.static_range(PD * PH * PW):
         source = first + window_step(t, H, W, PH, PW)
-        tile = tl.load(x + at(source, x_stride, c), mask=mask, other=0.0)
+        tile = tl.load(pointers(x, source, x_stride, c, ALIGN), mask=mask, other=0.0)
         z = normalise(tile, mean, scale, shift)
         dz = tl.where(mask & ~(z <= 0), da * share, 0.0)  # where z is NaN too, as in torch
-        target = dx + at(source, dx_stride, c)
+        target = pointers(dx, source, dx_stride, c, ALIGN)
         stored = dz
         if ACCUMULATE:
-            stored = tl.load(target, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * dz
+            if t > 0 or before is None:
+                before = tl.load(target, mask=mask, other=0.0)
+            stored = before.to(tl.float32) + scale[None, :] * dz
         tl.store(target, stored.to(dx.dtype.element_ty), mask=mask)
         centred = dz * (tile.to(tl.float32) - mean[None, :])
         if t == 0:
@@ -75,8 +91,6 @@ def backward_pointwise(
     value_stride,
     x_stride,
     dx_stride,
-    weight_k,
-    weight_c,
     weights_at,
     pixels,
     D,
@@ -89,6 +103,7 @@ def backward_pointwise(
     KH: tl.constexpr,
     KW: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -102,6 +117,8 @@ def backward_pointwise(
     A pixel of the gradient stands for a window of KD by KH by KW pixels of ``x``, single pixels if nothing is pooled.
     """
     dtype = x.dtype.element_ty
+    C, K = C // ALIGN * ALIGN, K // ALIGN * ALIGN
+    length = row_length(C)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     k = tl.arange(0, BLOCK_K)
@@ -110,10 +127,7 @@ def backward_pointwise(
     first_tile = program * tiles_per_program
     tiles = tl.minimum(tiles_per_program, tl.cdiv(pixels, BLOCK_P) - first_tile)
     row = tl.arange(0, BLOCK_P)
-    w = tl.load(
-        weight + (k * weight_k)[:, None] + (c * weight_c)[None, :], mask=in_k[:, None] & in_c[None, :], other=0.0
-    )
-    w = operand(w, dtype, PRECISION)
+    w = tl.load(weight + (k * length)[:, None] + c[None, :], mask=in_k[:, None] & (c < length)[None, :], other=0.0)
     x_mean = tl.load(mean + c, mask=in_c, other=0.0)
     x_scale = tl.load(scale + c, mask=in_c, other=0.0)
     x_shift = tl.load(shift + c, mask=in_c, other=0.0)
@@ -124,25 +138,31 @@ def backward_pointwise(
         valid = p < pixels
         g_mask = valid[:, None] & in_k[None, :]
         g = gradient(
-            tl.load(stored + at(p, stored_stride, k), mask=g_mask, other=0.0),
-            tl.load(value + at(p, value_stride, k), mask=g_mask, other=0.0),
+            tl.load(pointers(stored, p, stored_stride, k, ALIGN), mask=g_mask, other=0.0),
+            tl.load(pointers(value, p, value_stride, k, ALIGN), mask=g_mask, other=0.0),
             tl.load(g_scale + k, mask=in_k, other=0.0),
             tl.load(g_slope + k, mask=in_k, other=0.0),
             tl.load(g_mean + k, mask=in_k, other=0.0),
             tl.load(g_offset + k, mask=in_k, other=0.0),
         )
         g = operand(tl.where(valid[:, None], g, 0.0), dtype, PRECISION)
+        source = window_start(p, D, H, W, KD, KH, KW)
+        mask = valid[:, None] & in_c[None, :]
+        before = None
+        if ACCUMULATE:
+            before = tl.load(pointers(dx, source, dx_stride, c, ALIGN), mask=mask, other=0.0)
         da = tl.dot(g, w, input_precision=PRECISION)
         a = _store_dz(
             da,
+            before,
             x,
             x_stride,
             dx,
             dx_stride,
             partials + (first_tile + i).to(tl.int64) * 2 * C,
-            window_start(p, D, H, W, KD, KH, KW),
+            source,
             c,
-            valid[:, None] & in_c[None, :],
+            mask,
             x_mean,
             x_scale,
             x_shift,
@@ -153,6 +173,7 @@ def backward_pointwise(
             KH,
             KW,
             ACCUMULATE,
+            ALIGN,
         )
         if WEIGHT:
             dw = tl.dot(tl.trans(g), operand(a, dtype, PRECISION), dw, input_precision=PRECISION)
@@ -180,11 +201,6 @@ def backward_data(
     value_stride,
     x_stride,
     dx_stride,
-    weight_k,
-    weight_c,
-    weight_d,
-    weight_h,
-    weight_w,
     pixels,
     D,
     H,
@@ -196,6 +212,7 @@ def backward_data(
     KW: tl.constexpr,
     POOL: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -208,6 +225,8 @@ def backward_data(
     """
     TAPS: tl.constexpr = 1 if POOL else KD * KH * KW
     dtype = x.dtype.element_ty
+    C, K = C // ALIGN * ALIGN, K // ALIGN * ALIGN
+    length = row_length(C)
     c_tiles = tl.cdiv(C, BLOCK_C)
     row = tl.program_id(0) // c_tiles
     c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -221,21 +240,19 @@ def backward_data(
         tap = step % TAPS
         inside = valid
         source = p.to(tl.int64)
-        w_at = weight
         if TAPS > 1:
             dd = tap // (KH * KW) - KD // 2
             hh = tap // KW % KH - KH // 2
             ww = tap % KW - KW // 2
             source -= (dd * H + hh) * W + ww
-            w_at += (dd + KD // 2) * weight_d + (hh + KH // 2) * weight_h + (ww + KW // 2) * weight_w
             inside = inside & (depth - dd >= 0) & (depth - dd < D) & (height - hh >= 0) & (height - hh < H)
             inside = inside & (width - ww >= 0) & (width - ww < W)
         k = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
         in_k = k < K
         g_mask = inside[:, None] & in_k[None, :]
         g = gradient(
-            tl.load(stored + at(source, stored_stride, k), mask=g_mask, other=0.0),
-            tl.load(value + at(source, value_stride, k), mask=g_mask, other=0.0),
+            tl.load(pointers(stored, source, stored_stride, k, ALIGN), mask=g_mask, other=0.0),
+            tl.load(pointers(value, source, value_stride, k, ALIGN), mask=g_mask, other=0.0),
             tl.load(g_scale + k, mask=in_k, other=0.0),
             tl.load(g_slope + k, mask=in_k, other=0.0),
             tl.load(g_mean + k, mask=in_k, other=0.0),
@@ -243,13 +260,14 @@ def backward_data(
         )
         g = operand(tl.where(inside[:, None], g, 0.0), dtype, PRECISION)
         w = tl.load(
-            w_at + (k * weight_k)[:, None] + (c * weight_c)[None, :],
-            mask=in_k[:, None] & in_c[None, :],
+            weight + ((tap * K + k) * length)[:, None] + c[None, :],
+            mask=in_k[:, None] & (c < length)[None, :],
             other=0.0,
         )
-        da = tl.dot(g, operand(w, dtype, PRECISION), da, input_precision=PRECISION)
+        da = tl.dot(g, w, da, input_precision=PRECISION)
     _store_dz(
         da,
+        None,
         x,
         x_stride,
         dx,
@@ -268,6 +286,7 @@ def backward_data(
         KH if POOL else 1,
         KW if POOL else 1,
         ACCUMULATE,
+        ALIGN,
     )
 
 
@@ -300,6 +319,7 @@ def backward_weight(
     KW: tl.constexpr,
     POOL: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -312,6 +332,7 @@ def backward_weight(
     """
     TAPS: tl.constexpr = 1 if POOL else KD * KH * KW
     dtype = x.dtype.element_ty
+    C, K = C // ALIGN * ALIGN, K // ALIGN * ALIGN
     n = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_n = n < TAPS * K
     tap = n // K
@@ -341,8 +362,8 @@ def backward_weight(
             width = width[:, None] - ww[None, :]
             g_mask = g_mask & (depth >= 0) & (depth < D) & (height >= 0) & (height < H) & (width >= 0) & (width < W)
         g = gradient(
-            tl.load(stored + at(p, stored_stride, k - tap_pixels * stored_stride), mask=g_mask, other=0.0),
-            tl.load(value + at(p, value_stride, k - tap_pixels * value_stride), mask=g_mask, other=0.0),
+            tl.load(pointers(stored, p, stored_stride, k - tap_pixels * stored_stride, ALIGN), mask=g_mask, other=0.0),
+            tl.load(pointers(value, p, value_stride, k - tap_pixels * value_stride, ALIGN), mask=g_mask, other=0.0),
             tl.load(g_scale + k, mask=in_n, other=0.0),
             tl.load(g_slope + k, mask=in_n, other=0.0),
             tl.load(g_mean + k, mask=in_n, other=0.0),
@@ -363,6 +384,7 @@ def backward_weight(
             KD if POOL else 1,
             KH if POOL else 1,
             KW if POOL else 1,
+            ALIGN,
         )
         dw = tl.dot(tl.trans(g), operand(a, dtype, PRECISION), dw, input_precision=PRECISION)
     target = partials + weights_at + program.to(tl.int64) * TAPS * K * C

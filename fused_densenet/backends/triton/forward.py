@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .operands import at, normalise, operand, pooled_activation, position, relu, tile_moments, window_start
+from .operands import normalise, operand, pointers, pooled_activation, position, relu, tile_moments, window_start
+from .packing import row_length
 
 
 @triton.jit(do_not_specialize=["pixels", "D", "H", "W"])
@@ -17,11 +18,6 @@ def norm_relu_conv(
     moments,
     x_stride,
     out_stride,
-    weight_k,
-    weight_c,
-    weight_d,
-    weight_h,
-    weight_w,
     pixels,
     D,
     H,
@@ -33,12 +29,13 @@ def norm_relu_conv(
     KW: tl.constexpr,
     POOL: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     MOMENTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``out[p, k] = sum over taps and c of relu(norm(x[p + tap, c])) * weight[k, c, tap]``.
+    """``out[p, k] = sum over taps and c of relu(norm(x[p + tap, c])) * weight[k, c, tap]``, the weight packed.
 
     A program computes a tile of BLOCK_P pixels by BLOCK_K channels, and leaves its mean and M2 in ``moments``
     (tiles of pixels, 2, K). Where POOL, the pixels of ``out`` are windows of KD by KH by KW pixels of ``x``, and the
@@ -46,6 +43,8 @@ def norm_relu_conv(
     """
     TAPS: tl.constexpr = 1 if POOL else KD * KH * KW
     dtype = x.dtype.element_ty
+    C, K = C // ALIGN * ALIGN, K // ALIGN * ALIGN
+    length = row_length(C)
     k_tiles = tl.cdiv(K, BLOCK_K)
     tile = tl.program_id(0) // k_tiles
     k = tl.program_id(0) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -65,7 +64,7 @@ def norm_relu_conv(
         x_shift = tl.load(shift + c, mask=in_c, other=0.0)
         if POOL:
             mask = valid[:, None] & in_c[None, :]
-            a = pooled_activation(x, x_stride, first, c, mask, x_mean, x_scale, x_shift, H, W, KD, KH, KW)
+            a = pooled_activation(x, x_stride, first, c, mask, x_mean, x_scale, x_shift, H, W, KD, KH, KW, ALIGN)
             w_at = weight
         else:
             tap = step % TAPS
@@ -77,22 +76,18 @@ def norm_relu_conv(
                 inside = inside & (depth + dd >= 0) & (depth + dd < D) & (height + hh >= 0) & (height + hh < H)
                 inside = inside & (width + ww >= 0) & (width + ww < W)
             source = p.to(tl.int64) + ((dd * H + hh) * W + ww)
-            values = tl.load(x + at(source, x_stride, c), mask=inside[:, None] & in_c[None, :], other=0.0)
+            values = tl.load(pointers(x, source, x_stride, c, ALIGN), mask=inside[:, None] & in_c[None, :], other=0.0)
             a = relu(normalise(values, x_mean, x_scale, x_shift))
             if TAPS > 1:
                 a = tl.where(inside[:, None], a, 0.0)
-            w_at = weight + ((dd + KD // 2) * weight_d + (hh + KH // 2) * weight_h + (ww + KW // 2) * weight_w)
-        w = tl.load(
-            w_at + (c * weight_c)[:, None] + (k * weight_k)[None, :],
-            mask=in_c[:, None] & in_k[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(operand(a, dtype, PRECISION), operand(w, dtype, PRECISION), acc, input_precision=PRECISION)
+            w_at = weight + tap * K * length
+        w = tl.load(w_at + c[:, None] + (k * length)[None, :], mask=(c < length)[:, None] & in_k[None, :], other=0.0)
+        acc = tl.dot(operand(a, dtype, PRECISION), w, acc, input_precision=PRECISION)
     stored = acc.to(out.dtype.element_ty)
-    tl.store(out + at(p, out_stride, k), stored, mask=valid[:, None] & in_k[None, :])
+    tl.store(pointers(out, p, out_stride, k, ALIGN), stored, mask=valid[:, None] & in_k[None, :])
     if MOMENTS:
         n = tl.minimum(pixels - tile * BLOCK_P, BLOCK_P).to(tl.float32)
         tile_mean, tile_m2 = tile_moments(stored.to(tl.float32), valid, n)
-        row = moments + tile.to(tl.int64) * 2 * K
-        tl.store(row + k, tile_mean, mask=in_k)
-        tl.store(row + K + k, tile_m2, mask=in_k)
+        target = moments + tile.to(tl.int64) * 2 * K
+        tl.store(target + k, tile_mean, mask=in_k)
+        tl.store(target + K + k, tile_m2, mask=in_k)

@@ -45,6 +45,16 @@ def at(pixels, stride, channels):
 
 
 @triton.jit
+def pointers(base, pixels, stride, channels, ALIGN: tl.constexpr):
+    """Addresses of a tile of pixels by channels, of which a thread may take ALIGN channels at once.
+
+    ALIGN divides ``base``, ``stride`` and the number of channels, which triton knows by itself only of multiples of 16.
+    """
+    size: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(base + at(pixels, stride, channels), [1, ALIGN * size])
+
+
+@triton.jit
 def position(pixels, D, H, W):
     """Depth, row and column of pixels counted through (N, D, H, W)."""
     rows = pixels // W
@@ -72,20 +82,33 @@ def window_step(t, H, W, PH: tl.constexpr, PW: tl.constexpr):
 
 @triton.jit
 def pooled_activation(
-    x, x_stride, first, c, mask, mean, scale, shift, H, W, PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
+    x,
+    x_stride,
+    first,
+    c,
+    mask,
+    mean,
+    scale,
+    shift,
+    H,
+    W,
+    PD: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Means of relu(norm(x)) over windows that begin at ``first``."""
-    a = relu(normalise(tl.load(x + at(first, x_stride, c), mask=mask, other=0.0), mean, scale, shift))
+    a = relu(normalise(tl.load(pointers(x, first, x_stride, c, ALIGN), mask=mask, other=0.0), mean, scale, shift))
     for t in tl.static_range(1, PD * PH * PW):
-        values = tl.load(x + at(first + window_step(t, H, W, PH, PW), x_stride, c), mask=mask, other=0.0)
+        source = first + window_step(t, H, W, PH, PW)
+        values = tl.load(pointers(x, source, x_stride, c, ALIGN), mask=mask, other=0.0)
         a += relu(normalise(values, mean, scale, shift))
     return a * (1.0 / (PD * PH * PW))
 
 
 @triton.jit
 def tile_moments(values, valid, n):
-    """Mean and M2 per column over the ``n`` valid rows: a corrected two-pass, no difference of large squares."""
-    first = tl.sum(tl.where(valid[:, None], values, 0.0), 0) / n
-    centred = tl.where(valid[:, None], values - first[None, :], 0.0)
-    drift = tl.sum(centred, 0) / n
-    return first + drift, tl.sum(centred * centred, 0) - n * drift * drift
+    """Mean and M2 per column over the ``n`` valid rows: two passes, no difference of large squares."""
+    mean = tl.sum(tl.where(valid[:, None], values, 0.0), 0) / n
+    centred = tl.where(valid[:, None], values - mean[None, :], 0.0)
+    return mean, tl.sum(centred * centred, 0)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import backward, forward, merging, placement, pooling, tuning
+from . import backward, forward, merging, packing, placement, pooling, tuning
 from .launch import Launch, kernels
 from .tiles_on_disk import Tile
 from .tuning import ShapeClass
@@ -28,6 +28,7 @@ class Problem(NamedTuple):
     Attributes:
         x, out, weight: shapes; ``out`` is the gradient's in backward, and says whether to pool.
         arithmetic: as in :class:`tuning.ShapeClass`.
+        address: the low four bits that any address of ``x``, ``out`` and, in backward, ``value`` and ``dx`` has.
     """
 
     x: Size
@@ -39,6 +40,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     weight_dtype: torch.dtype
     arithmetic: str
+    address: int
     device: torch.device
 
     @property
@@ -67,15 +69,33 @@ class Problem(NamedTuple):
         return ShapeClass(kernel, self.arithmetic, power(rows), self.taps, power(c), pixels, self.pool)
 
     def tile(self, kernel: str) -> Tile:
-        return tuning.tile(self.shape_class(kernel), self.device)
+        return tuning.tile(self.shape_class(kernel), self.device, self.pixels)
 
-    def constants(self) -> dict[str, Any]:
+    def constants(self, *pixel_strides: int) -> dict[str, Any]:
+        """``pixel_strides`` are those of all tensors that the kernel loads and stores."""
         kd, kh, kw = self.window() if self.pool else self.weight[2:]
-        precision = "tf32" if self.arithmetic == "tf32" else "ieee"
-        return {"KD": kd, "KH": kh, "KW": kw, "POOL": self.pool, "PRECISION": precision}
+        size = self.dtype.itemsize
+        divided = [size * number for number in (*pixel_strides, *self.weight[:2])]
+        align = math.gcd(16, self.address, *divided) // size
+        return {"KD": kd, "KH": kh, "KW": kw, "POOL": self.pool, "PRECISION": self.precision, "ALIGN": align}
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.arithmetic == "tf32" else "ieee"
 
     def blocks(self, tile: Tile) -> dict[str, Any]:
         return {"BLOCK_P": tile.p, "BLOCK_C": min(tile.c, power(self.weight[1])), "BLOCK_K": tile.k}
+
+    def pack(self) -> tuple[Launch | None, Size]:
+        """``launch(weight, packed)`` and the shape of ``packed``; None where the weight is packed as it is."""
+        k, c, *kernel = self.weight
+        shape = (self.taps, k, triton.cdiv(c, 16) * 16)
+        as_it_is = self.weight_dtype == self.dtype and self.arithmetic != "tf32" and self.taps == 1
+        if as_it_is and c % 16 == 0 and self.weight_strides[:2] == (c, 1):
+            return None, shape
+        constants = dict(zip(("KD", "KH", "KW"), kernel, strict=True)) | {"PRECISION": self.precision, "BLOCK": 512}
+        grid = (triton.cdiv(math.prod(shape), 512), 1, 1)
+        return Launch(packing.pack, grid, (*self.weight_strides, c, k), 4, 1, **constants), shape
 
 
 @dataclass(slots=True)
@@ -89,8 +109,14 @@ class Place:
 
 @dataclass(slots=True)
 class Forward:
-    """``product(x, *norm, weight, out, moments)``, then ``merge`` as in :class:`Place`."""
+    """``pack(weight, packed)`` unless None, ``product(x, *norm, packed, out, moments)``, ``merge`` as in :class:`Place`.
 
+    Attributes:
+        packed: the shape of the packed weight.
+    """
+
+    pack: Launch | None
+    packed: Size
     product: Launch
     workspace: Size
     merge: Launch
@@ -98,7 +124,7 @@ class Forward:
 
 @dataclass(slots=True)
 class Backward:
-    """``data(*grad, x, *norm, weight, dx, partials)``, ``weight(*grad, x, *norm, partials)`` unless the former does it
+    """``pack`` as in :class:`Forward`, ``data(*grad, x, *norm, packed, dx, partials)``, ``weight(*grad, x, *norm, partials)`` unless the former does it
     or nothing of the kind is wanted, ``add(partials, dweight, sum_dz, sum_dz_centered)``.
 
     Attributes:
@@ -106,6 +132,8 @@ class Backward:
         rest: (dimension, start, length) of the pixels that odd sizes leave without a window, where ``dx`` is zero.
     """
 
+    pack: Launch | None
+    packed: Size
     data: Launch
     weight: Launch | None
     add: Launch
@@ -170,17 +198,18 @@ def norm_relu_conv(problem: Problem, moments: bool, tile: Tile | None = None) ->
     tile = tile or problem.tile("norm_relu_conv")
     k = problem.weight[0]
     rows = triton.cdiv(problem.pixels, tile.p)
+    strides = _x_stride(problem), pixel_stride(problem.out, problem.out_strides)
     product = Launch(
         forward.norm_relu_conv,
         (triton.cdiv(k, tile.k) * rows, 1, 1),
-        (_x_stride(problem), pixel_stride(problem.out, problem.out_strides), *problem.weight_strides, *problem.sizes()),
+        (*strides, *problem.sizes()),
         tile.warps,
         tile.stages,
-        **problem.constants(),
+        **problem.constants(*strides),
         MOMENTS=moments,
         **problem.blocks(tile),
     )
-    return Forward(product, (rows, 2, k), _merge(rows, rows, tile.p, problem.pixels, k))
+    return Forward(*problem.pack(), product, (rows, 2, k), _merge(rows, rows, tile.p, problem.pixels, k))
 
 
 def has_pointwise(problem: Problem) -> bool:
@@ -216,21 +245,23 @@ def norm_relu_conv_backward(
     weights_at = triton.cdiv(rows * 2 * c, 16) * 16
     weight, splits = None, 0
     if has_pointwise(problem):
-        constants = {**problem.constants(), "ACCUMULATE": accumulate, "WEIGHT": dweight is not None}
+        constants = {**problem.constants(*strides), "ACCUMULATE": accumulate, "WEIGHT": dweight is not None}
         del constants["POOL"]
         share, splits = _split(problem.pixels, tile.p, 2 * tuning.multiprocessors(problem.device) // c_tiles)
-        numbers: Size = (*strides, *problem.weight_strides[:2], weights_at, *problem.sizes(), share)
+        numbers: Size = (*strides, weights_at, *problem.sizes(), share)
         grid = (c_tiles, splits, 1)
     else:
-        constants = {**problem.constants(), "ACCUMULATE": accumulate}
-        numbers, grid = (*strides, *problem.weight_strides, *problem.sizes()), (c_tiles * rows, 1, 1)
+        constants = {**problem.constants(*strides), "ACCUMULATE": accumulate}
+        numbers, grid = (*strides, *problem.sizes()), (c_tiles * rows, 1, 1)
         if dweight is not None:
             weight_tile = chosen.get("backward_weight") or problem.tile("backward_weight")
             weight, splits = _backward_weight(problem, strides[:3], weights_at, weight_tile)
     function = getattr(backward, name)
     data = Launch(function, grid, numbers, tile.warps, tile.stages, **constants, **problem.blocks(tile))
     add = _add(weights_at, values, splits, rows, c, k, dweight or (0,) * 5, problem.weight[3:])
-    return Backward(data, weight, add, (weights_at + splits * values,), _rest(problem) if not accumulate else [])
+    return Backward(
+        *problem.pack(), data, weight, add, (weights_at + splits * values,), _rest(problem) if not accumulate else []
+    )
 
 
 def _backward_weight(problem: Problem, strides: Size, weights_at: int, tile: Tile) -> tuple[Launch, int]:
@@ -245,7 +276,7 @@ def _backward_weight(problem: Problem, strides: Size, weights_at: int, tile: Til
         (*strides, weights_at, *problem.sizes(), share),
         tile.warps,
         tile.stages,
-        **problem.constants(),
+        **problem.constants(*strides),
         **blocks,
     )
     return launch, splits

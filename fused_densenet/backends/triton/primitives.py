@@ -11,7 +11,7 @@ from torch import Tensor
 from ..affine import Affine, Loaded, affine, loaded, settle
 from ..contract import Gradient, Norm, Owed, uses_tf32
 from . import plans, tuning
-from .plans import Problem
+from .plans import Backward, Forward, Problem
 from .tiles_on_disk import Tile
 
 
@@ -49,16 +49,17 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
 def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
     if not out.numel():
         return
-    problem = _problem(x, out, weight)
+    problem = _problem(x, out, weight, x.data_ptr() | out.data_ptr())
     vectors = affine(norm)
     if tuning.AUTOTUNE:
         _tune_forward(problem, x, vectors, weight, out, mean)
     plan = plans.norm_relu_conv(problem, mean is not None)
+    packed = _packed(plan, weight, x)
     if mean is None:
-        plan.product(x, *vectors, weight, out, None)
+        plan.product(x, *vectors, packed, out, None)
     else:
         moments = _workspace(plan.workspace, x)
-        plan.product(x, *vectors, weight, out, moments)
+        plan.product(x, *vectors, packed, out, moments)
         plan.merge(moments, mean, var)
 
 
@@ -81,16 +82,17 @@ def norm_relu_conv_backward(
                 result.zero_()
         settle(sums, x, norm, dx, accumulate, owed)
         return
-    problem = _problem(x, stored, weight)
+    address = x.data_ptr() | stored.data_ptr() | terms.value.data_ptr() | dx.data_ptr()
+    problem = _problem(x, stored, weight, address)
     vectors = affine(norm)
     strides = terms.value.stride(), dx.stride(), accumulate, None if dweight is None else dweight.stride()
     if tuning.AUTOTUNE:
         _tune_backward(problem, strides, terms, x, vectors, weight, dx)
     plan = plans.norm_relu_conv_backward(problem, *strides)
-    partials = _workspace(plan.workspace, x)
+    packed, partials = _packed(plan, weight, x), _workspace(plan.workspace, x)
     for rest in plan.rest:
         dx.narrow(*rest).zero_()
-    plan.data(*terms, x, *vectors, weight, dx, partials)
+    plan.data(*terms, x, *vectors, packed, dx, partials)
     if plan.weight is not None:
         plan.weight(*terms, x, *vectors, partials)
     plan.add(partials, dweight, sums[0], sums[1])
@@ -119,7 +121,7 @@ def norm_relu_pool_backward(
     plan.add(partials, None, sum_dz, sum_dz_centered)
 
 
-def _problem(x: Tensor, out: Tensor, weight: Tensor) -> Problem:
+def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int) -> Problem:
     dtype = x.dtype
     arithmetic = "half" if dtype is not torch.float32 else "tf32" if uses_tf32(x) else "ieee"
     return Problem(
@@ -132,8 +134,17 @@ def _problem(x: Tensor, out: Tensor, weight: Tensor) -> Problem:
         dtype,
         weight.dtype,
         arithmetic,
+        address & 15,
         x.device,
     )
+
+
+def _packed(plan: Forward | Backward, weight: Tensor, x: Tensor) -> Tensor:
+    if plan.pack is None:
+        return weight
+    packed = torch.empty(plan.packed, dtype=x.dtype, device=x.device)
+    plan.pack(weight, packed)
+    return packed
 
 
 def _workspace(size: tuple[int, ...], like: Tensor) -> Tensor:
@@ -143,7 +154,8 @@ def _workspace(size: tuple[int, ...], like: Tensor) -> Tensor:
 def _tune_forward(problem: Problem, x: Tensor, norm: Affine, weight: Tensor, out: Tensor, mean: Tensor | None) -> None:
     def run(tile: Tile) -> None:
         plan = plans.norm_relu_conv(problem, mean is not None, tile)
-        plan.product(x, *norm, weight, out, None if mean is None else _workspace(plan.workspace, x))
+        moments = None if mean is None else _workspace(plan.workspace, x)
+        plan.product(x, *norm, _packed(plan, weight, x), out, moments)
 
     if tuning.tune(problem.shape_class("norm_relu_conv"), problem.device, run):
         plans.forget()
@@ -161,7 +173,7 @@ def _tune_backward(
         plan = plans.norm_relu_conv_backward(problem, *strides, ((kernel, tile),))
         partials = _workspace(plan.workspace, x)
         if kernel != "backward_weight":
-            plan.data(*grad, x, *norm, weight, copy[0], partials)
+            plan.data(*grad, x, *norm, _packed(plan, weight, x), copy[0], partials)
         elif plan.weight is not None:
             plan.weight(*grad, x, *norm, partials)
 

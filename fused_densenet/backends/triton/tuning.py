@@ -51,7 +51,7 @@ _TILES: dict[tuple[str, str], Choices] = {
         16: [Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 4, 3)],
         32: [Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 4, 3)],
         64: [Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 2)],
-        128: [Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 8, 3)],
+        128: [Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3)],
         256: [Tile(64, 32, 256, 8, 3), Tile(64, 32, 256, 8, 2)],
     },
     ("norm_relu_conv", "tf32"): {
@@ -88,6 +88,13 @@ _TILES: dict[tuple[str, str], Choices] = {
     ("backward_weight pooled", "tf32"): {256: [Tile(32, 32, 64, 8, 1)]},
     ("backward_weight pooled", "ieee"): {256: [Tile(32, 32, 32, 4, 1)]},
 }
+
+_SMALL: dict[tuple[str, str], list[Tile]] = {
+    ("norm_relu_conv", "half"): [Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3)],
+    ("norm_relu_conv", "tf32"): [Tile(32, 32, 64, 4, 3)],
+    ("backward_data", "half"): [Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)],
+}
+"""Further candidates of every family, for so few pixels that the others leave multiprocessors without a program."""
 
 _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
     "sm_80": {
@@ -144,27 +151,39 @@ def candidates(shape: ShapeClass, family: str) -> list[Tile]:
     key = (shape.kernel + " pooled" * shape.pool, shape.arithmetic)
     choices = _TILES[key] | _TILES_OF.get(family, {}).get(key, {})
     k = min(shape.k, max(choices))
-    tiles = next(choices[most] for most in sorted(choices) if k <= most)
-    return [tile._replace(k=min(k, tile.k)) for tile in tiles]
+    tiles = next(choices[most] for most in sorted(choices) if k <= most) + _SMALL.get(key, [])
+    return list(dict.fromkeys(tile._replace(k=min(k, tile.k)) for tile in tiles))
 
 
 _chosen: dict[tuple[ShapeClass, torch.device], Tile] = {}
 
 
-def tile(shape: ShapeClass, device: torch.device) -> Tile:
-    """The tile in use for a shape class on a device."""
-    return _chosen.get((shape, device)) or candidates(shape, family(device))[0]
+def tile(shape: ShapeClass, device: torch.device, pixels: int) -> Tile:
+    """The tile in use for a shape class on a device: what tuning found, or the first that gives every multiprocessor a
+    program where the output has so many pixels, or the one with the most programs."""
+    found = _chosen.get((shape, device))
+    if found is not None:
+        return found
+    choices = candidates(shape, family(device))
+    if shape.kernel not in ("norm_relu_conv", "backward_data"):  # the others divide the pixels by the multiprocessors
+        return choices[0]
+
+    def programs(choice: Tile) -> int:
+        columns = -(-shape.k // choice.k) if shape.kernel == "norm_relu_conv" else -(-shape.c // choice.c)
+        return -(-pixels // choice.p) * columns
+
+    filling = [choice for choice in choices if programs(choice) >= multiprocessors(device)]
+    return filling[0] if filling else max(choices, key=programs)
 
 
 def tune(shape: ShapeClass, device: torch.device, run: Callable[[Tile], None]) -> bool:
-    """Times ``run`` with every candidate and keeps the fastest, for this process and on disk; whether the tile changed.
+    """Times ``run`` with every candidate and keeps the fastest, for this process and on disk; whether it did.
 
     Does nothing where that is done, here or by an earlier process, and while a CUDA graph is captured. A candidate that
     does not fit a GPU's shared memory or registers is left out.
     """
     if (shape, device) in _chosen or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return False
-    before = tile(shape, device)
     choices = candidates(shape, family(device))
     file = tiles_on_disk.file(device)
     found = tiles_on_disk.read(file).get(str(shape))
@@ -172,7 +191,7 @@ def tune(shape: ShapeClass, device: torch.device, run: Callable[[Tile], None]) -
         found = min(choices, key=lambda choice: _fastest(functools.partial(run, choice), device))
         tiles_on_disk.write(file, str(shape), found)
     _chosen[shape, device] = found
-    return found != before
+    return True
 
 
 def _fastest(run: Callable[[], None], device: torch.device) -> float:

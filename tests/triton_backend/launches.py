@@ -58,7 +58,7 @@ def tile_in_use(family: str, tile: Tile | None) -> Iterator[None]:
 
 
 def arithmetics(family: str) -> tuple[str, ...]:
-    return ("half", "ieee") if family == "gfx942" else ("half", "tf32", "ieee")
+    return ("half", "ieee") if family.startswith("gfx") else ("half", "tf32", "ieee")
 
 
 class Variant(NamedTuple):
@@ -68,11 +68,10 @@ class Variant(NamedTuple):
     accumulate: bool | None = None
     dweight: bool = True
     moments: bool = True
-    narrow: bool = False
     pool: bool = False
 
     def __str__(self) -> str:
-        words = {"unaligned": not self.aligned, "narrow weights": self.narrow, "pooled": self.pool}
+        words = {"unaligned": not self.aligned, "pooled": self.pool}
         words |= {"no moments": not self.moments, "no dweight": not self.dweight}
         words |= {"stored": self.accumulate is False, "accumulated": self.accumulate is True}
         return " ".join(word for word, there in words.items() if there)
@@ -80,45 +79,48 @@ class Variant(NamedTuple):
 
 ALIGNED, UNALIGNED = Variant(), Variant(aligned=False)
 VARIANTS: dict[tuple[str, int], list[Variant]] = {
-    ("norm_relu_conv", 32): [Variant(moments=False), Variant(narrow=True)],
-    ("norm_relu_conv", 128): [Variant(moments=False), Variant(narrow=True), Variant(pool=True)],
-    ("norm_relu_conv", 256): [Variant(pool=True), Variant(narrow=True, pool=True)],
+    ("norm_relu_conv", 32): [Variant(moments=False)],
+    ("norm_relu_conv", 128): [Variant(moments=False), Variant(pool=True)],
+    ("norm_relu_conv", 256): [Variant(pool=True)],
     ("backward_pointwise", 128): [
         Variant(accumulate=False),
         Variant(dweight=False),
-        Variant(narrow=True),
         Variant(pool=True, accumulate=False),
     ],
     ("backward_pointwise", 256): [Variant(pool=True, accumulate=False)],
-    ("backward_data", 32): [Variant(accumulate=True), Variant(narrow=True)],
+    ("backward_data", 32): [Variant(accumulate=True)],
     ("backward_data", 256): [Variant(pool=True, accumulate=False)],
     ("backward_weight", 128): [Variant(pool=True)],
 }
 """By kernel and output channels (tap rows of ``backward_weight``), for fixed choices; float32 data only pooled."""
 
 
-def every_launch(family: str) -> list[Recorded]:
-    """Without repetition. Tensors are 16-byte aligned, as in networks with k a multiple of 8, and in a second round,
-    for fixed choices, not aligned, as with k = 12."""
+def every_launch(family: str, fixed: bool = False) -> list[Recorded]:
+    """Without repetition: tensors aligned as in networks with k a multiple of 8, and for fixed choices as with k = 12.
+
+    Where ``fixed``, fixed choices and aligned tensors alone, and of TF32 the bottleneck's.
+    """
     found: dict[tuple[Any, ...], Recorded] = {}
     for arithmetic in arithmetics(family):
         for function in MATRIX_KERNELS:
             if (function, arithmetic) == ("backward_pointwise", "ieee"):
                 continue
-            for k in KS:
+            for k in KS if not fixed or arithmetic == "half" else {"tf32": (128,)}.get(arithmetic, ()):
                 if function == "backward_weight" and k not in (64, 128):
                     continue
                 more = [UNALIGNED] * (k in UNALIGNED_KS[function]) + VARIANTS.get((function, k), [])
-                variants = [ALIGNED, *(v for v in more if arithmetic == "half" or (v.pool and not v.narrow))]
+                variants = [ALIGNED, *(v for v in more if arithmetic == "half" or v.pool)]
+                if fixed:
+                    variants = [v for v in variants if v.aligned and (v == ALIGNED or v.pool)]
                 for variant in variants:
-                    for recorded in _of_class(family, function, arithmetic, k, variant):
+                    for recorded in _of_class(family, function, arithmetic, k, variant, fixed):
                         it = recorded.launch
                         key = (it.function, *it.constants.items(), *it.options.items(), variant.aligned)
-                        found.setdefault((*key, DTYPES[arithmetic], variant.narrow), recorded)
+                        found.setdefault((*key, DTYPES[arithmetic]), recorded)
     return list(found.values())
 
 
-def _of_class(family: str, function: str, arithmetic: str, k: int, variant: Variant) -> Iterator[Recorded]:
+def _of_class(family: str, function: str, arithmetic: str, k: int, variant: Variant, fixed: bool) -> Iterator[Recorded]:
     taps = 1 if function == "backward_pointwise" or (function == "norm_relu_conv" and k > 64) or variant.pool else 9
     outputs = (k if variant.aligned else k - 4) if function != "backward_weight" else (32 if variant.aligned else 12)
     if variant.pool and function in ("backward_data", "backward_weight"):
@@ -127,7 +129,7 @@ def _of_class(family: str, function: str, arithmetic: str, k: int, variant: Vari
     name = f"{function} {arithmetic} k{k} {variant}".rstrip()
     step = variant._replace(accumulate=taps == 1) if variant.accumulate is None else variant
     shape = ShapeClass(function, arithmetic, plans.power(k), taps, 128, 256, variant.pool)
-    for tile in tuning.candidates(shape, family)[: None if variant == ALIGNED or variant.pool else 1]:
+    for tile in tuning.candidates(shape, family)[: None if (variant == ALIGNED or variant.pool) and not fixed else 1]:
         with tile_in_use(family, tile):
             for it, arguments in _step(weight, arithmetic, step):
                 kernel = it.function.__name__
@@ -146,7 +148,7 @@ def _step(weight_shape: tuple[int, ...], arithmetic: str, variant: Variant) -> l
     outputs, stored = torch.empty(2, *half, stride, dtype=dtype)[..., c : c + k]
     x, dx = buffer[..., offset : offset + c], gradients[..., offset : offset + c]
     norm = Norm(*torch.empty(3, c))
-    weight = torch.empty(weight_shape, dtype=dtype if variant.narrow else torch.float32)
+    weight = torch.empty(weight_shape)
     moments = torch.empty(2, k) if variant.moments else (None, None)
     grad = Gradient(stored, outputs, *torch.empty(4, k))
     dweight = torch.empty_like(weight) if variant.dweight else None

@@ -18,16 +18,41 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+FAMILIES = {
+    "sm_80": ["sm_80", "sm_86", "sm_89"],
+    "sm_90": ["sm_90"],
+    "sm_100": ["sm_100", "sm_103"],
+    "sm_120": ["sm_120"],
+    "gfx942": ["gfx942", "gfx90a", "gfx950"],
+    "gfx1100": ["gfx1100", "gfx1201"],
 }
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-"""Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities; CDNA3 ISA."""
+"""The GPUs that share the choices of tiles, by the one that names them."""
 
-_MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+def _target(name: str) -> GPUTarget:
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+TARGETS = {name: _target(name) for names in FAMILIES.values() for name in names}
+SHARED_LIMIT = {
+    "sm_80": 101376,  # 166912 were it not for 8.6 and 8.9, which share the choices
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_103": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx90a": 65536,
+    "gfx950": 163840,
+    "gfx1100": 65536,
+    "gfx1201": 65536,
+}
+"""Bytes of shared memory of a block: CUDA C++ Programming Guide, table of compute capabilities; AMD's ISA documents."""
+
+_MATRIX_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma", 103: "tcgen05.mma"}
 
 
 class _Driver:
@@ -108,9 +133,9 @@ def resources(compiled: Any) -> Resources:
             file.flush()
             usage = _tool("cuobjdump", "-res-usage", file.name)
         registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
-        code, instruction = compiled.asm["ptx"], _MATRIX_INSTRUCTION[target.arch]
+        code, instruction = compiled.asm["ptx"], _MATRIX_INSTRUCTION.get(target.arch, "mma.sync")
     else:
-        code, instruction = compiled.asm["amdgcn"], "v_mfma"
+        code, instruction = compiled.asm["amdgcn"], "v_mfma" if target.arch.startswith("gfx9") else "v_wmma"
         registers, stack = (
             _number(r"\.vgpr_count:\s+(\d+)", code),
             _number(r"\.private_segment_fixed_size:\s+(\d+)", code),

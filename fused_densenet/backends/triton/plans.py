@@ -214,7 +214,9 @@ def norm_relu_conv(problem: Problem, moments: bool, tile: Tile | None = None) ->
 
 def has_pointwise(problem: Problem) -> bool:
     """Whether one kernel does the whole backward of the convolution."""
-    return problem.taps == 1 and problem.weight[0] <= 256 and problem.arithmetic != "ieee"
+    family = tuning.family(problem.device)
+    widest = tuning.widest("backward_pointwise", problem.arithmetic, problem.pool, family)
+    return problem.taps == 1 and problem.weight[0] <= widest
 
 
 def kernels_of_backward(problem: Problem, weight_needed: bool) -> list[str]:

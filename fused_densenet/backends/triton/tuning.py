@@ -44,7 +44,7 @@ class ShapeClass(NamedTuple):
 
 
 Choices = dict[int, list[Tile]]
-"""By the most output channels that they serve; the first is the fixed choice."""
+"""By the most output channels that they serve; the first is the fixed choice, none a kernel that would not fit."""
 
 _TILES: dict[tuple[str, str], Choices] = {
     ("norm_relu_conv", "half"): {
@@ -90,7 +90,7 @@ _TILES: dict[tuple[str, str], Choices] = {
 }
 
 _SMALL: dict[tuple[str, str], list[Tile]] = {
-    ("norm_relu_conv", "half"): [Tile(64, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3)],
+    ("norm_relu_conv", "half"): [Tile(64, 64, 64, 8, 3), Tile(32, 32, 64, 4, 3)],
     ("norm_relu_conv", "tf32"): [Tile(32, 32, 64, 4, 3)],
     ("backward_data", "half"): [Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)],
 }
@@ -128,6 +128,43 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(32, 32, 256, 8, 1)]},
         ("backward_pointwise pooled", "tf32"): {128: [Tile(16, 32, 128, 4, 1)]},
     },
+    "sm_120": {
+        ("norm_relu_conv", "half"): {
+            64: [Tile(64, 64, 64, 8, 3)],
+            128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
+        },
+        ("backward_pointwise", "half"): {
+            64: [Tile(64, 32, 64, 8, 2)],
+            128: [Tile(64, 32, 128, 8, 2)],
+            256: [Tile(32, 32, 256, 8, 2)],
+        },
+        ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
+        ("backward_weight", "tf32"): {256: [Tile(32, 32, 64, 8, 1)]},
+    },
+    "gfx1100": {
+        ("norm_relu_conv", "half"): {
+            16: [Tile(64, 32, 16, 4, 1)],
+            32: [Tile(64, 32, 32, 8, 1)],
+            64: [Tile(64, 32, 64, 8, 1)],
+            128: [Tile(64, 32, 64, 8, 1)],
+            256: [Tile(64, 32, 64, 8, 1)],
+        },
+        ("norm_relu_conv pooled", "half"): {128: [Tile(32, 32, 64, 8, 1)], 256: [Tile(32, 32, 64, 8, 1)]},
+        ("backward_data", "half"): {
+            16: [Tile(64, 64, 16, 8, 1)],
+            32: [Tile(64, 64, 32, 8, 1)],
+            256: [Tile(64, 32, 32, 8, 1)],
+        },
+        ("backward_data pooled", "half"): {256: [Tile(32, 32, 32, 8, 1)]},
+        ("backward_pointwise", "half"): {
+            64: [Tile(32, 32, 64, 8, 1)],
+            128: [Tile(32, 32, 128, 8, 1)],
+            256: [],
+        },
+        ("backward_pointwise pooled", "half"): {128: [Tile(16, 16, 128, 8, 1)], 256: []},
+        ("backward_weight", "half"): {256: [Tile(32, 32, 32, 4, 1)]},
+        ("backward_weight pooled", "half"): {256: [Tile(32, 32, 32, 4, 1)]},
+    },
     "gfx942": {
         ("norm_relu_conv", "half"): {
             32: [Tile(64, 64, 32, 4, 3)],
@@ -149,10 +186,22 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
 def candidates(shape: ShapeClass, family: str) -> list[Tile]:
     """The tiles worth trying on a family of GPUs, the fixed choice first."""
     key = (shape.kernel + " pooled" * shape.pool, shape.arithmetic)
-    choices = _TILES[key] | _TILES_OF.get(family, {}).get(key, {})
+    choices = _choices(key, family)
     k = min(shape.k, max(choices))
-    tiles = next(choices[most] for most in sorted(choices) if k <= most) + _SMALL.get(key, [])
+    tiles = next(choices[most] for most in sorted(choices) if k <= most)
+    if tiles[0].stages > 1:  # one stage is for GPUs whose registers hold no more
+        tiles = tiles + _SMALL.get(key, [])
     return list(dict.fromkeys(tile._replace(k=min(k, tile.k)) for tile in tiles))
+
+
+def widest(kernel: str, arithmetic: str, pool: bool, family: str) -> int:
+    """The most output channels that a kernel serves with one tile on a family of GPUs."""
+    return max(_choices((kernel + " pooled" * pool, arithmetic), family), default=0)
+
+
+def _choices(key: tuple[str, str], family: str) -> Choices:
+    choices = _TILES.get(key, {}) | _TILES_OF.get(family, {}).get(key, {})
+    return {most: tiles for most, tiles in choices.items() if tiles}
 
 
 _chosen: dict[tuple[ShapeClass, torch.device], Tile] = {}
@@ -217,13 +266,15 @@ def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
 def family(device: torch.device) -> str:
     """The GPUs whose choices a device shares, named by the one that the choices are compiled for.
 
-    "sm_80" stands for all with ``mma.sync`` (compute capability 8 and 12) and, until someone tunes them, for Intel's.
+    "sm_80" stands for compute capability 8 and, until someone tunes them, for Intel's; "gfx942" for AMD's data center GPUs,
+    "gfx1100" for its others.
     """
     if device.type != "cuda":
         return "sm_90" if device.type == "cpu" else "sm_80"
+    major = torch.cuda.get_device_capability(device)[0]
     if torch.version.hip is not None:
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+        return "gfx942" if major == 9 else "gfx1100"
+    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_80")
 
 
 @functools.cache

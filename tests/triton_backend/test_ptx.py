@@ -11,6 +11,7 @@ from triton_ptx import executing_ptx
 
 from fused_densenet import FusedDenseBlock, reference
 from fused_densenet.backends import BACKENDS, triton
+from fused_densenet.backends.triton import tuning
 
 CASES = [
     Case(LINE, 36, 48, ONE),
@@ -43,6 +44,14 @@ def test_norm_relu_conv(case: Case, arithmetic: str, target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("case", [POOLED[0], POOLED[2]], ids=str)
 def test_pooled(case: Case, target: str) -> None:
+    run(case, "bfloat16", target)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_tiles_of_few_pixels(case: Case, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU of 132 multiprocessors takes for so small a problem, and shares of pixels between as many programs."""
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
     run(case, "bfloat16", target)
 
 

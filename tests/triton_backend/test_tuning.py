@@ -45,7 +45,26 @@ def test_the_fixed_choice_is_the_default() -> None:
     assert tuning.tile(SHAPE, CPU, PIXELS) == tuning.candidates(SHAPE, "sm_90")[0]
 
 
-@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("capability", "hip", "family"),
+    [
+        ((8, 0), None, "sm_80"),
+        ((8, 9), None, "sm_80"),
+        ((9, 0), None, "sm_90"),
+        ((10, 3), None, "sm_100"),
+        ((12, 0), None, "sm_120"),
+        ((9, 4), "7.0", "gfx942"),
+        ((11, 0), "7.0", "gfx1100"),
+        ((12, 0), "7.0", "gfx1100"),
+    ],
+)
+def test_families(capability: tuple[int, int], hip: str | None, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert tuning.family.__wrapped__(torch.device("cuda", 0)) == family
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize(("kernel", "k", "c"), [("norm_relu_conv", 128, 512), ("backward_data", 32, 128)])
 @pytest.mark.parametrize("side", [56, 28, 14, 7])
 def test_a_batch_of_64_gives_every_multiprocessor_a_program(

@@ -96,16 +96,19 @@ _SMALL: dict[tuple[str, str], list[Tile]] = {
 }
 """Further candidates of every family, for so few pixels that the others leave multiprocessors without a program."""
 
-_TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
-    "sm_80": {
-        ("backward_pointwise", "half"): {
-            64: [Tile(64, 32, 64, 8, 2)],
-            128: [Tile(64, 32, 128, 8, 2)],
-            256: [Tile(32, 32, 256, 8, 2)],
-        },
-        ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
-        ("backward_weight", "tf32"): {256: [Tile(32, 32, 64, 8, 1)]},
+_MMA_SYNC: dict[tuple[str, str], Choices] = {
+    ("backward_pointwise", "half"): {
+        64: [Tile(64, 32, 64, 8, 2)],
+        128: [Tile(64, 32, 128, 8, 2)],
+        256: [Tile(32, 32, 256, 8, 2)],
     },
+    ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
+    ("backward_weight", "tf32"): {256: [Tile(32, 32, 64, 8, 1)]},
+}
+"""Where ``mma.sync`` keeps the sums of both products in registers."""
+
+_TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
+    "sm_80": _MMA_SYNC,
     "sm_90": {
         ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 2)]},
         ("norm_relu_conv pooled", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
@@ -129,17 +132,11 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         ("backward_pointwise pooled", "tf32"): {128: [Tile(16, 32, 128, 4, 1)]},
     },
     "sm_120": {
+        **_MMA_SYNC,
         ("norm_relu_conv", "half"): {
             64: [Tile(64, 64, 64, 8, 3)],
             128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
         },
-        ("backward_pointwise", "half"): {
-            64: [Tile(64, 32, 64, 8, 2)],
-            128: [Tile(64, 32, 128, 8, 2)],
-            256: [Tile(32, 32, 256, 8, 2)],
-        },
-        ("backward_pointwise", "tf32"): {128: [Tile(32, 32, 128, 8, 1)]},
-        ("backward_weight", "tf32"): {256: [Tile(32, 32, 64, 8, 1)]},
     },
     "gfx1100": {
         ("norm_relu_conv", "half"): {

@@ -11,6 +11,7 @@ from triton_ptx import executing_ptx
 
 from fused_densenet import FusedDenseBlock, reference
 from fused_densenet.backends import BACKENDS, triton
+from fused_densenet.backends.contract import Norm
 from fused_densenet.backends.triton import tuning
 
 CASES = [
@@ -94,6 +95,23 @@ def run(case: Case, arithmetic: str, target: str) -> None:
         products = machine.counts["mma"] + machine.counts["wgmma"]
         assert (products > 0) == (name in PRODUCTS and arithmetic != "ieee"), name
         assert target == "sm_90" or machine.counts["wgmma"] == 0
+
+
+@pytest.mark.parametrize("kernel", [ONE, SQUARE], ids=str)
+def test_variance_of_a_distant_output(kernel: tuple[int, int, int]) -> None:
+    """Mean 1000 and deviation 1, added in the order of a GPU's threads."""
+    x, out, moments = torch.randn(2, 1, 9, 10, 8), torch.empty(2, 1, 9, 10, 16), torch.empty(2, 16)
+    norm = Norm(torch.zeros(8), torch.ones(8), torch.full((8,), 1000.0))
+    weight = torch.zeros(16, 8, *kernel)
+    weight[torch.arange(16), torch.arange(16) % 8, 0, kernel[1] // 2, kernel[2] // 2] = 1
+    with cases.float32_products("ieee"), executing_ptx("sm_80"):
+        triton.norm_relu_conv(x, norm, weight, out, *moments)
+    exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
+    assert exact_var.min() > 0.5 and exact_mean.min() > 999
+    mean, var = moments.double()
+    torch.testing.assert_close(var, exact_var, rtol=tolerances.tolerance("variance"), atol=0)
+    ulps = tolerances.tolerance("mean") * tolerances.ulp(torch.float32)
+    torch.testing.assert_close(mean, exact_mean, rtol=ulps, atol=0)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

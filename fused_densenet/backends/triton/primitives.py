@@ -101,24 +101,26 @@ def norm_relu_conv_backward(
 
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
     if out.numel():
-        plans.norm_relu_pool(x.shape, x.stride(), out.shape, out.stride(), x.dtype)(x, *norm, out, None)
+        plans.norm_relu_pool(x.shape, x.stride(), out.shape, out.stride(), x.dtype)(x, *affine(norm), out, None)
 
 
-def norm_relu_pool_backward(
-    grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
-) -> None:
-    if not x.numel():
-        sum_dz.zero_()
-        sum_dz_centered.zero_()
-        return
-    plan = plans.norm_relu_pool_backward(x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), x.dtype, x.device)
-    places = None
-    if plan.look is not None:
-        places = torch.empty(grad.shape, dtype=torch.uint8, device=x.device)
-        plan.look(x, *norm, None, places)
-    partials = _workspace(plan.workspace, x)
-    plan.data(grad, places, x, *norm, dx, partials)
-    plan.add(partials, None, sum_dz, sum_dz_centered)
+def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
+    sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device=x.device)
+    if x.numel():
+        vectors = affine(norm)
+        plan = plans.norm_relu_pool_backward(
+            x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), x.dtype, x.device
+        )
+        places = None
+        if plan.look is not None:
+            places = torch.empty(grad.shape, dtype=torch.uint8, device=x.device)
+            plan.look(x, *vectors, None, places)
+        partials = _workspace(plan.workspace, x)
+        plan.data(grad, places, x, *vectors, dx, partials)
+        plan.add(partials, None, sums[0], sums[1])
+    else:
+        sums.zero_()
+    settle(sums, x, norm, dx, False, owed)
 
 
 def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int) -> Problem:

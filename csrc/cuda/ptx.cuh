@@ -6,6 +6,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #ifdef CUDA_HOST
 #include "cuda_host.h"
@@ -27,18 +30,40 @@ namespace fused_densenet {
 // cudaError_t.
 #define LAUNCH(...) ::fused_densenet::launch_kernel(__VA_ARGS__)
 
+constexpr size_t kSharedForAll = 48 << 10;  // dynamic shared memory that needs no leave
+
+// Gives a kernel leave to all the dynamic shared memory that a block may have, once for each device. The leave is the
+// kernel's and not a launch's: were it set to what each launch needs, one host thread could lower it between another's
+// setting it and launching.
+inline cudaError_t allow_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes of_kernel{};
+  error = cudaFuncGetAttributes(&of_kernel, kernel);
+  if (error != cudaSuccess) return error;
+  most -= static_cast<int>(of_kernel.sharedSizeBytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
+}
+
 template <class... Parameters, class... Arguments>
 int launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
                   Arguments... arguments) {
+  if (shared > kSharedForAll) {
+    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+  }
 #ifdef CUDA_HOST
   static_cast<void>(stream);
   return ::cuda_host::launch(kernel, grid, block, shared, arguments...);
 #else
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -88,7 +88,10 @@ def build(
     Only the kernels get ``kernel_flags``: the runner calls no memset or memcpy that a sanitizer would see.
     """
     quiet = ["-O2", "-fno-tree-loop-distribute-patterns", *runner_flags]
-    parts = [RUNNER / name for name in ("scheduler.cpp", "collectives.cpp", "tensor_core.cpp", "shim.cpp", *main)]
+    parts = [
+        RUNNER / name
+        for name in ("scheduler.cpp", "collectives.cpp", "tensor_core.cpp", "runtime.cpp", "shim.cpp", *main)
+    ]
     work = [(source, kernel_flags) for source in sources] + [(part, quiet) for part in parts]
     work += others
     with ThreadPoolExecutor(JOBS) as pool:

@@ -19,7 +19,17 @@ from torch import Tensor
 from fused_densenet.backends.contract import Gradient, Norm
 
 ARITHMETIC = {"bf16": 0, "f16": 1, "tf32": 2, "f32": 3}
-STATISTICS = ["launches", "blocks", "barriers", "shuffles", "mma", "ldmatrix", "ldmatrix_conflicts", "cp_async"]
+STATISTICS = [
+    "launches",
+    "blocks",
+    "barriers",
+    "shuffles",
+    "mma",
+    "ldmatrix",
+    "ldmatrix_conflicts",
+    "cp_async",
+    "attributes",
+]
 
 
 @functools.cache

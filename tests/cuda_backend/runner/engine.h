@@ -11,7 +11,7 @@
 namespace cuda_host {
 
 struct Stats {
-  uint64_t launches, blocks, barriers, shuffles, mma, ldmatrix, ldmatrix_conflicts, cp_async;
+  uint64_t launches, blocks, barriers, shuffles, mma, ldmatrix, ldmatrix_conflicts, cp_async, attributes;
 };
 
 // One launch: the kernel with its arguments bound, and the arguments' bytes.

@@ -37,7 +37,6 @@ unsigned char* dynamic_shared() { return state.shared; }
 namespace {
 
 constexpr size_t kAlignment = 128;  // of dynamic shared memory
-constexpr size_t kMostShared = 227 << 10;
 
 // Stores that no sanitizer sees: where it is only the runner that writes, and red zones too.
 void fill_with_nan(void* memory, size_t bytes) {
@@ -230,9 +229,10 @@ void fence() {
 int launch(const Task& task) {
   const dim3 grid = task.grid, block = task.block;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (state.meanwhile) std::exchange(state.meanwhile, nullptr)();
   state.error.clear();
   if (threads < 1 || threads > 1024 || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFF ||
-      grid.y > 65535 || grid.z > 65535 || task.shared > kMostShared) {
+      grid.y > 65535 || grid.z > 65535 || task.shared > most_shared(task.kernel)) {
     state.error = "a launch beyond CUDA's limits";
     return cudaErrorInvalidConfiguration;
   }

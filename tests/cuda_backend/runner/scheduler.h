@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -59,6 +60,9 @@ struct State {
   uint64_t seed = 0;  // 0: threads take turns in order; else one warp runs as far ahead as it can
 
   int (*launcher)(const Task*) = nullptr;  // where set, it gets the launches; none is executed here
+  void (*meanwhile)() = nullptr;           // where set, called once before a launch: another host thread
+  int device = 0;
+  std::map<std::pair<const void*, int>, size_t> leave;  // bytes of dynamic shared memory by kernel and device
   const Task* task = nullptr;
   int threads = 0, living = 0;
   std::vector<std::unique_ptr<Thread>> pool;
@@ -78,9 +82,12 @@ struct State {
   } order{};  // objects of release and acquire
 };
 
+constexpr int kMostShared = 227 << 10;  // of a block
+
 extern State state;
 extern Thread* current;  // null outside of kernels
 
+size_t most_shared(const void* kernel);  // runtime.cpp
 void make_ready(Thread* thread);
 void suspend(bool ends = false);  // until somebody makes this thread ready
 bool in_shared(const void* p, size_t bytes);

@@ -42,6 +42,8 @@ const char* cuda_host_error() { return cuda_host::state.error.c_str(); }
 void cuda_host_seed(uint64_t seed) { cuda_host::state.seed = seed; }
 int cuda_host_no_launch(const cuda_host::Task*) { return 0; }
 void cuda_host_launcher(int (*launcher)(const cuda_host::Task*)) { cuda_host::state.launcher = launcher; }
+void cuda_host_meanwhile(void (*meanwhile)()) { cuda_host::state.meanwhile = meanwhile; }
+void cuda_host_device(int device) { cuda_host::state.device = device; }
 void cuda_host_take_stats(cuda_host::Stats* stats) { *stats = std::exchange(cuda_host::state.stats, {}); }
 
 }  // extern "C"

@@ -12,8 +12,9 @@ import torch
 from blocks import bimodal, keep_clear_of_zero, step
 from tolerances import assert_no_worse, assert_same, rms, tolerance
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_densenet import FusedDenseBlock, reference, use_backend
+from fused_densenet import FusedDenseBlock, FusedTransition, reference, use_backend
 
 SIZES = [(6, 64, 32), (16, 512, 32), (24, 256, 32), (6, 96, 48), (16, 24, 12)]
 SMALL = (3, 8, 2, 4)  # layers, input channels, bn_size, growth rate
@@ -432,6 +433,32 @@ def test_output_is_channels_last_and_named_by_logical_shape(backend: str) -> Non
     out = block(torch.randn(2, 8, 3, 5))
     assert out.shape == (2, 16, 3, 5)
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+class Copies(TorchDispatchMode):
+    """The shapes that are copied inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.copy_.default, torch.ops.aten.clone.default):
+            self.shapes.append(args[0].shape)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_weights_are_not_copied(layout: torch.memory_format, backend: str) -> None:
+    """They have the strides of their weights: autograd's accumulation takes them as they are."""
+    network = nn.Sequential(FusedDenseBlock(2, 16, 4, 8), FusedTransition(32, 16)).to(memory_format=layout)
+    out = network(torch.randn(2, 16, 7, 5)).sum()
+    with Copies() as copies:
+        out.backward()
+    weights = [parameter for parameter in network.parameters() if parameter.dim() == 4]
+    for weight in weights:
+        assert weight.grad is not None and weight.grad.stride() == weight.stride()
+    assert not set(copies.shapes) & {weight.shape for weight in weights}
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -60,12 +60,12 @@ def preferring(rows: Mapping[ShapeClass, tuple[str, ...]]) -> Iterator[None]:
             raise ValueError(f"rows: expected one or more of cuda, triton, eager for {shape_class}, got {names}")
     before = dict(TABLE)
     TABLE.update(rows)
-    backend.cache_clear()
+    _preferred.cache_clear()
     try:
         yield
     finally:
         TABLE.update(before)
-        backend.cache_clear()
+        _preferred.cache_clear()
 
 
 def classify(
@@ -75,16 +75,15 @@ def classify(
     pixels = PIXELS[image[0] * image[1] * image[2] * image[3] >= FEW]
     if not weight:
         return ShapeClass(primitive, "", pixels)
-    sizes = set(weight[2:])
-    if sizes == {1}:
+    largest = max(weight[2:])
+    if largest == 1:
         return ShapeClass(primitive, "1x1" if image[:4] == result[:4] else "pooled 1x1", pixels)
-    if sizes <= {1, 3}:
+    if largest <= 3:
         return ShapeClass(primitive, "3", pixels)
     *outer, innermost = weight[2:]
     return ShapeClass(primitive, "other" if math.prod(outer) * (innermost + 7) <= MOST_HALO else "large", pixels)
 
 
-@functools.lru_cache(maxsize=4096)
 def backend(
     device: torch.device,
     dtype: torch.dtype,
@@ -94,8 +93,14 @@ def backend(
     result: tuple[int, ...] = (),
 ) -> str:
     """The name of the backend that runs a call on ``device``, for which ``cuda`` was chosen."""
-    names = TABLE[classify(primitive, image, weight, result)]
+    return _preferred(device, dtype, classify(primitive, image, weight, result))
+
+
+@functools.cache
+def _preferred(device: torch.device, dtype: torch.dtype, shape_class: ShapeClass) -> str:
+    """Kept by class and not by shape, of which there is no end where images differ in size."""
     others = {"triton": triton, "eager": eager}
+    names = TABLE[shape_class]
     return next((n for n in names if n == "cuda" or others[n].unavailable(device, dtype) is None), "eager")
 
 

@@ -22,7 +22,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(extension, "cuda", object())
     monkeypatch.setattr(cuda, "architectures", lambda library: ["8.0", "9.0"])
     monkeypatch.setattr(cuda, "problem", lambda library, index: None)
-    caches = (cuda._unfit, triton._too_old, choice.backend)
+    caches = (cuda._unfit, triton._too_old, choice._preferred)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -109,6 +109,17 @@ def test_the_table_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "norm_relu_conv 3, many pixels: cuda, triton, eager" in choice.report()
     assert choice.backend(*call) == "cuda"
     assert "norm_relu_conv 3: cuda, triton, eager" in choice.report()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kept_for_any_number_of_shapes() -> None:
+    """A network's 240 calls at each of 100 image sizes ask once for each class."""
+    for _ in range(2):
+        for size in range(7, 107):
+            for channels in range(64, 304):
+                image, weight = (2, 1, size, size, channels), (32, channels, 1, 3, 3)
+                assert choice.backend(GPU, torch.bfloat16, "norm_relu_conv", image, weight, (*image[:4], 32)) == "cuda"
+    assert choice._preferred.cache_info().misses == 2
 
 
 @pytest.mark.parametrize(

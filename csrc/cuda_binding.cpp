@@ -157,6 +157,12 @@ struct Cuda {
   static void run(const Backward& problem, const Argument& data, bool tf32) {
     run(problem, data, tf32, backward_workspace, backward);
   }
+  static void run(const NormReluPool& problem, const Argument& data, bool tf32) {
+    run(problem, data, tf32, norm_relu_pool_workspace, norm_relu_pool);
+  }
+  static void run(const NormReluPoolBackward& problem, const Argument& data, bool tf32) {
+    run(problem, data, tf32, norm_relu_pool_backward_workspace, norm_relu_pool_backward);
+  }
 
  private:
   template <class Problem>
@@ -243,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(FD_LIBRARY, FD_DEVICE, m) {
   m.impl("norm_backward", Boxed<&Operators::norm_backward>::call);
   m.impl("norm_relu_conv", Boxed<&Operators::norm_relu_conv>::call);
   m.impl("norm_relu_conv_backward", Boxed<&Operators::norm_relu_conv_backward>::call);
+  m.impl("norm_relu_pool", Boxed<&Operators::norm_relu_pool>::call);
+  m.impl("norm_relu_pool_backward", Boxed<&Operators::norm_relu_pool_backward>::call);
 }
 
 }  // namespace fused_densenet

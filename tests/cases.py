@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tolerances import assert_entries
+from tolerances import assert_entries, assert_unbiased
 from torch import Tensor
 
 from fused_densenet.backends import triton
@@ -221,6 +221,7 @@ def _compare_forward(
     exact = _last(_convolve(case, _first(a), weight.double()))
     magnitude = _last(_convolve(case, _first(a), weight.double().abs()))
     assert_entries(out, exact, magnitude, dtype, "output")
+    assert_unbiased(out, exact, dtype, "output")
     stored = out.double().reshape(-1, case.K)
     exact_var, exact_mean = torch.var_mean(stored, 0, correction=0)
     assert_entries(mean, exact_mean, stored.abs().mean(0), torch.float32, "mean")
@@ -253,8 +254,10 @@ def _compare_backward(
         assert_entries(dx, dx_before.double() + dz * s, size, dtype, "input's gradient")
     else:
         assert_entries(dx, dz, dz_size, dtype, "input's gradient")
+        assert_unbiased(dx, dz, dtype, "input's gradient")
     if dweight is not None:
         assert_entries(dweight, dw, dw_size, dtype, "weight's gradient")
+        assert_unbiased(dweight, dw, dtype, "weight's gradient")
     assert_entries(sum_dz, dz.flatten(0, 3).sum(0), dz_size.flatten(0, 3).sum(0), dtype, "sum of dz")
     exact, size = (dz * centred).flatten(0, 3).sum(0), (dz_size * centred.abs()).flatten(0, 3).sum(0)
     assert_entries(sum_dz_centered, exact, size, dtype, "sum of dz (x - mean)")

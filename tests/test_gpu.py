@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import cases
+import maxima
 import pytest
 import torch
 from blocks import bimodal, keep_clear_of_zero, step
@@ -58,6 +59,13 @@ def test_place(channels_first: bool, dtype: torch.dtype, name: str) -> None:
     on_gpu = torch.empty_strided(loaded.shape, loaded.stride(), dtype=dtype, device="cuda")
     BACKENDS[name].place_backward(Gradient(*(t.cuda() for t in grad)), on_gpu)
     assert_entries(on_gpu.cpu(), load(grad), load_magnitude(grad), dtype, "loaded")
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", maxima.CASES, ids=str)
+def test_a_stem(case: maxima.Case, dtype: torch.dtype, name: str) -> None:
+    maxima.run(case, dtype, BACKENDS[name], device="cuda")
 
 
 @both

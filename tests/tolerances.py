@@ -21,6 +21,8 @@ TABLE: dict[str, Tolerance] = {
     "entry float32": Tolerance(16, "ulp of the magnitude: rounding of up to 5e3 products, added in blocks"),
     "entry bfloat16": Tolerance(2, "ulp of the magnitude: activation, weight, gradient and result rounded once each"),
     "entry float16": Tolerance(2, "ulp of the magnitude: activation, weight, gradient and result rounded once each"),
+    "bias": Tolerance(0.25, "ulp: two operands rounded to nearest; truncated, one takes 0.36 off on the average"),
+    "bias of few": Tolerance(0.5, "ulp / sqrt(entries): what their rounding comes to by luck"),
     "error ratio": Tolerance(1.5, "the contract: error at most 1.5 times that of the operator-by-operator version"),
     "sampling": Tolerance(1.0, "ulp / sqrt(entries): how far the error of a few rounded entries differs by luck alone"),
     "flips": Tolerance(5e-3, "relative rms: float32 inputs of ReLU that rounding moves across zero, some per million"),
@@ -62,6 +64,18 @@ def assert_entries(actual: Tensor, exact: Tensor, magnitude: Tensor, dtype: torc
     excess = (actual.double() - exact).abs() / limit
     worst = excess.max().item() if excess.numel() else 0.0
     assert worst <= 1, f"{what}: error is {worst:.3g} times the tolerance, {int((~(excess <= 1)).sum())} entries"
+
+
+def assert_unbiased(actual: Tensor, exact: Tensor, dtype: torch.dtype, what: str) -> None:
+    """The part of the error that is proportional to the result: truncated operands would make it smaller.
+
+    Of products of 16 bits or TF32 (as float16), which has a bias of many times that of their sums in float32.
+    """
+    if dtype.itemsize > 2 or not exact.numel():
+        return
+    bias = ((actual.double() - exact) * exact).sum().item() / exact.square().sum().item() / ulp(dtype)
+    limit = tolerance("bias") + tolerance("bias of few") / exact.numel() ** 0.5
+    assert abs(bias) <= limit, f"{what}: it is {bias:+.3g} ulp too large as a whole, expected at most {limit:.3g}"
 
 
 def rms(x: Tensor) -> float:

@@ -27,6 +27,12 @@ int place(const Place&, Arithmetic, const Device&, void* workspace, void* stream
 size_t place_backward_workspace(const PlaceBackward&, Arithmetic, const Device&);
 int place_backward(const PlaceBackward&, Arithmetic, const Device&, void* workspace, void* stream);
 
+size_t norm_relu_pool_workspace(const NormReluPool&, Arithmetic, const Device&);
+int norm_relu_pool(const NormReluPool&, Arithmetic, const Device&, void* workspace, void* stream);
+
+size_t norm_relu_pool_backward_workspace(const NormReluPoolBackward&, Arithmetic, const Device&);
+int norm_relu_pool_backward(const NormReluPoolBackward&, Arithmetic, const Device&, void* workspace, void* stream);
+
 size_t norm_scale_workspace(const NormScale&, Arithmetic, const Device&);
 int norm_scale(const NormScale&, Arithmetic, const Device&, void* workspace, void* stream);
 

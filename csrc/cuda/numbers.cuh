@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+
 namespace fused_densenet {
 
 __device__ __forceinline__ float as_float(float x) { return x; }
@@ -49,5 +51,35 @@ struct alignas(16) Chunk {
   static constexpr int size = 16 / sizeof(T);
   T element[size];
 };
+
+// The first `count` numbers of a chunk, some elements apart in memory; zeros after them. At once where it is whole: 16
+// aligned bytes.
+template <class T>
+__device__ __forceinline__ Chunk<T> load_numbers(const T* from, int64_t stride, int64_t count, bool whole) {
+  if (whole && count >= Chunk<T>::size) return *reinterpret_cast<const Chunk<T>*>(from);
+  Chunk<T> values;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::size; ++i) values.element[i] = i < count ? from[i * stride] : rounded<T>(0.0f);
+  return values;
+}
+
+template <class T>
+__device__ __forceinline__ void store_numbers(T* to, int64_t stride, int64_t count, bool whole,
+                                              const Chunk<T>& values) {
+  if (whole && count >= Chunk<T>::size) {
+    *reinterpret_cast<Chunk<T>*>(to) = values;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::size; ++i) {
+    if (i < count) to[i * stride] = values.element[i];
+  }
+}
+
+// Whether all bytes of `strides` (in elements of T) keep 16-byte alignment, as `data` has it.
+template <class T, class... Strides>
+bool in_whole_chunks(const void* data, Strides... strides) {
+  return ((reinterpret_cast<uintptr_t>(data) % 16 == 0) && ... && (strides * int64_t{sizeof(T)} % 16 == 0));
+}
 
 }  // namespace fused_densenet

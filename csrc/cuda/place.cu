@@ -27,27 +27,6 @@ struct Tile {
   __device__ Chunk<T>& at(int pixel, int chunk) { return data[pixel][chunk ^ (pixel & 7)]; }
 };
 
-template <class T>
-__device__ Chunk<T> load(const T* from, int64_t stride, int64_t count, bool whole) {
-  if (whole && count >= Chunk<T>::size) return *reinterpret_cast<const Chunk<T>*>(from);
-  Chunk<T> values;
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::size; ++i) values.element[i] = i < count ? from[i * stride] : rounded<T>(0.0f);
-  return values;
-}
-
-template <class T>
-__device__ void store(T* to, int64_t stride, int64_t count, bool whole, const Chunk<T>& values) {
-  if (whole && count >= Chunk<T>::size) {
-    *reinterpret_cast<Chunk<T>*>(to) = values;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::size; ++i) {
-    if (i < count) to[i * stride] = values.element[i];
-  }
-}
-
 // Where the tile's pixels lie in the image, for the whole block.
 __device__ void pixel_offsets(int64_t (&offsets)[kPixels], const Shape& s, const Strided& image, int64_t first,
                               int pixels) {
@@ -89,14 +68,14 @@ __global__ void __launch_bounds__(kThreads) place_kernel(Place f, Access in, Acc
   for_each_chunk<T>(in.along_pixels, pixels, first_channel, f.shape.out,
                     [&](int pixel, int chunk, int64_t channel, int64_t left) {
                       const int64_t step = f.x.stride[4];
-                      tile.at(pixel, chunk) = load(x + offsets[pixel] + channel * step, step, left, in.whole);
+                      tile.at(pixel, chunk) = load_numbers(x + offsets[pixel] + channel * step, step, left, in.whole);
                     });
   __syncthreads();
   if (to != nullptr) {
-    for_each_chunk<T>(out.along_pixels, pixels, first_channel, f.shape.out,
-                      [&](int pixel, int chunk, int64_t channel, int64_t left) {
-                        store(to + (first + pixel) * f.out.ld + channel, 1, left, out.whole, tile.at(pixel, chunk));
-                      });
+    for_each_chunk<T>(
+        out.along_pixels, pixels, first_channel, f.shape.out, [&](int pixel, int chunk, int64_t channel, int64_t left) {
+          store_numbers(to + (first + pixel) * f.out.ld + channel, 1, left, out.whole, tile.at(pixel, chunk));
+        });
   }
   if (rows.data == nullptr) return;
   tile_moments<kPixels, kChannels, kThreads>(
@@ -120,44 +99,39 @@ __global__ void __launch_bounds__(kThreads) place_backward_kernel(PlaceBackward 
   const float *mean = static_cast<const float*>(g.mean), *offset = static_cast<const float*>(g.offset);
   T* to = static_cast<T*>(f.out.data);
   pixel_offsets(offsets, f.shape, f.out, first, pixels);
-  for_each_chunk<T>(in.along_pixels, pixels, first_channel, f.shape.out,
-                    [&](int pixel, int chunk, int64_t channel, int64_t left) {
-                      const Chunk<T> d = load(stored + (first + pixel) * g.stored.ld + channel, 1, left, in.whole);
-                      const Chunk<T> v = load(value + (first + pixel) * g.value.ld + channel, 1, left, in.whole);
-                      Chunk<T> loaded;
+  for_each_chunk<T>(
+      in.along_pixels, pixels, first_channel, f.shape.out, [&](int pixel, int chunk, int64_t channel, int64_t left) {
+        const Chunk<T> d = load_numbers(stored + (first + pixel) * g.stored.ld + channel, 1, left, in.whole);
+        const Chunk<T> v = load_numbers(value + (first + pixel) * g.value.ld + channel, 1, left, in.whole);
+        Chunk<T> loaded;
 #pragma unroll
-                      for (int i = 0; i < Chunk<T>::size; ++i) {
-                        const int64_t c = channel + (i < left ? i : 0);
-                        const float owed = fmaf(slope[c], as_float(v.element[i]) - mean[c], offset[c]);
-                        loaded.element[i] = rounded<T>(fmaf(scale[c], as_float(d.element[i]), owed));
-                      }
-                      tile.at(pixel, chunk) = loaded;
-                    });
+        for (int i = 0; i < Chunk<T>::size; ++i) {
+          const int64_t c = channel + (i < left ? i : 0);
+          const float owed = fmaf(slope[c], as_float(v.element[i]) - mean[c], offset[c]);
+          loaded.element[i] = rounded<T>(fmaf(scale[c], as_float(d.element[i]), owed));
+        }
+        tile.at(pixel, chunk) = loaded;
+      });
   __syncthreads();
   for_each_chunk<T>(out.along_pixels, pixels, first_channel, f.shape.out,
                     [&](int pixel, int chunk, int64_t channel, int64_t left) {
                       const int64_t step = f.out.stride[4];
-                      store(to + offsets[pixel] + channel * step, step, left, out.whole, tile.at(pixel, chunk));
+                      store_numbers(to + offsets[pixel] + channel * step, step, left, out.whole, tile.at(pixel, chunk));
                     });
-}
-
-// Whether all bytes of `strides` (in elements of T) keep 16-byte alignment, as `data` has it.
-template <class T, class... Strides>
-bool aligned(const void* data, Strides... strides) {
-  return ((reinterpret_cast<uintptr_t>(data) % 16 == 0) && ... && (strides * int64_t{sizeof(T)} % 16 == 0));
 }
 
 template <class T>
 Access access(const Pixels& pixels) {
-  return {false, aligned<T>(pixels.data, pixels.ld)};
+  return {false, in_whole_chunks<T>(pixels.data, pixels.ld)};
 }
 
 template <class T>
 Access access(const Shape& s, const Strided& image) {
   const int64_t step = image.stride[4];
   const bool one_channel = s.out == 1;
-  const bool whole = step == 1 && aligned<T>(image.data, s.n == 1 ? 0 : image.stride[0], s.d == 1 ? 0 : image.stride[1],
-                                             s.h == 1 ? 0 : image.stride[2], s.w == 1 ? 0 : image.stride[3]);
+  const bool whole =
+      step == 1 && in_whole_chunks<T>(image.data, s.n == 1 ? 0 : image.stride[0], s.d == 1 ? 0 : image.stride[1],
+                                      s.h == 1 ? 0 : image.stride[2], s.w == 1 ? 0 : image.stride[3]);
   const int64_t pixel_step = s.w > 1 ? image.stride[3] : s.h > 1 ? image.stride[2] : image.stride[1];
   return {one_channel || pixel_step < step, whole};
 }

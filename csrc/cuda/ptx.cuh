@@ -151,6 +151,17 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 #endif
 }
 
+// NaN where either is.
+__device__ __forceinline__ float maximum(float a, float b) {
+#if defined(CUDA_HOST) || defined(FD_BEFORE_SM80)
+  return a > b || a != a ? a : b;
+#else
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#endif
+}
+
 // Both numbers rounded to 16 bits, `low` in the lower half; zero where negative, NaN where NaN.
 __device__ __forceinline__ uint32_t relu_bf16x2(float low, float high) {
 #if defined(CUDA_HOST) || defined(FD_BEFORE_SM80)

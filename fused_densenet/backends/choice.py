@@ -35,6 +35,8 @@ KERNELS = {
     "place_backward": ("",),
     "norm_relu_conv": ("1x1", "pooled 1x1", "3", "other", "large"),
     "norm_relu_conv_backward": ("1x1", "pooled 1x1", "3", "other", "large"),
+    "norm_relu_pool": ("",),
+    "norm_relu_pool_backward": ("",),
 }
 
 TABLE: dict[ShapeClass, tuple[str, ...]] = {

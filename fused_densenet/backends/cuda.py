@@ -14,8 +14,6 @@ from torch import Tensor
 
 from . import choice, eager, extension, triton
 from .contract import Gradient, Norm, Owed, uses_tf32
-from .eager import norm_relu_pool as norm_relu_pool
-from .eager import norm_relu_pool_backward as norm_relu_pool_backward
 
 MINIMUM_CAPABILITY = (7, 5)
 
@@ -114,6 +112,22 @@ def norm_relu_conv_backward(
         _operators.norm_relu_conv_backward.default(
             *grad, x, *norm, weight, dx, accumulate, dweight, *owed, uses_tf32(x)
         )
+
+
+def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
+    other = _other(x, "norm_relu_pool", x.shape)
+    if other is not None:
+        other.norm_relu_pool(x, norm, out)
+    else:
+        _operators.norm_relu_pool.default(x, *norm, out)
+
+
+def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
+    other = _other(x, "norm_relu_pool_backward", x.shape)
+    if other is not None:
+        other.norm_relu_pool_backward(grad, x, norm, dx, owed)
+    else:
+        _operators.norm_relu_pool_backward.default(grad, x, *norm, dx, *owed)
 
 
 def _other(x: Tensor, primitive: str, *shapes: tuple[int, ...]) -> ModuleType | None:

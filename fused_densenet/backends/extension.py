@@ -37,7 +37,7 @@ SCHEMAS = (
     "float[] momenta, float unbiased) -> ()",
 )
 """The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
-device (the last four the CPU's alone): defined below, once, so that the libraries load alone or together in any order.
+device (the last two the CPU's alone): defined below, once, so that the libraries load alone or together in any order.
 ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes ignore it."""
 
 

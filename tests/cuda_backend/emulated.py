@@ -143,6 +143,21 @@ class Emulated:
         )
         return dgamma
 
+    def norm_relu_pool(self, x: Tensor, norm: Norm, out: Tensor) -> None:
+        self._run("norm_relu_pool", lambda at: problems.norm_relu_pool(at, x, norm, out), x, [x, *norm], [out])
+
+    def norm_relu_pool_backward(
+        self, grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
+    ) -> None:
+        arguments = (grad, x, norm, dx, sum_dz, sum_dz_centered)
+        self._run(
+            "norm_relu_pool_backward",
+            lambda at: problems.norm_relu_pool_backward(at, *arguments),
+            x,
+            [grad, x, *norm],
+            [dx, sum_dz, sum_dz_centered],
+        )
+
     def norm_relu_conv(
         self, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
     ) -> None:

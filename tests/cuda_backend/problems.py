@@ -110,11 +110,30 @@ class NormBackward(ctypes.Structure):
     ]
 
 
+class NormReluPool(ctypes.Structure):
+    _fields_ = [("shape", Shape), ("pools", ctypes.c_bool), ("x", Pixels), ("norm", Norm), ("out", Pixels)]
+
+
+class NormReluPoolBackward(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("pools", ctypes.c_bool),
+        ("grad", Pixels),
+        ("x", Pixels),
+        ("norm", Norm),
+        ("dx", Pixels),
+        ("sum_dz", _pointer),
+        ("sum_dz_centered", _pointer),
+    ]
+
+
 PROBLEMS = {
     "place": Place,
     "place_backward": PlaceBackward,
     "norm_scale": NormScale,
     "norm_backward": NormBackward,
+    "norm_relu_pool": NormReluPool,
+    "norm_relu_pool_backward": NormReluPoolBackward,
     "forward": Forward,
     "backward": Backward,
 }
@@ -148,6 +167,19 @@ def norm_backward(
     vectors = at.address(scale), at.address(var)
     tail = at.address(pixels), at.address(dgamma), *rows[1], accumulate
     return NormBackward(_vector_shape(var), *rows[0], *vectors, eps, *tail)
+
+
+def norm_relu_pool(at: Arena, x: Tensor, norm: NormVectors, out: Tensor) -> NormReluPool:
+    pools = out.shape != x.shape
+    return NormReluPool(_stem_shape(x), pools, _pixels(at, x), Norm(*map(at.address, norm)), _pixels(at, out))
+
+
+def norm_relu_pool_backward(
+    at: Arena, grad: Tensor, x: Tensor, norm: NormVectors, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
+) -> NormReluPoolBackward:
+    pools = grad.shape != x.shape
+    images = _pixels(at, grad), _pixels(at, x), Norm(*map(at.address, norm)), _pixels(at, dx)
+    return NormReluPoolBackward(_stem_shape(x), pools, *images, at.address(sum_dz), at.address(sum_dz_centered))
 
 
 def forward(
@@ -191,6 +223,10 @@ def backward(
 
 def _vector_shape(vector: Tensor) -> Shape:
     return Shape(1, 1, 1, 1, 1, 1, 1, len(vector), len(vector), 1, 1, 1)
+
+
+def _stem_shape(image: Tensor) -> Shape:
+    return Shape(*image.shape[:4], 1, 1, 1, image.shape[4], image.shape[4], 1, 1, 1)
 
 
 def _shape(image: Tensor, out_channels: int, weight: Tensor | None = None, out: Tensor | None = None) -> Shape:

@@ -104,6 +104,11 @@ def _problems(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, ctypes.St
     both = torch.empty(2, layer.channels, device="meta")
     yield "norm_backward", problems.norm_backward(at, both, scale, var, eps, one, gamma, both, True)  # type: ignore[arg-type]
     yield "place_backward", problems.place_backward(at, grad, out)  # type: ignore[arg-type]
+    pooled = empty(layer.pixels[0], *((size + 1) // 2 for size in layer.pixels[1:]), layer.channels)
+    for a in (x, pooled):
+        yield "norm_relu_pool", problems.norm_relu_pool(at, x, norm, a)  # type: ignore[arg-type]
+        stem = (a, x, norm, x, *vectors(layer.channels, 2))
+        yield "norm_relu_pool_backward", problems.norm_relu_pool_backward(at, *stem)  # type: ignore[arg-type]
     yield "forward", problems.forward(at, x, norm, weight, out, *moments)  # type: ignore[arg-type]
     for accumulate in (False, True):
         arguments = (grad, x, norm, weight, x, accumulate, weight, *vectors(layer.channels, 2))

@@ -86,6 +86,20 @@ def test_the_operators_are_the_kernels(backend: Any, shape: Shape, layout: str, 
         assert torch.equal(ours, theirs), f"result {i}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_pixels", [(2, 1, 5, 7), (2, 1, 3, 4)], ids=["not pooled", "pooled"])
+def test_a_stems_operators_are_the_kernels(backend: Any, out_pixels: tuple[int, ...], dtype: torch.dtype) -> None:
+    norm, x = affine(24, dtype), source(torch.randn(2, 1, 5, 7, 24).to(dtype), 8, 1)
+    grad, results = torch.randn(*out_pixels, 24).to(dtype), []
+    for each in (backend, Emulated()):
+        out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(2, 24)
+        each.norm_relu_pool(x, norm, out)
+        each.norm_relu_pool_backward(grad, x, norm, dx, sums[0], sums[1])
+        results.append([out, dx, sums])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_float32_follows_torchs_switch(backend: Any, precision: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = precision
@@ -219,6 +233,11 @@ def test_opcheck(operators: Any) -> None:
         ),
         "norm_relu_conv": ((x, *(arguments[key] for key in Norm._fields), arguments["weight"], out, None, None), {}),
         "norm_relu_conv_backward": ((), arguments),
+        "norm_relu_pool": ((x, *(arguments[key] for key in Norm._fields), torch.empty(2, 1, 2, 3, 6)), {}),
+        "norm_relu_pool_backward": (
+            (torch.ones(2, 1, 2, 3, 6), x, *(arguments[key] for key in Norm._fields), x.clone(), *torch.empty(2, 6)),
+            {},
+        ),
     }
     for name, (positional, named) in calls.items():
         tests = ("test_schema", "test_faketensor")

@@ -17,6 +17,9 @@ from emulated import Emulated, Executor, Host, load
 from ptx_launch import Ptx
 from sanitized import Sanitized
 
+from fused_densenet.backends import eager
+from fused_densenet.backends.contract import Norm
+
 Change = tuple[str, str]  # text that occurs in a kernel or in its headers, and what stands there instead
 
 
@@ -48,7 +51,7 @@ def executor(check: str, sources: Sequence[Path]) -> AbstractContextManager[Exec
     if check == "runner":
         return contextlib.nullcontext(Host(load(building.build(sources))))
     if check == "PTX":
-        return contextlib.nullcontext(Ptx("80", tuple(sources)))
+        return contextlib.nullcontext(Ptx("80", tuple(sources), measure=True))
     return contextlib.closing(Sanitized(check, sources))
 
 
@@ -95,6 +98,77 @@ def test_a_bug_in_placing_is_found(change: Change, check: str, message: str, tmp
         pytest.raises((AssertionError, RuntimeError), match=message),
     ):
         place(kernels)
+
+
+STEM = [CSRC / "cuda" / name for name in ("stem.cu", "partials.cu")]
+PLACES_BARRIER = (
+    "if (own_.left > 0) find_maxima(first);\n        __syncthreads();",
+    "if (own_.left > 0) find_maxima(first);",
+)
+BOX_OF_PLACES_BARRIER = ("__syncthreads();  // the last box's places have been read", "")
+LAST_OF_EQUALS = ("z > largest[j] ||", "z >= largest[j] && z > 0 ||")
+NEXT_WINDOW = ("in_box.w + next_w}", "in_box.w}")
+POOL_PIXEL = ("if (inside(image, pixel)) body(", "body(")
+DX_OF_STEM = ("(f_.dx.data) + at * f_.dx.ld", "(f_.dx.data) + (at + 1) * f_.dx.ld")
+NAN_LOST = ("a > b || a != a ? a : b", "a > b ? a : b")
+PLACES_CONFLICT = ("float sums[size][kThreads + kMostLanes];", "float sums[size][kThreads];")
+
+
+def pool(executor: Executor) -> None:
+    """Several boxes of windows, equal maxima and a NaN, against torch's operators."""
+    torch.manual_seed(0)
+    x = torch.randint(-1, 3, (1, 1, 35, 33, 64)).bfloat16()
+    x[0, 0, 4, 4, 5] = float("nan")
+    norm = Norm(torch.zeros(64), torch.ones(64), torch.zeros(64))
+    grad, results = torch.randn(1, 1, 18, 17, 64).bfloat16(), []
+    for backend in (Emulated(executor, multiprocessors=1), eager):
+        out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(2, 64)
+        backend.norm_relu_pool(x, norm, out)
+        backend.norm_relu_pool_backward(grad, x, norm, dx, sums[0], sums[1])
+        results.append([out, dx, sums])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2, equal_nan=True)
+    if isinstance(executor, Ptx):
+        assert not sum(machine.conflicts.total() for _, machine in executor.machines), "bank conflicts"
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "message"),
+    [
+        pytest.param(PLACES_BARRIER, "thread", "data race", id="removed barrier, thread sanitizer"),
+        pytest.param(PLACES_BARRIER, "PTX", "shared-memory race", id="removed barrier, PTX"),
+        pytest.param(
+            BOX_OF_PLACES_BARRIER, "thread", "data race", id="removed barrier between boxes, thread sanitizer"
+        ),
+        pytest.param(LAST_OF_EQUALS, "runner", "not close", id="the last of equals, runner"),
+        pytest.param(NEXT_WINDOW, "runner", "not close", id="a window twice, runner"),
+        pytest.param(POOL_PIXEL, "address", "heap-buffer-overflow", id="pixels that do not exist, address sanitizer"),
+        pytest.param(DX_OF_STEM, "PTX", "store out of bounds", id="stored pixel one too far, PTX"),
+        pytest.param(NAN_LOST, "runner", "not close", id="NaN lost, runner"),
+        pytest.param(PLACES_CONFLICT, "PTX", "bank conflicts", id="sums in the same banks, PTX"),
+    ],
+)
+def test_a_bug_in_a_stem_is_found(change: Change, check: str, message: str, tmp_path: Path) -> None:
+    with (
+        executor(check, [patched(STEM[0], change, tmp_path), *STEM[1:]]) as kernels,
+        pytest.raises((AssertionError, RuntimeError), match=message),
+    ):
+        pool(kernels)
+
+
+@pytest.mark.parametrize("check", ["runner", "PTX", "thread", "address"])
+def test_no_bug_in_a_stem_is_found(check: str) -> None:
+    with executor(check, STEM) as kernels:
+        pool(kernels)
+
+
+def _nan_lost(text: str) -> str:
+    return text.replace("max.NaN.f32", "max.f32")
+
+
+def test_a_maximum_that_loses_nan_is_found() -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        pool(Ptx("80", tuple(STEM), change=_nan_lost))
 
 
 CASES = {
@@ -210,3 +284,15 @@ def test_a_bug_in_the_ptx_is_found(kernel: str, change: Callable[[str], str]) ->
     multiply(kernel, Ptx("80"))
     with pytest.raises(AssertionError):
         multiply(kernel, Ptx("80", change=planted))
+
+
+def _truncated_operands(text: str) -> str:
+    """TF32 as the tensor core itself makes it of float32: without the lower bits."""
+    return re.sub(r"cvt\.rna\.tf32\.f32", "mov.b32", text)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_operands_that_are_not_rounded_are_found(case: Case) -> None:
+    """Entry by entry the error may be that of rounding; as a whole results are smaller."""
+    with pytest.raises(AssertionError, match="ulp too large as a whole"):
+        small.run(case, "tf32", Ptx("80", change=_truncated_operands))

@@ -57,7 +57,7 @@ def executor(check: str, sources: Sequence[Path]) -> AbstractContextManager[Exec
 
 PLACE = [CSRC / "cuda" / name for name in ("place.cu", "moments.cu")]
 TILE_WRITTEN = (
-    "= load(x + offsets[pixel] + channel * step, step, left, in.whole);\n                    });\n  __syncthreads();"
+    "= load_numbers(x + offsets[pixel] + channel * step, step, left, in.whole);\n                    });\n  __syncthreads();"
 )
 
 
@@ -72,8 +72,8 @@ def place(executor: Executor) -> None:
 
 BARRIER = (TILE_WRITTEN, TILE_WRITTEN.replace("  __syncthreads();", ""))
 DIVERGENT = (TILE_WRITTEN, TILE_WRITTEN.replace("__syncthreads", "if (threadIdx.x < 64) __syncthreads"))
-STORE = ("store(to + (first + pixel) * f.out.ld", "store(to + (first + pixel + 1) * f.out.ld")
-LOAD = ("load(x + offsets[pixel] + channel", "load(x + offsets[pixel] + f.x.stride[3] + channel")
+STORE = ("(to + (first + pixel) * f.out.ld", "(to + (first + pixel + 1) * f.out.ld")
+LOAD = ("(x + offsets[pixel] + channel", "(x + offsets[pixel] + f.x.stride[3] + channel")
 SHARED = ("offsets[threadIdx.x] =", "offsets[threadIdx.x + 1] =")
 
 
@@ -106,7 +106,7 @@ PLACES_BARRIER = (
     "if (own_.left > 0) find_maxima(first);",
 )
 BOX_OF_PLACES_BARRIER = ("__syncthreads();  // the last box's places have been read", "")
-LAST_OF_EQUALS = ("z > largest[j] ||", "z >= largest[j] && z > 0 ||")
+LAST_OF_EQUALS = ("z > largest[j] ||", "(z >= largest[j] && z > 0) ||")
 NEXT_WINDOW = ("in_box.w + next_w}", "in_box.w}")
 POOL_PIXEL = ("if (inside(image, pixel)) body(", "body(")
 DX_OF_STEM = ("(f_.dx.data) + at * f_.dx.ld", "(f_.dx.data) + (at + 1) * f_.dx.ld")

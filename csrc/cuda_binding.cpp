@@ -145,12 +145,6 @@ struct Cuda {
   static void run(const PlaceBackward& problem, const Argument& data, bool tf32) {
     run(problem, data, tf32, place_backward_workspace, place_backward);
   }
-  static void run(const NormScale& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, norm_scale_workspace, norm_scale);
-  }
-  static void run(const NormBackward& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, norm_backward_workspace, norm_backward);
-  }
   static void run(const Forward& problem, const Argument& data, bool tf32) {
     run(problem, data, tf32, forward_workspace, forward);
   }
@@ -245,8 +239,6 @@ STABLE_TORCH_LIBRARY_IMPL(FD_LIBRARY, FD_DEVICE, m) {
   using Operators = Operators<Cuda>;
   m.impl("place", Boxed<&Operators::place>::call);
   m.impl("place_backward", Boxed<&Operators::place_backward>::call);
-  m.impl("norm_scale", Boxed<&Operators::norm_scale>::call);
-  m.impl("norm_backward", Boxed<&Operators::norm_backward>::call);
   m.impl("norm_relu_conv", Boxed<&Operators::norm_relu_conv>::call);
   m.impl("norm_relu_conv_backward", Boxed<&Operators::norm_relu_conv_backward>::call);
   m.impl("norm_relu_pool", Boxed<&Operators::norm_relu_pool>::call);

@@ -95,7 +95,7 @@ def run_forward(
     """
     rounding = rounding or dtype
     draw = _Draw(device, torch.Generator().manual_seed(case.C + case.K))
-    norm = Norm(draw(case.C), draw.positive(case.C), 0.3 * draw(case.C))
+    norm = Norm(draw(case.C), draw.positive(case.C), draw.positive(case.C), 0.3 * draw(case.C), 1e-3)
     buffer, outputs = _buffers(case, draw, dtype)
     x, out = buffer[..., : case.C], outputs[..., case.C : case.C + case.K]
     _keep_clear_of_zero(x, norm)
@@ -118,15 +118,19 @@ def run_case(
     draw, x, norm, weight, out, mean, rounding = run_forward(case, dtype, device, rounding, backend)
     gradients, stored_gradients = _buffers(case, draw, dtype)
     stored = stored_gradients[..., case.C : case.C + case.K]
-    grad = Gradient(stored, out, draw.positive(case.K), 0.1 * draw(case.K), mean, 0.1 * draw(case.K))
+    grad = Gradient(stored, out, mean, 0.1 * draw(2, case.K))
     before = gradients.clone()
     dx = gradients[..., : case.C]
     if not case.accumulate:
         dx.fill_(torch.nan)
     dweight = torch.full_like(weight, torch.nan) if case.weight else None
-    sum_dz, sum_dz_centered = draw.nothing(case.C), draw.nothing(case.C)
-    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, case.accumulate, dweight, sum_dz, sum_dz_centered)
-    results = [None if t is None else t.cpu() for t in (dx, dweight, sum_dz, sum_dz_centered)]
+    dgamma, dbeta = draw.nothing(case.C), draw.nothing(case.C)
+    correction = draw(2, case.C) if case.accumulate else draw.nothing(2, case.C)
+    old = correction.cpu().clone() if case.accumulate else torch.zeros(2, case.C)
+    owed = Owed(dgamma, dbeta, correction)
+    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, case.accumulate, dweight, owed)
+    results = [None if t is None else t.cpu() for t in (dx, dweight, dgamma, dbeta)]
+    results.append(correction.cpu().double() - old.double())
     dx_before = before[..., : case.C].cpu()
     _compare_backward(case, _on_cpu(grad), x.cpu(), _on_cpu(norm), weight.cpu(), dx_before, *results, rounding)
     _assert_bits(gradients[..., case.C :], before[..., case.C :], "gradients of other channels")
@@ -135,7 +139,7 @@ def run_case(
 def run_nan(case: Case, dtype: torch.dtype, backend: Any = triton) -> None:
     """One NaN in the input and one in the gradient reach what they reach in autograd, and nothing else."""
     draw = _Draw("cpu", torch.Generator().manual_seed(case.C + case.K))
-    norm = Norm(draw(case.C), draw.positive(case.C), 0.3 * draw(case.C))
+    norm = Norm(draw(case.C), draw.positive(case.C), draw.positive(case.C), 0.3 * draw(case.C), 1e-3)
     x, stored = draw(*case.pixels, case.C).to(dtype), draw(*case.out_pixels, case.K).to(dtype)
     _keep_clear_of_zero(x, norm)
     x[0, 0, 1, 2, case.C - 2] = torch.nan
@@ -161,7 +165,7 @@ def run_nan(case: Case, dtype: torch.dtype, backend: Any = triton) -> None:
 
 def _on_cpu(operand: Any) -> Any:
     """A Norm or a Gradient. Not every gradient of torch's own is deterministic on a GPU, which the tests insist on."""
-    return type(operand)(*(t.cpu() for t in operand))
+    return type(operand)(*(t.cpu() if isinstance(t, Tensor) else t for t in operand))
 
 
 def _buffers(case: Case, draw: "_Draw", dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class BackwardBlock {
     const int first = blockIdx.y * plan_.per_block, last = min(first + plan_.per_block, plan_.count);
     const int passes = C::tile.adds_passes && plan_.data ? plan_.passes() : 1;
     Pass pass = o_.pass_of(plan_.data ? 0 : blockIdx.z);
-    o_.x_vectors.load(f_.norm, o_.first_channel, o_.channels);
+    o_.x_vectors.template load<T>(f_.norm, o_.first_channel, o_.channels);
     o_.load_gradient_vectors(pass);
     o_.locate_rows();
     for (int i = threadIdx.x; i < 2 * C::warps_m * C::sums_ld; i += C::threads) o_.sums[i] = 0;
@@ -166,11 +166,8 @@ class BackwardBlock {
             parts[3] = fmaf(dz.y, in.y - mean.y, parts[3]);
             if (!ok) continue;
             T* const to = dx.at(row, c);
-            if (f_.accumulate) {
-              const float2 old = load2(to);
-              dz = make_float2(fmaf(scale.x, dz.x, old.x), fmaf(scale.y, dz.y, old.y));
-            }
-            store2(to, dz.x, dz.y);
+            const float2 old = f_.accumulate ? load2(to) : make_float2(0, 0);
+            store2(to, fmaf(scale.x, dz.x, old.x), fmaf(scale.y, dz.y, old.y));
           }
         }
         add_rows(parts, [&](int i, float sum) { o_.sums[(warp_m_ * 2 + i / 2) * C::sums_ld + c + i % 2] += sum; });

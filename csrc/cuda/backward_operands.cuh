@@ -34,7 +34,7 @@ struct BackwardOperands {
   const int first_channel, channels;  // of x; what the block owns
   Matrix<T> weight, g, a;             // rows: channels of x; the box's gradient with halo; its pixels
   T *raw, *x_data, *dx_data;
-  Vectors g_vectors;  // scale, slope, mean, offset
+  Vectors g_vectors;  // mean, constant, slope
   float* sums;        // (warps_m, 2, C::sums_ld), each entry one lane's
   NormVectors x_vectors;
   int *halo_pixels, *box_pixels;  // where a box's rows are in memory: two boxes' gradients, three boxes' x
@@ -54,7 +54,7 @@ struct BackwardOperands {
     x_data = at(plan.x_at);
     dx_data = at(plan.dx_at);
     g_vectors = {reinterpret_cast<float*>(shared + plan.vectors_at), plan.pass_outputs};
-    x_vectors = {{g_vectors.data + 4 * plan.pass_outputs, C::channels}};
+    x_vectors = {{g_vectors.data + 3 * plan.pass_outputs, C::channels}};
     sums = x_vectors.data + NormVectors::kCount * C::channels;
     halo_pixels = reinterpret_cast<int*>(shared + plan.tables_at);
     box_pixels = halo_pixels + 2 * plan.halo.volume();
@@ -101,10 +101,14 @@ struct BackwardOperands {
     return p;
   }
 
+  // Whether the gradient is more than what is stored.
+  __device__ bool owes() const { return f.grad.mean != nullptr; }
+
   __device__ void load_gradient_vectors(const Pass& pass) {
-    const void* const from[4] = {f.grad.scale, f.grad.slope, f.grad.mean, f.grad.offset};
+    if (!owes()) return;
+    const void* const from[3] = {f.grad.mean, f.grad.constant, f.grad.slope};
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
+    for (int v = 0; v < 3; ++v) {
       for (int k = threadIdx.x; k < pass.outputs; k += C::threads) {
         const int output = pass.first_output + k;
         *g_vectors.at(v, k) = output < f.shape.out ? static_cast<const float*>(from[v])[output] : 0;
@@ -204,6 +208,7 @@ struct BackwardOperands {
       const int to = turn * plan.pass_outputs + column, from = pass.first_output + column;
       copy_numbers(raw + to, static_cast<const T*>(stored.data) + p * stored.ld + from, outputs - column,
                    plan.stored_access);
+      if (!owes()) return;
       copy_numbers(raw_value + to, static_cast<const T*>(value.data) + p * value.ld + from, outputs - column,
                    plan.value_access);
     });
@@ -232,21 +237,23 @@ struct BackwardOperands {
     const int* const pixels = gradient_pixels(buffer);
     const int chunks = pass.outputs / kSize, column = own_column(chunks), ld = plan.pass_outputs;
     if (column == kOutside) return;
-    float scale[kSize], slope[kSize], mean[kSize], offset[kSize];
-    g_vectors.read(scale, 0, column);
-    g_vectors.read(slope, 1, column);
-    g_vectors.read(mean, 2, column);
-    g_vectors.read(offset, 3, column);
+    float mean[kSize], constant[kSize], slope[kSize];
+    const bool more = owes();
+    if (more) {
+      g_vectors.read(mean, 0, column);
+      g_vectors.read(constant, 1, column);
+      g_vectors.read(slope, 2, column);
+    }
     for_each_row(plan.halo.volume(), chunks, [&](int row, int turn) {
       Chunk<T> out;
       const bool inside = pixels[row] != kOutside;
       const T* const from = raw + turn * ld + column;
       const Chunk<T> stored = *reinterpret_cast<const Chunk<T>*>(from);
-      const Chunk<T> value = *reinterpret_cast<const Chunk<T>*>(from + plan.raw_rows() * ld);
+      const Chunk<T> value = more ? *reinterpret_cast<const Chunk<T>*>(from + plan.raw_rows() * ld) : stored;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const float loaded = load_gradient(as_float(stored.element[i]), as_float(value.element[i]), scale[i], slope[i],
-                                           mean[i], offset[i]);
+        const float d = as_float(stored.element[i]);
+        const float loaded = more ? load_gradient(d, as_float(value.element[i]), mean[i], constant[i], slope[i]) : d;
         out.element[i] = Product<C::A>::number(inside ? loaded : 0.0f);
       }
       store_shared(g.at(row, column), __builtin_bit_cast(uint4, out));

@@ -78,7 +78,7 @@ inline void place_in_shared(BackwardPlan& plan, const BackwardTile& tile, bool a
   plan.activation_at = take(plan.weight ? size * plan.rows * conflict_free(tile.channels) : 0);
   plan.dx_at = take(plan.data ? (accumulate ? 2 : 1) * x_bytes : 0);
   const int sums = 2 * tile.warps_m * (tile.channels + 8);
-  plan.vectors_at = take(4 * (4 * plan.pass_outputs + NormVectors::kCount * tile.channels + sums));
+  plan.vectors_at = take(4 * (3 * plan.pass_outputs + NormVectors::kCount * tile.channels + sums));
   plan.tables_at = take(4 * (2 * halo + 3 * plan.x_rows() + tile.pixels + groups + 1));
   plan.shared = static_cast<int>(std::min<int64_t>(end, INT32_MAX));
 }

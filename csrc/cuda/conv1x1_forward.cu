@@ -87,11 +87,12 @@ __global__ void __launch_bounds__(kPackThreads)
   const int plane = out / (w * h), depth = plane / d * s.d + plane % d * s.window_d;
   const int first = (depth * s.h + out / w % h * s.window_h) * s.w + out % w * s.window_w;
   const float share = 1.0f / static_cast<float>(s.window_d * s.window_h * s.window_w);
-  const float *mean = static_cast<const float*>(norm.mean), *scale = static_cast<const float*>(norm.scale),
-              *shift = static_cast<const float*>(norm.shift);
   for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) {
     const int channel = chunk * Chunk<T>::size, count = min(s.channels - channel, Chunk<T>::size);
     float sum[Chunk<T>::size] = {};
+    ChannelNorm<T> own[Chunk<T>::size];
+#pragma unroll
+    for (int c = 0; c < Chunk<T>::size; ++c) own[c] = ChannelNorm<T>(norm, channel + (c < count ? c : 0));
     for (int i = 0; i < s.window_d * s.window_h; ++i) {
       for (int j = 0; j < s.window_w; ++j) {
         const int p = first + (i / s.window_h * s.h + i % s.window_h) * s.w + j;
@@ -105,8 +106,7 @@ __global__ void __launch_bounds__(kPackThreads)
         }
 #pragma unroll
         for (int c = 0; c < Chunk<T>::size; ++c) {
-          const int k = channel + (c < count ? c : 0);
-          sum[c] += relu(normalised(as_float(values.element[c]), mean[k], scale[k], shift[k]));
+          sum[c] += relu(normalised(as_float(values.element[c]), own[c].mean, own[c].scale, own[c].shift));
         }
       }
     }
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   tile.columns = clamp(f.output.channels - tile.first, 0, groups * kGroup);
   tile.clear();
 
-  vectors.load(f.norm, first_channel, split_channels);
+  vectors.load<T>(f.norm, first_channel, split_channels);
 
   const int64_t tiles = (f.pixels + layout.rows - 1) / layout.rows;
   const int steps = (split_channels + channels - 1) / channels;

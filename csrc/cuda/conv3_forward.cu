@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   tile.columns = clamp(f.output.channels - tile.first, 0, layout.columns);
   tile.clear();
 
-  vectors.load(f.norm, first_channel, split_channels);
+  vectors.load<T>(f.norm, first_channel, split_channels);
 #pragma unroll 1
   for (int i = tid; i < layout.rows; i += kThreads) {
     row_places[i] = i < own_places ? index_in(f.halo, place_in(f.box, i)) : kOutside;

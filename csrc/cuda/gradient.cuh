@@ -5,10 +5,9 @@
 
 namespace fused_densenet {
 
-// A gradient as it is loaded (contract.Gradient).
-__device__ __forceinline__ float load_gradient(float stored, float value, float scale, float slope, float mean,
-                                               float offset) {
-  return fmaf(scale, stored, fmaf(slope, value - mean, offset));
+// A gradient as it is loaded (contract.Gradient), where something is owed.
+__device__ __forceinline__ float load_gradient(float stored, float value, float mean, float constant, float slope) {
+  return stored + fmaf(slope, value - mean, constant);
 }
 
 // The first `count` numbers of 16 bytes to shared memory, zeros after them.

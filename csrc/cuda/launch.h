@@ -33,12 +33,6 @@ int norm_relu_pool(const NormReluPool&, Arithmetic, const Device&, void* workspa
 size_t norm_relu_pool_backward_workspace(const NormReluPoolBackward&, Arithmetic, const Device&);
 int norm_relu_pool_backward(const NormReluPoolBackward&, Arithmetic, const Device&, void* workspace, void* stream);
 
-size_t norm_scale_workspace(const NormScale&, Arithmetic, const Device&);
-int norm_scale(const NormScale&, Arithmetic, const Device&, void* workspace, void* stream);
-
-size_t norm_backward_workspace(const NormBackward&, Arithmetic, const Device&);
-int norm_backward(const NormBackward&, Arithmetic, const Device&, void* workspace, void* stream);
-
 size_t conv1x1_forward_workspace(const Forward&, Arithmetic, const Device&);
 int conv1x1_forward(const Forward&, Arithmetic, const Device&, void* workspace, void* stream);
 

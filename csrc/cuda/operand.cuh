@@ -128,19 +128,40 @@ struct Vectors {
   }
 };
 
-// A norm's vectors of a block's channels, zero beyond the last: what lies there becomes zero, because copies leave
+// A norm as one affine map of a channel: (x - mean) * scale + shift, for data of type T.
+template <class T>
+struct ChannelNorm {
+  float mean = 0, scale = 0, shift = 0;
+
+  __device__ ChannelNorm() {}
+  __device__ ChannelNorm(const Norm& norm, int64_t channel)
+      : mean(static_cast<const float*>(norm.mean)[channel]),
+        scale(affine(norm.weight, norm.narrow, channel) * rstd(norm, channel)),
+        shift(affine(norm.bias, norm.narrow, channel)) {}
+
+  static __device__ float rstd(const Norm& norm, int64_t channel) {
+    return 1.0f / sqrtf(static_cast<const float*>(norm.var)[channel] + static_cast<float>(norm.eps));
+  }
+
+ private:
+  static __device__ float affine(const void* vector, bool narrow, int64_t channel) {
+    return narrow ? as_float(static_cast<const T*>(vector)[channel]) : static_cast<const float*>(vector)[channel];
+  }
+};
+
+// A norm's affine map of a block's channels, zero beyond the last: what lies there becomes zero, because copies leave
 // zeros. Null pointers stand for the identity.
 struct NormVectors : Vectors {
   static constexpr int kCount = 3;
+  template <class T>
   __device__ void load(const Norm& norm, int64_t first, int count) const {
-    const void* const from[kCount] = {norm.mean, norm.scale, norm.shift};
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-      for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-        const float* vector = static_cast<const float*>(from[v]);
-        const float identity = v == 1 ? 1.0f : 0.0f;
-        *at(v, i) = i >= count ? 0.0f : vector == nullptr ? identity : vector[first + i];
-      }
+    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+      ChannelNorm<T> own;
+      if (i < count && norm.mean == nullptr) own.scale = 1;
+      if (i < count && norm.mean != nullptr) own = ChannelNorm<T>(norm, first + i);
+      *at(0, i) = own.mean;
+      *at(1, i) = own.scale;
+      *at(2, i) = own.shift;
     }
   }
 };

@@ -1,6 +1,7 @@
 // A block of 256 threads adds 64 neighbouring sums: four threads take every fourth slice each, and their four sums are
 // added in order. Slices are read in whole 256-byte rows.
 #include "numbers.cuh"
+#include "operand.cuh"
 #include "partials.cuh"
 #include "ptx.cuh"
 
@@ -21,6 +22,25 @@ __device__ void store_weight(const Backward& f, int64_t i, float sum) {
   } else {
     static_cast<T*>(w.data)[to] = rounded<T>(sum);
   }
+}
+
+// What a sum of a channel, of dz or, where `centered`, of dz (x - mean), is to the norm.
+template <class T>
+__device__ void settle(const Backward& f, int64_t channel, bool centered, float sum) {
+  const Owed& owed = f.owed;
+  const float rstd = ChannelNorm<T>::rstd(f.norm, channel), scaled = centered ? sum * rstd : sum;
+  void* const gradient = centered ? owed.dweight : owed.dbias;
+  if (f.norm.narrow) {
+    static_cast<T*>(gradient)[channel] = rounded<T>(scaled);
+  } else {
+    static_cast<float*>(gradient)[channel] = scaled;
+  }
+  if (owed.constant == nullptr) return;
+  const float pixels =
+      owed.pixels == nullptr ? static_cast<float>(f.shape.pixels()) : *static_cast<const float*>(owed.pixels);
+  const float share = ChannelNorm<T>(f.norm, channel).scale / pixels * (centered ? rstd : 1.0f);
+  float* const to = static_cast<float*>(centered ? owed.slope : owed.constant) + channel;
+  *to = (f.accumulate ? *to : 0.0f) - share * scaled;
 }
 
 template <class T>
@@ -48,7 +68,7 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   if (is_weight) {
     store_weight<T>(f, i, sum);
   } else {
-    static_cast<float*>(i < f.shape.in ? f.sum_dz : f.sum_dz_centered)[i % f.shape.in] = sum;
+    settle<T>(f, i % f.shape.in, i >= f.shape.in, sum);
   }
 }
 

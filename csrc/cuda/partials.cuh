@@ -11,7 +11,8 @@ struct Partials {
   int splits;
 };
 
-// weights' slices (taps, out, in) into f.dweight, sums' slices (2, in) into f.sum_dz and f.sum_dz_centered.
+// weights' slices (taps, out, in) into f.dweight; sums' slices (2, in), of dz and dz (x - mean), into what the norm is
+// owed.
 int add_partials(const Backward& f, Arithmetic arithmetic, const Partials& weights, const Partials& sums, void* stream);
 
 }  // namespace fused_densenet

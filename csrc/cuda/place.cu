@@ -2,6 +2,7 @@
 // the other an image in any strides. Tiles pass through shared memory, so that both sides are accessed along the
 // dimension in which their neighbours lie. A thread reads a gradient before it writes the same place, so that a result
 // may replace it.
+#include "gradient.cuh"
 #include "launch.h"
 #include "moments.cuh"
 #include "numbers.cuh"
@@ -95,20 +96,24 @@ __global__ void __launch_bounds__(kThreads) place_backward_kernel(PlaceBackward 
   const int pixels = pixels_of_tile(f.shape, first);
   const Gradient& g = f.grad;
   const T *stored = static_cast<const T*>(g.stored.data), *value = static_cast<const T*>(g.value.data);
-  const float *scale = static_cast<const float*>(g.scale), *slope = static_cast<const float*>(g.slope);
-  const float *mean = static_cast<const float*>(g.mean), *offset = static_cast<const float*>(g.offset);
+  const float *mean = static_cast<const float*>(g.mean), *slope = static_cast<const float*>(g.slope);
+  const float* constant = static_cast<const float*>(g.constant);
   T* to = static_cast<T*>(f.out.data);
   pixel_offsets(offsets, f.shape, f.out, first, pixels);
   for_each_chunk<T>(
       in.along_pixels, pixels, first_channel, f.shape.out, [&](int pixel, int chunk, int64_t channel, int64_t left) {
         const Chunk<T> d = load_numbers(stored + (first + pixel) * g.stored.ld + channel, 1, left, in.whole);
+        if (mean == nullptr) {
+          tile.at(pixel, chunk) = d;
+          return;
+        }
         const Chunk<T> v = load_numbers(value + (first + pixel) * g.value.ld + channel, 1, left, in.whole);
         Chunk<T> loaded;
 #pragma unroll
         for (int i = 0; i < Chunk<T>::size; ++i) {
           const int64_t c = channel + (i < left ? i : 0);
-          const float owed = fmaf(slope[c], as_float(v.element[i]) - mean[c], offset[c]);
-          loaded.element[i] = rounded<T>(fmaf(scale[c], as_float(d.element[i]), owed));
+          const float g = load_gradient(as_float(d.element[i]), as_float(v.element[i]), mean[c], constant[c], slope[c]);
+          loaded.element[i] = rounded<T>(g);
         }
         tile.at(pixel, chunk) = loaded;
       });
@@ -155,7 +160,7 @@ int run(const Place& f, void* workspace, void* stream) {
 template <class T>
 int run(const PlaceBackward& f, void* stream) {
   Access in = access<T>(f.grad.stored);
-  in.whole = in.whole && access<T>(f.grad.value).whole;
+  in.whole = in.whole && (f.grad.mean == nullptr || access<T>(f.grad.value).whole);
   return LAUNCH(place_backward_kernel<T>, grid(f.shape), dim3(kThreads), 0, stream, f, in, access<T>(f.shape, f.out));
 }
 

@@ -1,4 +1,4 @@
-// A stem's activations, relu((x - mean) * scale + shift), or their maxima over windows of 3, stride 2, one pixel of
+// A stem's activations, relu(norm(x)), or their maxima over windows of 3, stride 2, one pixel of
 // padding; and the gradient back, for which the places of the maxima are found again.
 //
 // A block takes a box of 64 windows and, of the gradient, the pixels 2 w and 2 w + 1 of each; a thread some of them, of
@@ -89,13 +89,13 @@ struct OwnNorm {
   float mean[size], scale[size], shift[size];
 
   __device__ OwnNorm(const Norm& norm, const Own<T>& own) {
-    const auto read = [&](float (&to)[size], const void* from) {
 #pragma unroll
-      for (int i = 0; i < size; ++i) to[i] = i < own.left ? static_cast<const float*>(from)[own.channel + i] : 0.0f;
-    };
-    read(mean, norm.mean);
-    read(scale, norm.scale);
-    read(shift, norm.shift);
+    for (int i = 0; i < size; ++i) {
+      const ChannelNorm<T> entry = i < own.left ? ChannelNorm<T>(norm, own.channel + i) : ChannelNorm<T>();
+      mean[i] = entry.mean;
+      scale[i] = entry.scale;
+      shift[i] = entry.shift;
+    }
   }
   __device__ float before_relu(const Chunk<T>& x, int i) const {
     return normalised(as_float(x.element[i]), mean[i], scale[i], shift[i]);
@@ -229,7 +229,7 @@ class PoolBackward {
       for (int j = 0; j < size; ++j) {
         sum_[j] += dz[j];
         sum_centered_[j] = fmaf(dz[j], as_float(in.element[j]) - norm_.mean[j], sum_centered_[j]);
-        result.element[j] = rounded<T>(dz[j]);
+        result.element[j] = rounded<T>(norm_.scale[j] * dz[j]);
       }
       store_numbers(static_cast<T*>(f_.dx.data) + at * f_.dx.ld + own_.channel, 1, own_.left, whole_, result);
     }
@@ -372,8 +372,8 @@ int norm_relu_pool_backward(const NormReluPoolBackward& f, Arithmetic arithmetic
   if (error != cudaSuccess) return error;
   Backward sums{};
   sums.shape = f.shape;
-  sums.sum_dz = f.sum_dz;
-  sums.sum_dz_centered = f.sum_dz_centered;
+  sums.norm = f.norm;
+  sums.owed = f.owed;
   return add_partials(sums, arithmetic, {nullptr, 0}, {partials, blocks}, stream);
 }
 

@@ -16,7 +16,7 @@ import torch
 from arena import Arena
 from torch import Tensor
 
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 ARITHMETIC = {"bf16": 0, "f16": 1, "tf32": 2, "f32": 3}
 STATISTICS = [
@@ -114,48 +114,19 @@ class Emulated:
     def place_backward(self, grad: Gradient, out: Tensor) -> None:
         in_place = out.data_ptr() == grad.stored.data_ptr()
         kept = [out] if in_place else []
-        self._run("place_backward", lambda at: problems.place_backward(at, grad, out), out, [*grad], [out], kept)
-
-    def norm_scale(self, var: Tensor, gamma: Tensor, eps: float) -> Tensor:
-        scale = torch.empty_like(var)
-        self._run("norm_scale", lambda at: problems.norm_scale(at, var, gamma, eps, scale), var, [var, gamma], [scale])
-        return scale
-
-    def norm_backward(
-        self,
-        sums: Tensor,
-        scale: Tensor,
-        var: Tensor,
-        eps: float,
-        pixels: Tensor | None,
-        correction: Tensor,
-        accumulate: bool,
-    ) -> Tensor:
-        dgamma = torch.empty_like(var)
-        arguments = (sums, scale, var, eps, pixels, dgamma, correction, accumulate)
-        self._run(
-            "norm_backward",
-            lambda at: problems.norm_backward(at, *arguments),
-            var,
-            _present(sums, scale, var, pixels),
-            [dgamma, correction],
-            kept=[correction] if accumulate else [],
-        )
-        return dgamma
+        inputs = _present(*grad)
+        self._run("place_backward", lambda at: problems.place_backward(at, grad, out), out, inputs, [out], kept)
 
     def norm_relu_pool(self, x: Tensor, norm: Norm, out: Tensor) -> None:
-        self._run("norm_relu_pool", lambda at: problems.norm_relu_pool(at, x, norm, out), x, [x, *norm], [out])
+        self._run("norm_relu_pool", lambda at: problems.norm_relu_pool(at, x, norm, out), x, [x, *norm[:4]], [out])
 
-    def norm_relu_pool_backward(
-        self, grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
-    ) -> None:
-        arguments = (grad, x, norm, dx, sum_dz, sum_dz_centered)
+    def norm_relu_pool_backward(self, grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
         self._run(
             "norm_relu_pool_backward",
-            lambda at: problems.norm_relu_pool_backward(at, *arguments),
+            lambda at: problems.norm_relu_pool_backward(at, grad, x, norm, dx, owed),
             x,
-            [grad, x, *norm],
-            [dx, sum_dz, sum_dz_centered],
+            [grad, x, *norm[:4], *_present(owed.pixels)],
+            _present(dx, owed.dweight, owed.dbias, owed.correction),
         )
 
     def norm_relu_conv(
@@ -165,7 +136,7 @@ class Emulated:
             "forward",
             lambda at: problems.forward(at, x, norm, weight, out, mean, var),
             x,
-            [x, *norm, weight],
+            [x, *norm[:4], weight],
             _present(out, mean, var),
         )
 
@@ -178,17 +149,16 @@ class Emulated:
         dx: Tensor,
         accumulate: bool,
         dweight: Tensor | None,
-        sum_dz: Tensor,
-        sum_dz_centered: Tensor,
+        owed: Owed,
     ) -> None:
-        arguments = (grad, x, norm, weight, dx, accumulate, dweight, sum_dz, sum_dz_centered)
+        arguments = (grad, x, norm, weight, dx, accumulate, dweight, owed)
         self._run(
             "backward",
             lambda at: problems.backward(at, *arguments),
             x,
-            [*grad, x, *norm, weight],
-            _present(dx, dweight, sum_dz, sum_dz_centered),
-            kept=[dx] if accumulate else [],
+            [*_present(*grad, owed.pixels), x, *norm[:4], weight],
+            _present(dx, dweight, owed.dweight, owed.dbias, owed.correction),
+            kept=_present(dx, owed.correction) if accumulate else [],
         )
 
     def _arithmetics(self) -> dict[torch.dtype, str]:

@@ -7,7 +7,8 @@ from arena import Arena
 from torch import Tensor
 
 from fused_densenet.backends.contract import Gradient as LoadedGradient
-from fused_densenet.backends.contract import Norm as NormVectors
+from fused_densenet.backends.contract import Norm as NormTensors
+from fused_densenet.backends.contract import Owed as OwedTensors
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -28,14 +29,22 @@ class Pixels(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    _fields_ = [(name, _pointer) for name in ("mean", "scale", "shift")]
+    _fields_ = [
+        *((name, _pointer) for name in ("mean", "var", "weight", "bias")),
+        ("narrow", ctypes.c_bool),
+        ("eps", ctypes.c_double),
+    ]
 
 
 class Gradient(ctypes.Structure):
     _fields_ = [
         *((name, Pixels) for name in ("stored", "value")),
-        *((name, _pointer) for name in ("scale", "slope", "mean", "offset")),
+        *((name, _pointer) for name in ("mean", "constant", "slope")),
     ]
+
+
+class Owed(ctypes.Structure):
+    _fields_ = [(name, _pointer) for name in ("dweight", "dbias", "constant", "slope", "pixels")]
 
 
 class Weight(ctypes.Structure):
@@ -71,8 +80,7 @@ class Backward(ctypes.Structure):
         ("dx", Pixels),
         ("accumulate", ctypes.c_bool),
         ("dweight", Weight),
-        ("sum_dz", _pointer),
-        ("sum_dz_centered", _pointer),
+        ("owed", Owed),
     ]
 
 
@@ -82,32 +90,6 @@ class Place(ctypes.Structure):
 
 class PlaceBackward(ctypes.Structure):
     _fields_ = [("shape", Shape), ("grad", Gradient), ("out", Strided)]
-
-
-class NormScale(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        ("var", _pointer),
-        ("gamma", _pointer),
-        ("eps", ctypes.c_double),
-        ("scale", _pointer),
-    ]
-
-
-class NormBackward(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        ("sums", _pointer),
-        ("sums_ld", _i64),
-        ("scale", _pointer),
-        ("var", _pointer),
-        ("eps", ctypes.c_double),
-        ("pixels", _pointer),
-        ("dgamma", _pointer),
-        ("correction", _pointer),
-        ("correction_ld", _i64),
-        ("accumulate", ctypes.c_bool),
-    ]
 
 
 class NormReluPool(ctypes.Structure):
@@ -122,16 +104,13 @@ class NormReluPoolBackward(ctypes.Structure):
         ("x", Pixels),
         ("norm", Norm),
         ("dx", Pixels),
-        ("sum_dz", _pointer),
-        ("sum_dz_centered", _pointer),
+        ("owed", Owed),
     ]
 
 
 PROBLEMS = {
     "place": Place,
     "place_backward": PlaceBackward,
-    "norm_scale": NormScale,
-    "norm_backward": NormBackward,
     "norm_relu_pool": NormReluPool,
     "norm_relu_pool_backward": NormReluPoolBackward,
     "forward": Forward,
@@ -148,47 +127,26 @@ def place_backward(at: Arena, grad: LoadedGradient, out: Tensor) -> PlaceBackwar
     return PlaceBackward(_shape(out, out.shape[-1]), _gradient(at, grad), _strided(at, out))
 
 
-def norm_scale(at: Arena, var: Tensor, gamma: Tensor, eps: float, scale: Tensor) -> NormScale:
-    return NormScale(_vector_shape(var), at.address(var), at.address(gamma), eps, at.address(scale))
-
-
-def norm_backward(
-    at: Arena,
-    sums: Tensor,
-    scale: Tensor,
-    var: Tensor,
-    eps: float,
-    pixels: Tensor | None,
-    dgamma: Tensor,
-    correction: Tensor,
-    accumulate: bool,
-) -> NormBackward:
-    rows = (at.address(sums), sums.stride(0)), (at.address(correction), correction.stride(0))
-    vectors = at.address(scale), at.address(var)
-    tail = at.address(pixels), at.address(dgamma), *rows[1], accumulate
-    return NormBackward(_vector_shape(var), *rows[0], *vectors, eps, *tail)
-
-
-def norm_relu_pool(at: Arena, x: Tensor, norm: NormVectors, out: Tensor) -> NormReluPool:
+def norm_relu_pool(at: Arena, x: Tensor, norm: NormTensors, out: Tensor) -> NormReluPool:
     pools = out.shape != x.shape
-    return NormReluPool(_stem_shape(x), pools, _pixels(at, x), Norm(*map(at.address, norm)), _pixels(at, out))
+    return NormReluPool(_stem_shape(x), pools, _pixels(at, x), _norm(at, norm, x), _pixels(at, out))
 
 
 def norm_relu_pool_backward(
-    at: Arena, grad: Tensor, x: Tensor, norm: NormVectors, dx: Tensor, sum_dz: Tensor, sum_dz_centered: Tensor
+    at: Arena, grad: Tensor, x: Tensor, norm: NormTensors, dx: Tensor, owed: OwedTensors
 ) -> NormReluPoolBackward:
     pools = grad.shape != x.shape
-    images = _pixels(at, grad), _pixels(at, x), Norm(*map(at.address, norm)), _pixels(at, dx)
-    return NormReluPoolBackward(_stem_shape(x), pools, *images, at.address(sum_dz), at.address(sum_dz_centered))
+    images = _pixels(at, grad), _pixels(at, x), _norm(at, norm, x), _pixels(at, dx)
+    return NormReluPoolBackward(_stem_shape(x), pools, *images, _owed(at, owed))
 
 
 def forward(
-    at: Arena, x: Tensor, norm: NormVectors, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
+    at: Arena, x: Tensor, norm: NormTensors, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
 ) -> Forward:
     return Forward(
         _shape(x, weight.shape[0], weight, out),
         _pixels(at, x),
-        Norm(*map(at.address, norm)),
+        _norm(at, norm, x),
         _weight(at, weight),
         _pixels(at, out),
         _moments(at, mean, var),
@@ -199,30 +157,24 @@ def backward(
     at: Arena,
     grad: LoadedGradient,
     x: Tensor,
-    norm: NormVectors,
+    norm: NormTensors,
     weight: Tensor,
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    sum_dz: Tensor,
-    sum_dz_centered: Tensor,
+    owed: OwedTensors,
 ) -> Backward:
     return Backward(
         _shape(x, weight.shape[0], weight, grad.stored),
         _gradient(at, grad),
         _pixels(at, x),
-        Norm(*map(at.address, norm)),
+        _norm(at, norm, x),
         _weight(at, weight),
         _pixels(at, dx),
         accumulate,
         Weight() if dweight is None else _weight(at, dweight),
-        at.address(sum_dz),
-        at.address(sum_dz_centered),
+        _owed(at, owed),
     )
-
-
-def _vector_shape(vector: Tensor) -> Shape:
-    return Shape(1, 1, 1, 1, 1, 1, 1, len(vector), len(vector), 1, 1, 1)
 
 
 def _stem_shape(image: Tensor) -> Shape:
@@ -246,7 +198,20 @@ def _strided(at: Arena, image: Tensor) -> Strided:
 
 
 def _gradient(at: Arena, grad: LoadedGradient) -> Gradient:
-    return Gradient(_pixels(at, grad.stored), _pixels(at, grad.value), *map(at.address, grad[2:]))
+    if grad.value is None or grad.correction is None:
+        return Gradient(_pixels(at, grad.stored))
+    rows = (at.address(row) for row in grad.correction)
+    return Gradient(_pixels(at, grad.stored), _pixels(at, grad.value), at.address(grad.mean), *rows)
+
+
+def _norm(at: Arena, norm: NormTensors, x: Tensor) -> Norm:
+    narrow = norm.weight.dtype == x.dtype != torch.float32
+    return Norm(*map(at.address, norm[:4]), narrow, norm.eps)
+
+
+def _owed(at: Arena, owed: OwedTensors) -> Owed:
+    rows = (None, None) if owed.correction is None else (at.address(row) for row in owed.correction)
+    return Owed(at.address(owed.dweight), at.address(owed.dbias), *rows, at.address(owed.pixels))
 
 
 def _weight(at: Arena, weight: Tensor) -> Weight:

@@ -49,8 +49,6 @@ int execute(const Request& request, const void* problem, void* workspace) {
   };
   if (name == "place") return run(place, static_cast<const Place*>(problem));
   if (name == "place_backward") return run(place_backward, static_cast<const PlaceBackward*>(problem));
-  if (name == "norm_scale") return run(norm_scale, static_cast<const NormScale*>(problem));
-  if (name == "norm_backward") return run(norm_backward, static_cast<const NormBackward*>(problem));
   if (name == "norm_relu_pool") return run(norm_relu_pool, static_cast<const NormReluPool*>(problem));
   if (name == "norm_relu_pool_backward") {
     return run(norm_relu_pool_backward, static_cast<const NormReluPoolBackward*>(problem));

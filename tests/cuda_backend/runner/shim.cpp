@@ -13,8 +13,6 @@ namespace fused_densenet {
   __attribute__((weak)) int name(const Problem&, Arithmetic, const Device&, void*, void*) { return 801; }
 FD_ABSENT(place, Place)
 FD_ABSENT(place_backward, PlaceBackward)
-FD_ABSENT(norm_scale, NormScale)
-FD_ABSENT(norm_backward, NormBackward)
 FD_ABSENT(norm_relu_pool, NormReluPool)
 FD_ABSENT(norm_relu_pool_backward, NormReluPoolBackward)
 FD_ABSENT(conv1x1_forward, Forward)
@@ -35,8 +33,6 @@ extern "C" {
   }
 FD_PRIMITIVE(place, Place)
 FD_PRIMITIVE(place_backward, PlaceBackward)
-FD_PRIMITIVE(norm_scale, NormScale)
-FD_PRIMITIVE(norm_backward, NormBackward)
 FD_PRIMITIVE(norm_relu_pool, NormReluPool)
 FD_PRIMITIVE(norm_relu_pool_backward, NormReluPoolBackward)
 FD_PRIMITIVE(forward, Forward)

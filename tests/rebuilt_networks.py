@@ -129,6 +129,7 @@ class InSequence(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             conv(width, 2 * GROWTH, 1),
+            nn.Dropout(0.0),
             nn.BatchNorm2d(2 * GROWTH),
             nn.ReLU(inplace=True),
             conv(2 * GROWTH, GROWTH, 3),

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from rebuilt_networks import GROWTH, FunctionalTransition, conv
 from small_networks import blocks
+from tolerances import assert_largest
 from torch import Tensor, nn
 
-from fused_densenet import FusedTransition, explain, fuse
+from fused_densenet import FallbackWarning, FusedTransition, explain, fuse, strict
 
 
 class Layer(nn.Module):
@@ -159,6 +160,18 @@ class Counting(Layer):
         return new
 
 
+class OwnMode(Layer):
+    """Its norm follows the mode of the layer, not its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm1
+        x1 = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, self.training, n.momentum, n.eps)
+        if self.training:
+            n.num_batches_tracked.add_(1)
+        new = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(x1)))))
+        return torch.cat([x, new], 1)
+
+
 class Collecting(Layer):
     """It keeps what it computed in a list."""
 
@@ -272,6 +285,7 @@ LAYERS: dict[type[nn.Module], str] = {
     NumpysStochasticDepth: "its forward draws random numbers that are not torch's",
     Noise: "0 calls randn_like",
     Counting: "its forward sets attributes of its own",
+    OwnMode: "computes something else than a FusedDenseBlock: its result in training of some modules",
     Collecting: "its forward sets attributes of its own",
     Keeping: "its forward sets attributes of its own",
     SharedNorm: "its layers|more than once|besides|neither",
@@ -374,8 +388,22 @@ def test_trial_compares_gradients() -> None:
     assert plain.fused and "Deaf computes something else than a FusedDenseBlock: the gradient by" in odd.reasons[0]
 
 
+def test_hooks_take_no_part_in_the_trial() -> None:
+    block = DenseBlock(Layer)
+    expected = copy.deepcopy(block)
+    handle = block[0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert len(blocks(fuse(block, strict=True))) == 1
+    x = torch.randn(2, 8, 5, 6)
+    with pytest.warns(FallbackWarning, match=r"0\.conv1 has hooks"):
+        block.eval()(x)
+    handle.remove()
+    with strict():
+        assert_largest(block(x), expected.eval()(x), "float32 whole block", "output")
+
+
 def test_survey_changes_nothing() -> None:
-    model: Any = nn.Sequential(DenseBlock(Layer), DenseBlock(OwnScale), FunctionalTransition(16, 8))
+    random_ones = (DenseBlock(PythonsStochasticDepth), DenseBlock(NumpysStochasticDepth), DenseBlock(Noise))
+    model: Any = nn.Sequential(DenseBlock(Layer), DenseBlock(OwnScale), FunctionalTransition(16, 8), *random_ones)
     model[0][1].train(False)
     model[0][0].conv1.weight.requires_grad_(False)
     model[1][0].scale.grad = torch.ones(())

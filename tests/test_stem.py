@@ -192,3 +192,17 @@ def test_hooks_are_called_and_said() -> None:
     assert seen
     with strict(), pytest.raises(FallbackError, match="relu0 has hooks"):
         ours(x)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dilation": 2}, {"ceil_mode": True}, {"stride": 1}, {"padding": 0}, {"kernel_size": 2}]
+)
+def test_pooling_of_other_settings(options: dict[str, int]) -> None:
+    """It is called as it is, behind the norm and the ReLU that run fused."""
+    pool = nn.MaxPool2d(**({"kernel_size": 3, "stride": 2, "padding": 1} | options))
+    theirs = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), pool).double()
+    ours = FusedFeatures(*theirs)
+    assert [run.pool for run in ours.runs()] == [False]
+    x = torch.randn(2, 4, 9, 12, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))

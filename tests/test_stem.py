@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,37 @@ def test_what_is_no_stem_is_called_as_it_is() -> None:
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     assert_same(step(ours, x), step(theirs, x), "float64 whole block")
     assert isinstance(ours[2:4], FusedFeatures)
+
+
+POOLS = {
+    "dilated": {"dilation": 2},
+    "dilated in one dimension": {"dilation": (1, 2)},
+    "rounded up": {"ceil_mode": True},
+    "stride 1": {"stride": 1},
+    "stride of one dimension": {"stride": (2, 1)},
+    "not padded": {"padding": 0},
+    "larger window": {"kernel_size": 5, "padding": 2},
+    "tuples": {"kernel_size": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)},
+}
+
+
+@pytest.mark.parametrize("settings", POOLS.values(), ids=POOLS)
+def test_pooling_of_other_settings(settings: dict[str, Any]) -> None:
+    """Even sizes, where rounding up is seen, and windows of which the first and last reach over the edge."""
+    pool = nn.MaxPool2d(**{"kernel_size": 3, "stride": 2, "padding": 1} | settings)
+    theirs = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), pool).double()
+    ours = FusedFeatures(*copy.deepcopy(theirs).children())
+    for sizes in ((2, 4, 8, 10), (2, 4, 9, 7)):
+        x = torch.randn(sizes, dtype=torch.float64)
+        assert_same(step(ours, x), step(theirs, x), "float64 whole block")
+
+
+def test_places_of_the_maxima_are_given() -> None:
+    theirs = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1, return_indices=True)).double()
+    ours = FusedFeatures(*copy.deepcopy(theirs).children())
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    for actual, expected in zip(ours(x), theirs(x), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_hooks_are_called_and_said() -> None:

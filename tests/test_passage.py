@@ -330,6 +330,18 @@ def test_random_numbers_after_the_features(layout: str, noise: Callable[[Tensor]
     torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_inside_blocks(layout: str) -> None:
+    """Of every layer, and with the same random numbers for what follows."""
+    theirs = network(drop_rate=0.4)
+    ours, x, results = fuse(copy.deepcopy(theirs)), LAYOUTS[layout](torch.randn(SHAPES[2])), []
+    for model in (ours, theirs):
+        torch.manual_seed(2)
+        with strict():
+            results.append(torch.cat([model.features(x), torch.rand(2, 1, 4, 4)], dim=1))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
 def test_dropout_between_fused_modules() -> None:
     theirs = network()
     for name in ("transition1", "denseblock2"):

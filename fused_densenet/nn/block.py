@@ -191,6 +191,7 @@ class FusedDenseBlock(nn.ModuleDict):
                 first.drops_channels,
                 memory_efficient,
                 group,
+                passage.layout or torch.contiguous_format,
             )
             if moments is not None and plan.running is not None:
                 plan.running.update(moments, x)

@@ -90,10 +90,16 @@ def run_block(
     drop_channels: bool,
     memory_efficient: bool,
     group: str | None,
+    drop_layout: torch.memory_format = torch.contiguous_format,
 ) -> tuple[Tensor, BatchMoments | None]:
-    """:func:`dense_block` of lists with an entry for each norm-relu-conv."""
+    """:func:`dense_block` of lists with an entry for each norm-relu-conv.
+
+    Dropout draws in the order of memory: ``drop_layout`` is that of the feature maps that it would see.
+    """
     weights, gammas, betas, running = parameters
-    keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate, drop_channels) if drop_rate > 0 else None
+    keep = None
+    if drop_rate > 0:
+        keep = _draw_masks(x, weights[per_layer - 1 :: per_layer], drop_rate, drop_channels, drop_layout)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *gammas, *betas))
     dtype = accumulate_dtype(x.dtype)
     if differentiable:
@@ -122,10 +128,13 @@ def run_block(
     return outputs.out, BatchMoments(stats, inside, pixels[0] if pixels else None, group)
 
 
-def _draw_masks(x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool) -> Tensor:
+def _draw_masks(
+    x: Tensor, growth_weights: Sequence[Tensor], drop_rate: float, drop_channels: bool, layout: torch.memory_format
+) -> Tensor:
     draw = torch.feature_dropout if drop_channels else F.dropout
     masks = []
     for weight in growth_weights:
-        ones = x.new_ones((x.shape[0], weight.shape[0], *x.shape[2:]))
+        sizes = (x.shape[0], weight.shape[0], *x.shape[2:])
+        ones = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout).fill_(1)
         masks.append(draw(ones, drop_rate, True) != 0)
     return torch.cat(masks, dim=1)

@@ -46,13 +46,14 @@ class Standing(Generic[Plan]):
         self._parameters = [held["_parameters"] for held in attributes if held["_parameters"]]
         self._buffers = [held["_buffers"] for held in attributes if held["_buffers"]]
         self._held = [list(held.values()) for held in (*self._others, *self._parents)]  # what lives keeps its id
+        self._hooked = any(self._empty)  # nothing tells of the end of that
         self._seen = self._look()
         devices = self._seen[-1]
         self.device: torch.device | None = next(iter(devices)) if len(devices) == 1 else None
 
     def holds(self) -> bool:
         """Whether all is as it was, but for the values of tensors."""
-        return not any(self._empty) and self._look() == self._seen
+        return not self._hooked and not any(self._empty) and self._look() == self._seen
 
     def _look(self) -> list[Any]:
         parameters = [t for held in self._parameters for t in held.values() if t is not None]

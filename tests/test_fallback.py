@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fused_densenet
 from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict, use_backend
 from fused_densenet.backends import BACKENDS, choose
+from fused_densenet.fallback import reasons
 
 SIZE = (3, 8, 2, 4)
 
@@ -268,6 +269,31 @@ def test_traced_block() -> None:
     with pytest.warns(FallbackWarning, match="trace"):
         traced = torch.jit.trace(block, x)
     assert_largest(traced(x), block(x), "float32 whole block", "output")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_agree() -> None:
+    """The tracer compares two recordings, whether or not the block has run before."""
+    for used in (False, True):
+        block, x = FusedDenseBlock(*SIZE).eval(), torch.randn(2, 8, 5, 5)
+        if used:
+            block(x)
+        with pytest.warns(FallbackWarning, match=r"torch\.jit\.trace is recording"):
+            traced = torch.jit.trace(block, x, check_trace=True)
+        torch.testing.assert_close(traced(x), block(x))
+        reasons.warn_once.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_module_inside() -> None:
+    ours, theirs = FusedDenseBlock(*SIZE), peers.DenseBlock(*SIZE, 0.0)
+    theirs.load_state_dict(ours.state_dict())
+    for block in (ours, theirs):
+        block.denselayer2.relu1 = torch.jit.script(nn.ReLU())
+    x = torch.randn(2, 8, 5, 5)
+    with pytest.warns(FallbackWarning, match="denselayer2.relu1 is a RecursiveScriptModule"):
+        out = ours(x)
+    torch.testing.assert_close(out, theirs(x))
 
 
 def test_strict_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ def stage() -> nn.Sequential:
     parts = OrderedDict[str, nn.Module](
         denseblock1=peers.DenseBlock(2, 4, 2, 4, 0.0),
         transition1=peers.Transition(12, 6),
-        denseblock2=peers.DenseBlock(1, 6, 2, 4, 0.0),
-        norm5=nn.BatchNorm2d(10),
+        denseblock2=peers.DenseBlock(2, 6, 2, 4, 0.0),
+        norm5=nn.BatchNorm2d(14),
         relu5=nn.ReLU(),
     )
     return nn.Sequential(parts).double()
@@ -167,6 +167,17 @@ def test_class_that_was_patched_is_called(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(nn.Module, "__call__", recorded)
     network(images())
     assert seen == ["FusedFeatures", "FusedDenseBlock", "FusedTransition", "FusedDenseBlock"]
+
+
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+def test_module_added_to_a_sequence_that_ends_in_one_layer() -> None:
+    """Which ``fuse`` may take for a block of one layer, and what comes before it."""
+    theirs = nn.Sequential(*list(stage().children())[:2], peers.DenseBlock(1, 6, 2, 4, 0.0).double())
+    ours, x = fuse(copy.deepcopy(theirs)), images()
+    assert_same_forward(ours, theirs, x)
+    for network in (ours, theirs):
+        network.insert(1, nn.Tanh())
+    assert_same_forward(ours, theirs, x)
 
 
 def test_own_class_of_block_is_called() -> None:

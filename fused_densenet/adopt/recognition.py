@@ -74,7 +74,7 @@ def survey(model: nn.Module) -> list[Finding]:
     parents = {f.name.rpartition(".")[0] for f in findings if f.name}
     kinds = {f.module: f.fused_class for f in findings}
     for name, module in model.named_modules():
-        gains = name in parents and name not in callers and _gains(module, kinds)
+        gains = name in parents and name not in callers and module not in kinds and _gains(module, kinds)
         if isinstance(module, FusedFeatures) or gains:
             reasons = _PARTS_CALLED if any(_is_inside(name, caller) for caller in callers) else []
             findings.append(Finding(name, module, FusedFeatures, reasons))

@@ -67,7 +67,8 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
         "original_class": original,
     }
     if not issubclass(fused, FusedFeatures):  # a part of whose modules is one as well
-        attributes |= {"__new__": _maker(original), "forward": _forward(original, fused), "pass_on": _pass_on(fused)}
+        attributes |= {"__new__": _maker(original), "forward": _forward(original, fused)}
+        attributes["pass_on"] = _pass_on(original, fused)
     if fused is FusedDenseBlock:
         attributes |= {
             "_operator_by_operator": _operator_by_operator,
@@ -106,18 +107,21 @@ def _forward(original: Any, fused: Any) -> Callable[..., Any]:
     return passes_on(forward)
 
 
-def _pass_on(fused: Any) -> Callable[..., Tensor]:
+def _pass_on(original: Any, fused: Any) -> Callable[..., Tensor]:
     """``fused.pass_on`` between what its description says comes before and after."""
 
     def pass_on(module: Any, x: Tensor, passage: Passage) -> Tensor:
         description = module.fused_settings.description
-        before, after = (
-            ((), ()) if type(description) is not BlockDescription else (description.before, description.after)
-        )
-        for name in before:
+        if type(description) is not BlockDescription or not description.units:
+            return fused.pass_on(module, x, passage)
+        children = [name for name, child in module._modules.items() if child is not None]
+        if children != [*description.before, *description.units, *description.after]:
+            announce(["it has other modules inside than when fuse was called"], fused.__name__)
+            return passage.through_operators(functools.partial(original.forward, module), x)
+        for name in description.before:
             x = passage.through(module._modules[name], x)
         x = fused.pass_on(module, x, passage)
-        for name in after:
+        for name in description.after:
             x = passage.through(module._modules[name], x)
         return x
 

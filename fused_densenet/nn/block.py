@@ -218,7 +218,8 @@ class FusedDenseBlock(nn.ModuleDict):
 
     def _check(self, x: Any, plan: "BlockPlan") -> None:
         """That ``x`` fits its layers as they are; layers that do not follow one another judge it themselves."""
-        weight = getattr(plan.layers[0].stages[0].conv, "weight", None)
+        stages = plan.layers[0].stages
+        weight = getattr(stages[0].conv, "weight", None) if stages else None
         if isinstance(x, Tensor):
             read = isinstance(weight, Tensor) and x.dim() == weight.dim() and x.shape[1] == weight.shape[1]
             if (read and x.dtype.is_floating_point) or structure_reasons(plan.layers, self.layer_class):

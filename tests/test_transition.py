@@ -205,7 +205,15 @@ def test_fallback_computes_the_same_and_says_why(reason: str) -> None:
         ours(x)
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2), nn.AvgPool2d(2, padding=1)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, 2),
+        nn.AvgPool2d(2, padding=1),
+        nn.AvgPool2d(2, divisor_override=3),
+    ],
+)
 def test_other_pooling_is_not_taken_for_ours(pool: nn.Module) -> None:
     ours = pair(2)[0].double()
     ours.pool = pool

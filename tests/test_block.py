@@ -475,6 +475,24 @@ def test_two_runs_give_the_same_bits(memory_efficient: bool, threads: int, backe
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
+@pytest.mark.parametrize("threads", [3, 7])
+def test_many_threads(threads: int) -> None:
+    """More parts than two of everything that is summed up."""
+    ours, theirs = FusedDenseBlock(2, 16, 4, 8), reference.DenseBlock(2, 16, 4, 8)
+    x = bimodal(4, 16, 24, 20)
+    keep_clear_of_zero(ours, x)
+    theirs.load_state_dict(ours.state_dict())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = {dtype: step(copy.deepcopy(ours).to(dtype), x.to(dtype)) for dtype in (torch.float32, torch.float64)}
+    finally:
+        torch.set_num_threads(before)
+    expected = step(theirs.double(), x.double())
+    assert_same(found[torch.float64], expected, "float64 whole block")
+    assert_same(found[torch.float32], expected, "float32 whole block")
+
+
 def test_backend_of_the_forward_pass_serves_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     block = FusedDenseBlock(*SMALL)
     with use_backend("eager"):

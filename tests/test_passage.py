@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fused_densenet import FusedDenseBlock, FusedFeatures, FusedTransition, fuse, strict
+from fused_densenet.ops.statistics import statistics_of
 
 
 def stage() -> nn.Sequential:
@@ -178,6 +179,26 @@ def test_module_added_to_a_sequence_that_ends_in_one_layer() -> None:
     for network in (ours, theirs):
         network.insert(1, nn.Tanh())
     assert_same_forward(ours, theirs, x)
+
+
+def test_compiled_block_and_backward_hooks_are_called() -> None:
+    """``block.compile()`` and backward hooks, which ``nn.Module.__call__`` sees to."""
+    network, seen = fuse(stage()), []
+    block, transition = network.denseblock1, network.transition1
+    compiled = block.forward
+    block._compiled_call_impl = lambda x: seen.append("compiled") or compiled(x)
+    transition.register_full_backward_hook(lambda module, inputs, outputs: seen.append("backward"))
+    network.denseblock2.register_full_backward_pre_hook(lambda module, outputs: seen.append("before"))
+    network(images().requires_grad_()).sum().backward()
+    assert seen == ["compiled", "before", "backward"]
+
+
+def test_statistics_of_another_group_are_taken() -> None:
+    x = images()
+    whole = statistics_of(x, "eager", None)
+    known = whole._replace(moments=whole.moments + 1, group="another")
+    torch.testing.assert_close(statistics_of(x, "eager", None, known).moments, whole.moments)
+    assert statistics_of(x, "eager", None, whole) is whole
 
 
 def test_own_class_of_block_is_called() -> None:

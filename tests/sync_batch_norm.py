@@ -8,6 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from fused_densenet.fallback.anatomy import remember_methods
+
 _PIXELS = (0, 2, 3)
 
 
@@ -82,5 +84,7 @@ def on_cpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, kernel in kernels.items():
             stack.enter_context(mock.patch.object(torch, name, kernel))
+        stack.callback(remember_methods, nn.SyncBatchNorm)
         stack.enter_context(mock.patch.object(nn.SyncBatchNorm, "forward", _forward))
+        remember_methods(nn.SyncBatchNorm)
         yield

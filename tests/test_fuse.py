@@ -26,6 +26,7 @@ from fused_densenet import (
     strict,
     unfuse,
 )
+from fused_densenet.ops.functional import run_block
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -81,11 +82,11 @@ def test_memory_efficient(own: bool, wanted: bool | None, monkeypatch: pytest.Mo
     seen = []
     monkeypatch.setattr(
         fused_densenet.nn.block,
-        "dense_block",
-        lambda *args, **options: seen.append(options) or fused_densenet.dense_block(*args, **options),
+        "run_block",
+        lambda *args: seen.append(args[7]) or run_block(*args),
     )
     block(torch.randn(2, 8, 4, 4))
-    assert seen[0]["memory_efficient"] is block.memory_efficient
+    assert seen == [block.memory_efficient]
     for layer in block.children():
         layer.memory_efficient = not own
     assert block.memory_efficient is (not own if wanted is None else wanted)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fused_densenet import FallbackError, FallbackWarning, strict
 from fused_densenet.nn.stem import FusedFeatures
 from fused_densenet.ops.statistics import statistics_of
-from fused_densenet.ops.transition import Arguments
+from fused_densenet.ops.stem import Arguments
 
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -166,7 +166,7 @@ def test_compile_and_operators() -> None:
     x.requires_grad_()
     gamma, beta = (torch.rand(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     moments, pixels, _ = statistics_of(x, "eager", None)
-    arguments = Arguments(x, [], [gamma], [beta], moments, pixels, 1e-5, True, True, "eager", None)
+    arguments = Arguments(x, [gamma], [beta], moments, pixels, 1e-5, True, True, "eager", None)
     operators = torch.ops.fused_densenet
     torch.library.opcheck(operators.stem.default, arguments)
     dout = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -229,7 +229,7 @@ def test_hooks_are_called_and_said() -> None:
 @pytest.mark.parametrize(
     "options", [{"dilation": 2}, {"ceil_mode": True}, {"stride": 1}, {"padding": 0}, {"kernel_size": 2}]
 )
-def test_pooling_of_other_settings(options: dict[str, int]) -> None:
+def test_pooling_of_other_settings_is_no_part_of_a_run(options: dict[str, int]) -> None:
     """It is called as it is, behind the norm and the ReLU that run fused."""
     pool = nn.MaxPool2d(**({"kernel_size": 3, "stride": 2, "padding": 1} | options))
     theirs = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), pool).double()

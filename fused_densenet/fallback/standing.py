@@ -72,7 +72,7 @@ class Standing(Generic[Plan]):
         ]
 
 
-_standing: WeakKeyDictionary[nn.Module, Standing[Any]] = WeakKeyDictionary()
+_standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()
 
 
 def standing_of(
@@ -84,8 +84,9 @@ def standing_of(
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return work_out()[0], None
-    known = _standing.get(module)
-    if known is None or not known.holds():
+    kind, known = _standing.get(module, (None, None))
+    if known is None or kind is not type(module) or not known.holds():
         plan, inside = work_out()
-        known = _standing[module] = Standing(plan, module.__dict__["_modules"], inside)
+        known = Standing(plan, module.__dict__["_modules"], inside)
+        _standing[module] = type(module), known
     return known.plan, known.device

@@ -23,9 +23,8 @@ from ..fallback.recording import exports_operators, refuse_script
 from ..fallback.standing import standing_of
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
-from ..ops.stem import stem
+from ..ops.stem import Arguments, stem
 from ..ops.subclasses import on_plain
-from ..ops.transition import Arguments
 from .block import affine_of
 from .passage import Passage, channels_last, layout_of
 from .running import RunningStatistics
@@ -175,7 +174,7 @@ def _fused(x: Tensor, run: Run, passage: Passage) -> Tensor:
         statistics = frozen_statistics(norm.running_mean, norm.running_var)
     passage.statistics = None
     gamma, beta = affine_of(norm, x)
-    arguments = Arguments(x, [], [gamma], [beta], *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
+    arguments = Arguments(x, [gamma], [beta], *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
     out = stem(arguments).out
     if batch_stats:
         run.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)

@@ -44,7 +44,7 @@ class Outputs(NamedTuple):
 
 
 class Operator(ABC):
-    """An operator on ``arguments``, a NamedTuple class with ``x``, lists ``weights``, ``gammas``, ``betas``, and ``group``.
+    """An operator on ``arguments``, a NamedTuple class with ``x``, lists ``gammas``, ``betas`` and perhaps ``weights``, and ``group``.
 
     ``x`` and the tensors of the lists are what it is differentiated by.
     """
@@ -132,7 +132,7 @@ class Operator(ABC):
         self, dout: Tensor, a: Any, kept: list[Tensor], constants: list[Tensor], needed: Sequence[bool]
     ) -> list[Tensor]:
         """:meth:`backward`, or what of it can be differentiated or is batched where that is asked for."""
-        by_weights = [bool(n) for n in needed[1 : 1 + len(a.weights)]]
+        by_weights = [bool(n) for n in needed[1 : len(needed) - 2 * len(a.gammas)]]
         if not torch.compiler.is_compiling() and _is_batched(dout):
             return self._batched(dout, a)
         if torch.is_grad_enabled() or not _is_plain(dout):
@@ -167,7 +167,7 @@ class Operator(ABC):
         return self.arguments(*values), list(tensors)
 
     def _sources(self, a: Any) -> list[Tensor]:
-        return [self.input_of(a), *a.weights, *a.gammas, *a.betas]
+        return [self.input_of(a), *_differentiable(a)[1:]]
 
     def _function(self, a: Any) -> Callable[..., Tensor]:
         def function(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class Operator(ABC):
         kept, constants = others[: ctx.counts[0]], others[ctx.counts[0] :]
         by_name = dict(zip(a._fields, ctx.needs_input_grad, strict=True))
         needed = [bool(by_name["x"])]
-        for name in _DIFFERENTIABLE:
+        for name in _lists(a):
             needed += map(bool, by_name[name] or [False] * len(getattr(a, name)))
         gradients = self.gradients(dout, a, kept, constants, needed)
         return self._by_argument(a, [g if n else None for g, n in zip(gradients, needed, strict=True)])
@@ -203,7 +203,7 @@ class Operator(ABC):
         places: list[Any] = [[None] * len(value) if i in self._lists else None for i, value in enumerate(a)]
         rest = iter(gradients)
         places[a._fields.index("x")] = next(rest)
-        for name in _DIFFERENTIABLE:
+        for name in _lists(a):
             places[a._fields.index(name)] = [next(rest) for _ in getattr(a, name)]
         return tuple(places)
 
@@ -290,13 +290,16 @@ _DIFFERENTIABLE = ("weights", "gammas", "betas")
 
 
 def _differentiable(a: Any) -> list[Tensor]:
-    return [a.x, *a.weights, *a.gammas, *a.betas]
+    return [a.x, *[t for name in _lists(a) for t in getattr(a, name)]]
+
+
+def _lists(a: Any) -> list[str]:
+    return [name for name in _DIFFERENTIABLE if name in a._fields]
 
 
 def _with(a: Any, x: Tensor, parameters: Sequence[Tensor]) -> Any:
-    n, m = len(a.weights), len(a.gammas)
-    weights, gammas, betas = parameters[:n], parameters[n : n + m], parameters[n + m :]
-    return a._replace(x=x, weights=list(weights), gammas=list(gammas), betas=list(betas))
+    rest = iter(parameters)
+    return a._replace(x=x, **{name: [next(rest) for _ in getattr(a, name)] for name in _lists(a)})
 
 
 def _aliases(tensors: Sequence[Tensor], connected: bool) -> list[Tensor]:

@@ -4,24 +4,42 @@ Operator by operator a stem keeps the norm's input, ReLU's output and the places
 input, the last two need not be kept.
 """
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import BACKENDS
 from .layout import channels_last, empty_channels_last, pixels_last
 from .operator import Outputs, norm_relu
-from .transition import Arguments, NormReluThen
+from .transition import NormReluThen
+
+
+class Arguments(NamedTuple):
+    """Of the operator, as those of a transition, without weights."""
+
+    x: Tensor
+    gammas: list[Tensor]
+    betas: list[Tensor]
+    moments: Tensor
+    pixels: Tensor | None
+    eps: float
+    batch_stats: bool
+    pool: bool
+    backend: str
+    group: str | None
 
 
 class Stem(NormReluThen):
-    """``relu(bn(x))``, or where ``pool`` its maxima over windows of 3, stride 2, padding 1; no weights."""
+    """``relu(bn(x))``, or where ``pool`` its maxima over windows of 3, stride 2, padding 1."""
 
     name = "stem"
+    arguments = Arguments
 
     def forward(self, a: Arguments) -> Outputs:
         outputs = self.allocate(a)
         source = pixels_last(channels_last(a.x))
-        BACKENDS[a.backend].norm_relu_pool(source, a.norm(), pixels_last(outputs.out))
+        BACKENDS[a.backend].norm_relu_pool(source, self.norm(a), pixels_last(outputs.out))
         return outputs
 
     def allocate(self, a: Arguments) -> Outputs:
@@ -34,7 +52,7 @@ class Stem(NormReluThen):
         dx, *_ = gradients = self.allocate_backward(dout, a, needed)
         owed = self.owed(a, gradients)
         grad, source = pixels_last(channels_last(dout)), pixels_last(channels_last(a.x))
-        BACKENDS[a.backend].norm_relu_pool_backward(grad, source, a.norm(), pixels_last(dx), owed)
+        BACKENDS[a.backend].norm_relu_pool_backward(grad, source, self.norm(a), pixels_last(dx), owed)
         self.settle(a, dx, owed.correction)
         return gradients
 

@@ -42,28 +42,25 @@ class Arguments(NamedTuple):
     backend: str
     group: str | None
 
-    def norm(self) -> Norm:
-        return Norm(self.moments[0], self.moments[1], self.gammas[0], self.betas[0], self.eps)
-
 
 class NormReluThen(Operator):
     """An operator that begins with BN and ReLU and keeps nothing but its input."""
 
     keeps_input = True
     constants = ("moments", "pixels")
-    arguments = Arguments
 
-    def allocate_backward(self, dout: Tensor, a: Arguments, needed: list[bool]) -> list[Tensor]:
+    def allocate_backward(self, dout: Tensor, a: Any, needed: list[bool]) -> list[Tensor]:
+        weights = zip(getattr(a, "weights", ()), needed, strict=True)
         return [
             empty_channels_last(a.x.shape, a.x.shape[1], a.x),
-            *[
-                torch.empty_like(w) if wanted else dout.new_empty(0)
-                for w, wanted in zip(a.weights, needed, strict=True)
-            ],
+            *[torch.empty_like(w) if wanted else dout.new_empty(0) for w, wanted in weights],
             *[torch.empty_like(t) for t in (*a.gammas, *a.betas)],
         ]
 
-    def settle(self, a: Arguments, dx: Tensor, correction: Tensor | None) -> None:
+    def norm(self, a: Any) -> Norm:
+        return Norm(a.moments[0], a.moments[1], a.gammas[0], a.betas[0], a.eps)
+
+    def settle(self, a: Any, dx: Tensor, correction: Tensor | None) -> None:
         """Takes from ``dx``, ``scale * dz``, what the statistics of ``x`` owe."""
         if correction is None:
             return
@@ -73,7 +70,7 @@ class NormReluThen(Operator):
         grad = Gradient(dz, pixels_last(channels_last(a.x)), a.moments[0], correction)
         BACKENDS[a.backend].place_backward(grad, dz)
 
-    def owed(self, a: Arguments, gradients: list[Tensor]) -> Owed:
+    def owed(self, a: Any, gradients: list[Tensor]) -> Owed:
         dgamma, dbeta = gradients[-2:]
         if not a.batch_stats:
             return Owed(dgamma, dbeta)
@@ -82,12 +79,13 @@ class NormReluThen(Operator):
 
 class Transition(NormReluThen):
     name = "transition"
+    arguments = Arguments
 
     def forward(self, a: Arguments) -> Outputs:
         outputs = self.allocate(a)
         with without_autocast(a.x.device):
             source, out = pixels_last(channels_last(a.x)), pixels_last(outputs.out)
-            BACKENDS[a.backend].norm_relu_conv(source, a.norm(), weight_5d(a.weights[0]), out, None, None)
+            BACKENDS[a.backend].norm_relu_conv(source, self.norm(a), weight_5d(a.weights[0]), out, None, None)
         return outputs
 
     def allocate(self, a: Arguments) -> Outputs:
@@ -104,7 +102,7 @@ class Transition(NormReluThen):
             BACKENDS[a.backend].norm_relu_conv_backward(
                 Gradient(pixels_last(channels_last(dout))),
                 pixels_last(channels_last(a.x)),
-                a.norm(),
+                self.norm(a),
                 weight_5d(a.weights[0]),
                 pixels_last(dx),
                 False,

@@ -56,9 +56,7 @@ def executor(check: str, sources: Sequence[Path]) -> AbstractContextManager[Exec
 
 
 PLACE = [CSRC / "cuda" / name for name in ("place.cu", "moments.cu")]
-TILE_WRITTEN = (
-    "= load_numbers(x + offsets[pixel] + channel * step, step, left, in.whole);\n                    });\n  __syncthreads();"
-)
+TILE_WRITTEN = "= load_numbers(x + offsets[pixel] + channel * step, step, left, in.whole);\n                    });\n  __syncthreads();"
 
 
 def place(executor: Executor) -> None:

@@ -71,6 +71,14 @@ def test_matrix_products_use_matrix_instructions(table: list[Row]) -> None:
     assert not without
 
 
+def test_tiles_of_64_pixels_use_the_instructions_of_their_gpu(table: list[Row]) -> None:
+    """wgmma and tcgen05, which multiply 64 rows and more."""
+    products = [row for row in table if row[0] in ("sm_90", "sm_100", "sm_103") and row[2].tensor_instructions]
+    large = [row for row in products if int(row[1].partition("[")[2].split()[0]) >= 64]
+    assert len(large) > len(products) / 2
+    assert not [(target, name) for target, name, used in large if not used.own]
+
+
 def test_every_kernel_is_there(table: list[Row]) -> None:
     names = {*launches.MATRIX_KERNELS, "place", "place_backward", "norm_relu_pool", "norm_relu_pool_backward"}
     names |= {"merge_moments", "add_partials", "pack"}

@@ -52,7 +52,8 @@ SHARED_LIMIT = {
 }
 """Bytes of shared memory of a block: CUDA C++ Programming Guide, table of compute capabilities; AMD's ISA documents."""
 
-_MATRIX_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma", 103: "tcgen05.mma"}
+OWN_INSTRUCTION = {90: "wgmma.mma_async", 100: "tcgen05.mma", 103: "tcgen05.mma"}
+"""Of tiles of 64 rows and more; smaller ones take ``mma.sync``, as those of other NVIDIA GPUs."""
 
 
 class _Driver:
@@ -117,12 +118,14 @@ class Resources:
         shared: bytes of shared memory per block.
         stack: bytes of local memory per thread; spilled registers live there, and nothing else of these kernels.
         tensor_instructions: matrix instructions in the code.
+        own: whether there are some that only GPUs of its kind have.
     """
 
     registers: int
     shared: int
     stack: int
     tensor_instructions: int
+    own: bool
 
 
 def resources(compiled: Any) -> Resources:
@@ -133,14 +136,15 @@ def resources(compiled: Any) -> Resources:
             file.flush()
             usage = _tool("cuobjdump", "-res-usage", file.name)
         registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
-        code, instruction = compiled.asm["ptx"], _MATRIX_INSTRUCTION.get(target.arch, "mma.sync")
+        code, instruction = compiled.asm["ptx"], "mma.sync"
     else:
         code, instruction = compiled.asm["amdgcn"], "v_mfma" if target.arch.startswith("gfx9") else "v_wmma"
         registers, stack = (
             _number(r"\.vgpr_count:\s+(\d+)", code),
             _number(r"\.private_segment_fixed_size:\s+(\d+)", code),
         )
-    return Resources(registers, compiled.metadata.shared, stack, code.count(instruction))
+    own = code.count(OWN_INSTRUCTION[target.arch]) if target.arch in OWN_INSTRUCTION else 0
+    return Resources(registers, compiled.metadata.shared, stack, code.count(instruction) + own, own > 0)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -35,8 +35,9 @@ class BackwardBlock {
     o_.x_vectors.template load<T>(f_.norm, o_.first_channel, o_.channels);
     o_.load_gradient_vectors(pass);
     o_.locate_rows();
-    for (int i = threadIdx.x; i < 2 * C::warps_m * C::sums_ld; i += C::threads) o_.sums[i] = 0;
-    o_.locate(first, 0, 0);
+    Box box = place_in(plan_.tiles, first);
+    __syncthreads();
+    o_.locate(first_pixel(box), 0, 0);
     __syncthreads();
     o_.fetch_x(0, 0);
     o_.fetch_gradient(pass, 0);
@@ -54,7 +55,7 @@ class BackwardBlock {
         if (passes > 1 && (tile > first || i > 0)) o_.load_pass(pass);
         o_.transform_gradient(pass, buffer);
         if (plan_.weight) o_.transform_x(buffer, slot);
-        if (last_pass && more) o_.locate(tile + 1, buffer ^ 1, next_slot);
+        if (last_pass && more) o_.locate(first_pixel(box = next_box(box)), buffer ^ 1, next_slot);
         __syncthreads();
         if (more) {
           if (passes > 1) o_.load_gradient_vectors(next);
@@ -65,7 +66,7 @@ class BackwardBlock {
         if (plan_.data) {
           if (i == 0) clear_data();
           with_pairs([&](auto full) { data_product<decltype(full)::value>(pass); });
-          if (last_pass) finish_data(buffer, slot);
+          if (last_pass) with_pairs([&](auto full) { finish_data<decltype(full)::value>(buffer, slot); });
         }
         if (plan_.weight) with_pairs([&](auto full) { weight_product<decltype(full)::value>(pass); });
         pass = next;
@@ -123,73 +124,105 @@ class BackwardBlock {
                               column_, plan_.rows, pairs_);
   }
 
+  // Of the plan's boxes, one after the other without a division.
+  __device__ Box next_box(Box at) const {
+    const Box& boxes = plan_.tiles;
+    if (++at.w < boxes.w) return at;
+    at.w = 0;
+    if (++at.h < boxes.h) return at;
+    at.h = 0;
+    if (++at.d < boxes.d) return at;
+    return {at.n + 1, 0, 0, 0};
+  }
+  // Of its halo.
+  __device__ Box first_pixel(const Box& at) const {
+    const Box &box = plan_.box, &kernel = plan_.kernel;
+    return {at.n * box.n, at.d * box.d - kernel.d / 2, at.h * box.h - kernel.h / 2, at.w * box.w - kernel.w / 2};
+  }
+
   // ReLU's mask, the sums, and what goes into dx, in shared memory.
+  template <bool Full>
   __device__ void finish_data(int buffer, int slot) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int window = plan_.window.volume(), count = plan_.box.volume();
-    const float share = 1.0f / static_cast<float>(window);
+    const int window = plan_.window_pixels, count = plan_.box_pixels;
     const int* const pixels = o_.x_pixels(slot);
     const Matrix<T> x = o_.x(buffer), dx = o_.dx(buffer);
+    if (window > 1) share_data(1.0f / static_cast<float>(window));
     for (int w = 0; w < window; ++w) {
-      const int first_row = w * count;
+      int rows[C::m_tiles][2];
       bool exists[C::m_tiles][2];
 #pragma unroll
       for (int i = 0; i < C::m_tiles; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int p = tile_row(i) + g + 8 * h;
-          exists[i][h] = p < count && pixels[first_row + p] != kOutside;
+          rows[i][h] = w * count + min(p, count - 1);
+          exists[i][h] = p < count && pixels[rows[i][h]] != kOutside;
         }
       }
 #pragma unroll
       for (int j = 0; j < C::n_tiles; ++j) {
-        if (j / 2 >= pairs_) break;
+        if (!Full && j / 2 >= pairs_) break;
         const int c = column_ + 8 * j + 2 * t;
-        float parts[4] = {};  // of the two channels: the sums of dz, then of dz (x - mean)
         const float2 mean = load2(o_.x_vectors.at(0, c)), scale = load2(o_.x_vectors.at(1, c));
         const float2 shift = load2(o_.x_vectors.at(2, c));
 #pragma unroll
         for (int i = 0; i < C::m_tiles; ++i) {
-          if (tile_row(i) >= plan_.rows) break;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int row = first_row + min(tile_row(i) + g + 8 * h, count - 1);
-            const bool ok = exists[i][h];
-            float2 in = load2(x.at(row, c));
-            in = make_float2(ok ? in.x : mean.x, ok ? in.y : mean.y);
-            const bool cut_x = !ok | (normalised(in.x, mean.x, scale.x, shift.x) <= 0);
-            const bool cut_y = !ok | (normalised(in.y, mean.y, scale.y, shift.y) <= 0);
-            float2 dz = make_float2(cut_x ? 0 : da_[i][j][2 * h] * share, cut_y ? 0 : da_[i][j][2 * h + 1] * share);
-            parts[0] += dz.x;
-            parts[1] += dz.y;
-            parts[2] = fmaf(dz.x, in.x - mean.x, parts[2]);
-            parts[3] = fmaf(dz.y, in.y - mean.y, parts[3]);
-            if (!ok) continue;
-            T* const to = dx.at(row, c);
+            const float2 in = load2(x.at(rows[i][h], c));
+            const bool cut = !exists[i][h];
+            const float2 z =
+                make_float2(normalised(in.x, mean.x, scale.x, shift.x), normalised(in.y, mean.y, scale.y, shift.y));
+            const float2 dz = make_float2(cut || z.x <= 0 ? 0 : da_[i][j][2 * h], cut || z.y <= 0 ? 0 : da_[i][j][2 * h + 1]);
+            sums_[j][0] += dz.x;
+            sums_[j][1] += dz.y;
+            sums_[j][2] = fmaf(dz.x, in.x - mean.x, sums_[j][2]);
+            sums_[j][3] = fmaf(dz.y, in.y - mean.y, sums_[j][3]);
+            if (cut) continue;
+            T* const to = dx.at(rows[i][h], c);
             const float2 old = f_.accumulate ? load2(to) : make_float2(0, 0);
             store2(to, fmaf(scale.x, dz.x, old.x), fmaf(scale.y, dz.y, old.y));
           }
         }
-        add_rows(parts, [&](int i, float sum) { o_.sums[(warp_m_ * 2 + i / 2) * C::sums_ld + c + i % 2] += sum; });
       }
     }
   }
 
-  __device__ void store_dx(int buffer, int slot) {
-    const int* const pixels = o_.x_pixels(slot);
-    const Matrix<T> from = o_.dx(buffer);
-    T* const to = static_cast<T*>(f_.dx.data) + o_.first_channel;
-    const int column = o_.own_column(o_.x_chunks());
-    if (column == kOutside) return;
-    o_.for_each_row(plan_.x_rows(), o_.x_chunks(), [&](int row, int) {
-      const int64_t p = pixels[row];
-      if (p == kOutside) return;
-      store_chunk(to + p * f_.dx.ld + column, from.at(row, column), o_.channels - column, plan_.dx_access);
-    });
+  __device__ void share_data(float share) {
+#pragma unroll
+    for (int i = 0; i < C::m_tiles * C::n_tiles * 4; ++i) {
+      da_[i / (4 * C::n_tiles)][i / 4 % C::n_tiles][i % 4] *= share;
+    }
   }
 
-  // Over the warps that share channels, to row blockIdx.y of the partial sums, (splits, 2, in).
-  __device__ void store_sums(float* partials) const {
+  __device__ void store_dx(int buffer, int slot) {
+    const OwnChunks own = o_.own_x();
+    if (own.column == kOutside) return;
+    const Matrix<T> from = o_.dx(buffer);
+    T* const to = static_cast<T*>(f_.dx.data) + o_.first_channel + own.column;
+    const int ld = static_cast<int>(f_.dx.ld), left = o_.channels - own.column;
+    const bool whole = plan_.x_access == kChunk && left >= Chunk<T>::size;
+    for (int row = own.row; row < plan_.x_rows; row += own.step) {
+      const int64_t p = o_.x_pixels(slot)[row];
+      if (p == kOutside) continue;
+      if (whole) {
+        *reinterpret_cast<Chunk<T>*>(to + p * ld) = *reinterpret_cast<const Chunk<T>*>(from.at(row, own.column));
+      } else {
+        store_chunk(to + p * ld, from.at(row, own.column), left, plan_.x_access);
+      }
+    }
+  }
+
+  // Over the lanes and warps that share channels, to row blockIdx.y of the partial sums, (splits, 2, in).
+  __device__ void store_sums(float* partials) {
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int j = 0; j < C::n_tiles; ++j) {
+      const int c = column_ + 8 * j + 2 * t;
+      add_rows(sums_[j], [&](int i, float sum) { o_.sums[(warp_m_ * 2 + i / 2) * C::sums_ld + c + i % 2] = sum; });
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < 2 * C::channels; i += C::threads) {
       const int c = i % C::channels;
       if (c >= o_.channels) continue;
@@ -231,6 +264,7 @@ class BackwardBlock {
   BackwardOperands<C> o_;
   int warp_m_, column_, pairs_;
   float da_[C::m_tiles][C::n_tiles][4];
+  float sums_[C::n_tiles][4] = {};  // of two channels: of dz, then of dz (x - mean)
   float dweight_[C::row_tiles][C::n_tiles][4] = {};
 };
 

@@ -34,6 +34,8 @@ class BackwardLaunches {
   BackwardLaunches(const Backward& f, const Device& device) : f_(f), device_(device) {
     const bool weight = f.dweight.data != nullptr;
     possible_ = f.shape.pixels() <= INT32_MAX;
+    for (const Pixels& p : {f.grad.stored, f.grad.value, f.x, f.dx})
+      possible_ = possible_ && p.ld * Small::tile.element <= INT32_MAX;
     if (f.shape.pixels() == 0 || !possible_) return;
     if (weight && add(true, true)) return;
     possible_ = add(true, false) && (!weight || add(false, true));
@@ -63,10 +65,8 @@ class BackwardLaunches {
             2 * plan.count * ceil_div(f_.shape.in, Large::channels) >= device_.multiprocessors;
     if (!large && !make_plan(plan, f_, data, weight, Small::tile, device_)) return false;
     const auto access = [](const Pixels& p) { return access_of(p.data, p.ld * Small::tile.element); };
-    plan.stored_access = access(f_.grad.stored);
-    plan.value_access = access(f_.grad.value);
-    plan.x_access = access(f_.x);
-    plan.dx_access = access(f_.dx);
+    plan.gradient_access = std::min(access(f_.grad.stored), access(f_.grad.value));
+    plan.x_access = std::min(access(f_.x), access(f_.dx));
     large_[count_++] = large;
     return true;
   }

@@ -19,6 +19,20 @@ struct BackwardConfig {
   static_assert(Channels % 16 == 0 && m_tiles * 16 * WarpsM == Pixels && n_tiles % 2 == 0);
 };
 
+// The chunks of 16 bytes that are a thread's own in rows that `1 << lanes` threads share: one column of every `step`-th
+// row, kOutside where it has none. `turn` is where the first row is if rows lie in the order in which they are taken.
+struct OwnChunks {
+  int row, turn, step, column;
+
+  template <class C>
+  __device__ static OwnChunks of(int lanes, int chunks) {
+    constexpr int block = sizeof(typename C::T) == 2 ? 8 : 4;
+    const int chunk = threadIdx.x & ((1 << lanes) - 1), turn = static_cast<int>(threadIdx.x) >> lanes;
+    return {row_of_turn<block>(turn, 1 << lanes), turn, C::threads >> lanes,
+            chunk < chunks ? chunk * Chunk<typename C::T>::size : kOutside};
+  }
+};
+
 // The part of the (tap, output) rows that is in shared memory.
 struct Pass {
   int first_output, outputs, first_tap, taps, groups;  // outputs: a multiple of eight
@@ -37,8 +51,9 @@ struct BackwardOperands {
   Vectors g_vectors;  // mean, constant, slope
   float* sums;        // (warps_m, 2, C::sums_ld), each entry one lane's
   NormVectors x_vectors;
-  int *halo_pixels, *box_pixels;  // where a box's rows are in memory: two boxes' gradients, three boxes' x
-  int* row_of;                    // the row of g under each pixel, before a tap's shift
+  int *halo_pixels, *box_pixels;       // where a box's rows are in memory: two boxes' gradients, three boxes' x
+  unsigned *halo_places, *box_places;  // where they are in a box, packed
+  int* row_of;                         // the row of g under each pixel, before a tap's shift
   Group* groups;
 
   __device__ BackwardOperands(const Backward& f, const BackwardPlan& plan, unsigned char* shared)
@@ -57,38 +72,31 @@ struct BackwardOperands {
     x_vectors = {{g_vectors.data + 3 * plan.pass_outputs, C::channels}};
     sums = x_vectors.data + NormVectors::kCount * C::channels;
     halo_pixels = reinterpret_cast<int*>(shared + plan.tables_at);
-    box_pixels = halo_pixels + 2 * plan.halo.volume();
-    row_of = box_pixels + 3 * plan.x_rows();
+    box_pixels = halo_pixels + 2 * plan.halo_pixels;
+    halo_places = reinterpret_cast<unsigned*>(box_pixels + 3 * plan.x_rows);
+    box_places = halo_places + plan.halo_pixels;
+    row_of = reinterpret_cast<int*>(box_places + plan.x_rows);
     groups = reinterpret_cast<Group*>(row_of + C::tile.pixels);
   }
 
-  __device__ Matrix<T> x(int buffer) const { return {x_data + buffer * plan.x_rows() * C::ld, C::ld}; }
+  __device__ Matrix<T> x(int buffer) const { return {x_data + buffer * plan.x_rows * C::ld, C::ld}; }
   __device__ Matrix<T> dx(int buffer) const {
-    return {dx_data + (f.accumulate ? buffer * plan.x_rows() * C::ld : 0), C::ld};
+    return {dx_data + (f.accumulate ? buffer * plan.x_rows * C::ld : 0), C::ld};
   }
-  __device__ const int* gradient_pixels(int buffer) const { return halo_pixels + buffer * plan.halo.volume(); }
-  __device__ const int* x_pixels(int slot) const { return box_pixels + slot * plan.x_rows(); }
+  __device__ const int* gradient_pixels(int buffer) const { return halo_pixels + buffer * plan.halo_pixels; }
+  __device__ const int* x_pixels(int slot) const { return box_pixels + slot * plan.x_rows; }
 
-  // Threads that share a row of `chunks` chunks of 16 bytes: whole quarters of a warp, or an equal part of one.
-  static __device__ int lanes_of(int chunks) { return chunks > 4 ? (chunks + 7) & ~7 : chunks == 3 ? 4 : chunks; }
-
-  // The column of the chunks that this thread takes, kOutside where it has none.
-  static __device__ int own_column(int chunks) {
-    const int lanes = lanes_of(chunks), chunk = threadIdx.x % lanes;
-    return chunk < chunks && static_cast<int>(threadIdx.x) < C::threads / lanes * lanes ? chunk * kSize : kOutside;
+  static __device__ int chunks_of(int numbers) { return (numbers + kSize - 1) / kSize; }
+  __device__ OwnChunks own_x() const {
+    constexpr int lanes = C::channels / kSize == 32 ? 5 : C::channels / kSize == 16 ? 4 : 3;
+    static_assert(kSize << lanes == C::channels);
+    return OwnChunks::of<C>(lanes, chunks_of(channels));
   }
-
-  // body(row, turn) for this thread's chunks: `turn` counts rows in the order in which they are taken.
-  template <class Body>
-  static __device__ void for_each_row(int rows, int chunks, Body body) {
-    constexpr int block = sizeof(T) == 2 ? 8 : 4;
-    const int lanes = lanes_of(chunks), step = C::threads / lanes;
-    for (int turn = threadIdx.x / lanes; turn < rows + block - 1; turn += step) {
-      const int row = row_of_turn<block>(turn, lanes);
-      if (row < rows) body(row, turn);
-    }
+  __device__ OwnChunks own_gradient(const Pass& pass) const {
+    return OwnChunks::of<C>(plan.gradient_lanes, pass.outputs / kSize);
   }
-  __device__ int x_chunks() const { return (channels + kSize - 1) / kSize; }
+  // Bytes of a chunk that exist, of `numbers` from its first on.
+  static __device__ int valid_bytes(int numbers) { return clamp(numbers, 0, kSize) * static_cast<int>(sizeof(T)); }
 
   __device__ Pass pass_of(int i) const {
     Pass p;
@@ -116,37 +124,46 @@ struct BackwardOperands {
     }
   }
 
+  // What is the same for every box: where its rows are in it.
   __device__ void locate_rows() {
+    const Box &box = plan.box, &kernel = plan.kernel, &window = plan.window;
+    const auto packed = [](const Box& at) {
+      return static_cast<unsigned>(at.n | at.d << 7 | at.h << 15) | unsigned(at.w) << 23;
+    };
     for (int p = threadIdx.x; p < C::tile.pixels; p += C::threads) {
-      row_of[p] = p < plan.box.volume() ? index_in(plan.halo, place_in(plan.box, p)) : 0;
+      row_of[p] = p < box.volume() ? index_in(plan.halo, place_in(box, p)) : 0;
+    }
+    for (int i = threadIdx.x; i < plan.halo_pixels; i += C::threads) halo_places[i] = packed(place_in(plan.halo, i));
+    for (int i = threadIdx.x; i < plan.x_rows; i += C::threads) {
+      const Box in_window = place_in(window, i / box.volume()), at = place_in(box, i % box.volume());
+      const bool windows = window.volume() > 1;  // of a run
+      box_places[i] = windows ? packed({at.w, in_window.d, in_window.h, in_window.w})
+                              : packed({at.n, at.d + kernel.d / 2, at.h + kernel.h / 2, at.w + kernel.w / 2});
     }
   }
 
   // The pixels of a box, window by window, and of its gradient with the halo, kOutside where there are none.
-  __device__ void locate(int tile, int buffer, int slot) {
-    const Box &box = plan.box, &kernel = plan.kernel, &window = plan.window;
-    const Box tile_at = place_in(plan.tiles, tile);
-    const int halo_rows = plan.halo.volume(), first_x = (halo_rows + 31) / 32 * 32;  // a warp has rows of one kind
-    for (int i = threadIdx.x; i < first_x + plan.x_rows(); i += C::threads) {
+  __device__ void locate(const Box& first, int buffer, int slot) {
+    const int halo = plan.halo_pixels, first_x = (halo + 31) & ~31;  // a warp has rows of one kind
+    for (int i = threadIdx.x; i < first_x + plan.x_rows; i += C::threads) {
       const bool is_x = i >= first_x;
-      if (!is_x && i >= halo_rows) continue;
-      const int count = box.volume(), row = is_x ? (i - first_x) % count : i;
-      Box at = place_in(is_x ? box : plan.halo, row), image = plan.image;
-      at = {tile_at.n * box.n + at.n, tile_at.d * box.d + at.d - (is_x ? 0 : kernel.d / 2),
-            tile_at.h * box.h + at.h - (is_x ? 0 : kernel.h / 2), tile_at.w * box.w + at.w - (is_x ? 0 : kernel.w / 2)};
-      if (window.volume() > 1) {
-        at = place_in(plan.windows, at.w);
+      if (!is_x && i >= halo) continue;
+      const unsigned packed = is_x ? box_places[i - first_x] : halo_places[i];
+      const Box in_box{int(packed & 127), int(packed >> 7 & 255), int(packed >> 15 & 255), int(packed >> 23)};
+      Box at{first.n + in_box.n, first.d + in_box.d, first.h + in_box.h, first.w + in_box.w}, image = plan.image;
+      if (plan.window_pixels > 1) {
+        const Box &w = plan.window, window = place_in(plan.windows, first.w + (is_x ? in_box.n : in_box.w));
         if (is_x) {
-          const Box in_window = place_in(window, (i - first_x) / count);
-          at = {at.n, at.d * window.d + in_window.d, at.h * window.h + in_window.h, at.w * window.w + in_window.w};
+          at = {window.n, window.d * w.d + in_box.d, window.h * w.h + in_box.h, window.w * w.w + in_box.w};
         } else {
-          image = {image.n, image.d / window.d, image.h / window.h, image.w / window.w};
+          at = window;
+          image = {image.n, image.d / w.d, image.h / w.h, image.w / w.w};
         }
       }
-      const bool inside =
-          at.n < image.n && at.d >= 0 && at.d < image.d && at.h >= 0 && at.h < image.h && at.w >= 0 && at.w < image.w;
-      int* const table = is_x ? box_pixels + slot * plan.x_rows() - first_x : halo_pixels + buffer * halo_rows;
-      table[i] = inside ? index_in(image, at) : kOutside;
+      const auto inside = [](int at, int size) { return static_cast<unsigned>(at) < static_cast<unsigned>(size); };
+      const bool exists = inside(at.n, image.n) & inside(at.d, image.d) & inside(at.h, image.h) & inside(at.w, image.w);
+      int* const to = is_x ? box_pixels + slot * plan.x_rows - first_x : halo_pixels + buffer * halo;
+      to[i] = exists ? index_in(image, at) : kOutside;
     }
   }
 
@@ -196,97 +213,119 @@ struct BackwardOperands {
     }
   }
 
+  // Bytes from one pixel to the next; the launch has made sure that they fit.
+  static __device__ int bytes_of(const Pixels& pixels) { return static_cast<int>(pixels.ld * int64_t{sizeof(T)}); }
+  static __device__ const unsigned char* start_of(const Pixels& pixels, int channel) {
+    return static_cast<const unsigned char*>(pixels.data) + channel * int64_t{sizeof(T)};
+  }
+
   __device__ void fetch_gradient(const Pass& pass, int buffer) {
-    const int* const pixels = gradient_pixels(buffer);
-    const Pixels &stored = f.grad.stored, &value = f.grad.value;
-    const int outputs = static_cast<int>(f.shape.out) - pass.first_output, column = own_column(pass.outputs / kSize);
-    if (column == kOutside) return;
-    T* const raw_value = raw + plan.raw_rows() * plan.pass_outputs;
-    for_each_row(plan.halo.volume(), pass.outputs / kSize, [&](int row, int turn) {
-      const int64_t p = pixels[row];
-      if (p == kOutside) return;
-      const int to = turn * plan.pass_outputs + column, from = pass.first_output + column;
-      copy_numbers(raw + to, static_cast<const T*>(stored.data) + p * stored.ld + from, outputs - column,
-                   plan.stored_access);
-      if (!owes()) return;
-      copy_numbers(raw_value + to, static_cast<const T*>(value.data) + p * value.ld + from, outputs - column,
-                   plan.value_access);
+    const OwnChunks own = own_gradient(pass);
+    if (own.column == kOutside) return;
+    const int first = pass.first_output + own.column, valid = valid_bytes(static_cast<int>(f.shape.out) - first);
+    const int stored_step = bytes_of(f.grad.stored), value_step = bytes_of(f.grad.value);
+    const unsigned char *const stored = start_of(f.grad.stored, first), *const value = start_of(f.grad.value, first);
+    const bool more = owes();
+    const auto byte_of = [](T* at) { return reinterpret_cast<unsigned char*>(at); };
+    const int to_step = own.step * plan.pass_outputs * int{sizeof(T)}, rows = plan.halo_pixels;
+    with_access(plan.gradient_access, [&](auto width) {
+      constexpr int access = decltype(width)::value;
+      unsigned char* to = byte_of(raw + own.turn * plan.pass_outputs + own.column);
+      unsigned char* to_value = to + plan.raw_rows * plan.pass_outputs * int{sizeof(T)};
+      const int* pixel = gradient_pixels(buffer) + own.row;
+      for (int row = own.row; row < rows; row += own.step) {
+        const int p = *pixel;
+        if (p != kOutside) {
+          copy_chunk<access>(to, stored + int64_t{p} * stored_step, valid);
+          if (more) copy_chunk<access>(to_value, value + int64_t{p} * value_step, valid);
+        }
+        pixel += own.step, to += to_step, to_value += to_step;
+      }
     });
   }
 
-  // x and, where it is added to, the old dx.
+  // x and, where it is added to, the old dx; zeros for pixels that do not exist.
   __device__ void fetch_x(int buffer, int slot) {
-    const int* const pixels = x_pixels(slot);
+    const OwnChunks own = own_x();
+    if (own.column == kOutside) return;
+    const int x_step = bytes_of(f.x), dx_step = bytes_of(f.dx), rows = plan.x_rows;
+    const unsigned char* const from = start_of(f.x, first_channel + own.column);
+    const unsigned char* const old = start_of(f.dx, first_channel + own.column);
     const Matrix<T> to = x(buffer), old_to = dx(buffer);
     const bool old_too = plan.data && f.accumulate;
-    const int column = own_column(x_chunks());
-    if (column == kOutside) return;
-    for_each_row(plan.x_rows(), x_chunks(), [&](int row, int) {
-      const int64_t p = pixels[row];
-      if (p == kOutside) return;
-      const int from = first_channel + column, count = channels - column;
-      copy_numbers(to.at(row, column), static_cast<const T*>(f.x.data) + p * f.x.ld + from, count, plan.x_access);
-      if (old_too) {
-        copy_numbers(old_to.at(row, column), static_cast<const T*>(f.dx.data) + p * f.dx.ld + from, count,
-                     plan.dx_access);
+    const int valid = valid_bytes(channels - own.column);
+    const auto byte_of = [](T* at) { return reinterpret_cast<unsigned char*>(at); };
+    with_access(plan.x_access, [&](auto width) {
+      constexpr int access = decltype(width)::value;
+      const int* pixel = x_pixels(slot) + own.row;
+      for (int row = own.row; row < rows; row += own.step, pixel += own.step) {
+        const int p = max(*pixel, 0), bytes = *pixel == kOutside ? 0 : valid;
+        copy_chunk<access>(byte_of(to.at(row, own.column)), from + int64_t{p} * x_step, bytes);
+        if (old_too) copy_chunk<access>(byte_of(old_to.at(row, own.column)), old + int64_t{p} * dx_step, bytes);
       }
     });
   }
 
   __device__ void transform_gradient(const Pass& pass, int buffer) {
-    const int* const pixels = gradient_pixels(buffer);
-    const int chunks = pass.outputs / kSize, column = own_column(chunks), ld = plan.pass_outputs;
-    if (column == kOutside) return;
+    const OwnChunks own = own_gradient(pass);
+    if (own.column == kOutside) return;
     float mean[kSize], constant[kSize], slope[kSize];
     const bool more = owes();
     if (more) {
-      g_vectors.read(mean, 0, column);
-      g_vectors.read(constant, 1, column);
-      g_vectors.read(slope, 2, column);
+      g_vectors.read(mean, 0, own.column);
+      g_vectors.read(constant, 1, own.column);
+      g_vectors.read(slope, 2, own.column);
     }
-    for_each_row(plan.halo.volume(), chunks, [&](int row, int turn) {
-      Chunk<T> out;
-      const bool inside = pixels[row] != kOutside;
-      const T* const from = raw + turn * ld + column;
-      const Chunk<T> stored = *reinterpret_cast<const Chunk<T>*>(from);
-      const Chunk<T> value = more ? *reinterpret_cast<const Chunk<T>*>(from + plan.raw_rows() * ld) : stored;
+    const T* from = raw + own.turn * plan.pass_outputs + own.column;
+    const T* from_value = from + plan.raw_rows * plan.pass_outputs;
+    const int* pixel = gradient_pixels(buffer) + own.row;
+    const int rows = plan.halo_pixels, from_step = own.step * plan.pass_outputs;
+    for (int row = own.row; row < rows; row += own.step) {
+      uint4 out = make_uint4(0, 0, 0, 0);
+      if (*pixel != kOutside) {
+        float stored[kSize], value[kSize];
+        as_floats(stored, *reinterpret_cast<const Chunk<T>*>(from));
+        if (more) {
+          as_floats(value, *reinterpret_cast<const Chunk<T>*>(from_value));
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const float d = as_float(stored.element[i]);
-        const float loaded = more ? load_gradient(d, as_float(value.element[i]), mean[i], constant[i], slope[i]) : d;
-        out.element[i] = Product<C::A>::number(inside ? loaded : 0.0f);
+          for (int i = 0; i < kSize; ++i) stored[i] = load_gradient(stored[i], value[i], mean[i], constant[i], slope[i]);
+        }
+        out = multiplied<C::A>(stored);
       }
-      store_shared(g.at(row, column), __builtin_bit_cast(uint4, out));
-    });
+      store_shared(g.at(row, own.column), out);
+      pixel += own.step, from += from_step, from_value += from_step;
+    }
   }
 
   // The activation, averaged over windows; zero where there is no gradient (without a halo, rows of g are pixels).
   __device__ void transform_x(int buffer, int slot) {
     const int* const pixels = plan.kernel.volume() == 1 ? gradient_pixels(buffer) : x_pixels(slot);
-    const int column = own_column(x_chunks()), window = plan.window.volume(), count = plan.box.volume();
-    if (column == kOutside) return;
+    const int window = plan.window_pixels, count = plan.box_pixels;
+    const OwnChunks own = own_x();
+    if (own.column == kOutside) return;
     const float share = 1.0f / static_cast<float>(window);
-    const Affine<C::A> affine(x_vectors, column);
+    const Affine<C::A> affine(x_vectors, own.column);
     const Matrix<T> from = x(buffer);
-    for_each_row(plan.rows, x_chunks(), [&](int row, int) {
+    for (int row = own.row; row < plan.rows; row += own.step) {
       uint4 out = make_uint4(0, 0, 0, 0);
       const bool exists = row < count && pixels[row] != kOutside;
       if (exists && window == 1) {
-        out = affine.activated(from.at(row, column));
+        out = affine.activated(from.at(row, own.column));
       } else if (exists) {
         float mean[kSize] = {};
         for (int w = 0; w < window; ++w) {
-          const Chunk<T> in = *reinterpret_cast<const Chunk<T>*>(from.at(w * count + row, column));
+          float z[kSize];
+          as_floats(z, *reinterpret_cast<const Chunk<T>*>(from.at(w * count + row, own.column)));
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            const float z = normalised(as_float(in.element[i]), affine.mean[i], affine.scale[i], affine.shift[i]);
-            mean[i] = fmaf(relu(z), share, mean[i]);
+            const float a = relu(normalised(z[i], affine.mean[i], affine.scale[i], affine.shift[i]));
+            mean[i] = fmaf(a, share, mean[i]);
           }
         }
         out = affine.rectified(mean);
       }
-      store_shared(a.at(row, column), out);
-    });
+      store_shared(a.at(row, own.column), out);
+    }
   }
 };
 

@@ -20,11 +20,12 @@ struct BackwardPlan {
   int count, per_block, splits;
   int pass_outputs, pass_taps, output_passes, tap_passes;
   int rows, gradient_ld, weight_ld;  // rows: of a box, whole fragments
+  // Pixels of a box, of its halo and of a window; rows of x, and of the gradient in whole blocks of row_of_turn.
+  int box_pixels, halo_pixels, window_pixels, x_rows, raw_rows;
   int weight_at, gradient_at, raw_at, x_at, activation_at, dx_at, vectors_at, tables_at, shared;
-  int stored_access, value_access, x_access, dx_access;
+  int gradient_access, x_access;  // of stored and value; of x and dx
+  int gradient_lanes;             // threads that share a row of the gradient, as a power of two
   __host__ __device__ int passes() const { return output_passes * tap_passes; }
-  __host__ __device__ int x_rows() const { return box.volume() * window.volume(); }
-  __host__ __device__ int raw_rows() const { return (halo.volume() + 7) / 8 * 8; }  // whole blocks of row_of_turn
 };
 
 // What a kernel's template fixes.
@@ -56,13 +57,23 @@ inline void divide_image(BackwardPlan& plan, const Shape& s, int most_pixels, in
   }
   plan.halo = halo_of(plan.box, plan.kernel);
   plan.count = plan.tiles.volume();
-  plan.rows = static_cast<int>(round_up(plan.box.volume(), 16));
+  plan.box_pixels = plan.box.volume();
+  plan.halo_pixels = plan.halo.volume();
+  plan.window_pixels = plan.window.volume();
+  plan.x_rows = plan.box_pixels * plan.window_pixels;
+  plan.raw_rows = static_cast<int>(round_up(plan.halo_pixels, 8));
+  plan.rows = static_cast<int>(round_up(plan.box_pixels, 16));
 }
+
+// Whether a place in the halo can be packed into 32 bits, as a block does.
+inline bool packs(const Box& halo) { return halo.n <= 128 && halo.d <= 256 && halo.h <= 256 && halo.w <= 512; }
 
 // Where everything lies in shared memory.
 inline void place_in_shared(BackwardPlan& plan, const BackwardTile& tile, bool accumulate) {
-  const int64_t groups = plan.pass_taps * plan.pass_outputs / 8, size = tile.element, halo = plan.halo.volume();
-  const int64_t x_bytes = size * plan.x_rows() * conflict_free(tile.channels);
+  const int64_t groups = plan.pass_taps * plan.pass_outputs / 8, size = tile.element, halo = plan.halo_pixels;
+  const int64_t x_bytes = size * plan.x_rows * conflict_free(tile.channels);
+  plan.gradient_lanes = 0;
+  while (1 << plan.gradient_lanes < size * plan.pass_outputs / kChunk) ++plan.gradient_lanes;
   plan.gradient_ld = conflict_free(plan.pass_outputs);
   plan.weight_ld = conflict_free(8 * groups);
   int64_t end = 0;
@@ -73,13 +84,13 @@ inline void place_in_shared(BackwardPlan& plan, const BackwardTile& tile, bool a
   };
   plan.weight_at = take(plan.data ? size * tile.channels * plan.weight_ld : 0);
   plan.gradient_at = take(size * halo * plan.gradient_ld);
-  plan.raw_at = take(2 * size * plan.raw_rows() * plan.pass_outputs);
+  plan.raw_at = take(2 * size * plan.raw_rows * plan.pass_outputs);
   plan.x_at = take(2 * x_bytes);
   plan.activation_at = take(plan.weight ? size * plan.rows * conflict_free(tile.channels) : 0);
   plan.dx_at = take(plan.data ? (accumulate ? 2 : 1) * x_bytes : 0);
   const int sums = 2 * tile.warps_m * (tile.channels + 8);
   plan.vectors_at = take(4 * (3 * plan.pass_outputs + NormVectors::kCount * tile.channels + sums));
-  plan.tables_at = take(4 * (2 * halo + 3 * plan.x_rows() + tile.pixels + groups + 1));
+  plan.tables_at = take(4 * (3 * halo + 4 * plan.x_rows + tile.pixels + groups + 1));
   plan.shared = static_cast<int>(std::min<int64_t>(end, INT32_MAX));
 }
 
@@ -98,6 +109,7 @@ inline bool make_plan(BackwardPlan& plan, const Backward& f, bool data, bool wei
   const int fewest = tile.adds_passes ? 1 : tile.pixels / 2;  // where nothing else fits, fragments of few pixels
   for (int pixels = tile.pixels; pixels >= fewest; pixels = pixels > 16 ? pixels - 16 : pixels / 2) {
     divide_image(plan, s, pixels, tile.channels);
+    if (!packs(plan.halo)) continue;
     for (int64_t outputs = std::min<int64_t>(most, 512);; outputs = round_up(outputs / 2, 8)) {
       for (int64_t taps = std::min(s.taps(), weight ? tile.weight_rows / outputs : s.taps()); taps >= 1; taps /= 2) {
         plan.pass_outputs = static_cast<int>(outputs);

@@ -10,14 +10,6 @@ __device__ __forceinline__ float load_gradient(float stored, float value, float 
   return stored + fmaf(slope, value - mean, constant);
 }
 
-// The first `count` numbers of 16 bytes to shared memory, zeros after them.
-template <class T>
-__device__ __forceinline__ void copy_numbers(T* to, const T* from, int count, int access) {
-  constexpr int size = sizeof(T);
-  copy_chunk(reinterpret_cast<unsigned char*>(to), reinterpret_cast<const unsigned char*>(from),
-             clamp(count, 0, 16 / size) * size, access);
-}
-
 // The first `count` numbers of a chunk in shared memory to global memory.
 template <class T>
 __device__ __forceinline__ void store_chunk(T* to, const T* from, int count, int access) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace fused_densenet {
 
 __device__ __forceinline__ float as_float(float x) { return x; }
@@ -28,9 +30,45 @@ __device__ __forceinline__ __half rounded<__half>(float x) {
   return __float2half_rn(x);
 }
 
+// The bits of two numbers of 16.
+template <class Pair>
+__device__ __forceinline__ unsigned word_of(const Pair& pair) {
+  static_assert(sizeof(Pair) == sizeof(unsigned));
+#ifdef CUDA_HOST
+  unsigned word;
+  __builtin_memcpy(&word, &pair, sizeof word);
+  return word;
+#else
+  return reinterpret_cast<const unsigned&>(pair);  // device code would copy memory byte by byte
+#endif
+}
+
+// Two numbers of 16 bits in a word, the first in its lower half.
+template <class T>
+__device__ __forceinline__ float2 unpacked(unsigned pair);
+template <>
+__device__ __forceinline__ float2 unpacked<__nv_bfloat16>(unsigned pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+template <>
+__device__ __forceinline__ float2 unpacked<__half>(unsigned pair) {
+  const auto half = [](unsigned bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); };
+  return make_float2(half(pair), half(pair >> 16));
+}
+template <class T>
+__device__ __forceinline__ unsigned packed(float a, float b);
+template <>
+__device__ __forceinline__ unsigned packed<__nv_bfloat16>(float a, float b) {
+  return word_of(__floats2bfloat162_rn(a, b));
+}
+template <>
+__device__ __forceinline__ unsigned packed<__half>(float a, float b) {
+  return word_of(__floats2half2_rn(a, b));
+}
+
 __device__ __forceinline__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
 __device__ __forceinline__ float2 load2(const __nv_bfloat16* from) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+  return unpacked<__nv_bfloat16>(word_of(*reinterpret_cast<const __nv_bfloat162*>(from)));
 }
 __device__ __forceinline__ float2 load2(const __half* from) {
   return __half22float2(*reinterpret_cast<const __half2*>(from));
@@ -51,6 +89,23 @@ struct alignas(16) Chunk {
   static constexpr int size = 16 / sizeof(T);
   T element[size];
 };
+
+// All numbers of a chunk.
+template <class T>
+__device__ __forceinline__ void as_floats(float (&to)[Chunk<T>::size], const Chunk<T>& from) {
+  const uint4 bits = __builtin_bit_cast(uint4, from);
+  const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      const float2 pair = unpacked<T>(words[i]);
+      to[2 * i] = pair.x;
+      to[2 * i + 1] = pair.y;
+    } else {
+      to[i] = __uint_as_float(words[i]);
+    }
+  }
+}
 
 // The first `count` numbers of a chunk, some elements apart in memory; zeros after them. At once where it is whole: 16
 // aligned bytes.

@@ -166,6 +166,18 @@ struct NormVectors : Vectors {
   }
 };
 
+// A chunk as it is multiplied.
+template <Arithmetic A>
+__device__ __forceinline__ uint4 multiplied(const float (&x)[Chunk<typename Product<A>::T>::size]) {
+  using T = typename Product<A>::T;
+  if constexpr (sizeof(T) == 2) {
+    return make_uint4(packed<T>(x[0], x[1]), packed<T>(x[2], x[3]), packed<T>(x[4], x[5]), packed<T>(x[6], x[7]));
+  } else {
+    const auto bits = [](float y) { return __float_as_uint(Product<A>::number(y)); };
+    return make_uint4(bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3]));
+  }
+}
+
 // The affine map of one chunk's channels, in registers.
 template <Arithmetic A>
 struct Affine {
@@ -180,10 +192,10 @@ struct Affine {
   }
   // What is multiplied.
   __device__ uint4 activated(const void* place) const {
-    const Chunk<T> chunk = *static_cast<const Chunk<T>*>(place);
     float z[size];
+    as_floats(z, *static_cast<const Chunk<T>*>(place));
 #pragma unroll
-    for (int i = 0; i < size; ++i) z[i] = normalised(as_float(chunk.element[i]), mean[i], scale[i], shift[i]);
+    for (int i = 0; i < size; ++i) z[i] = normalised(z[i], mean[i], scale[i], shift[i]);
     return rectified(z);
   }
   static __device__ uint4 rectified(const float (&z)[size]) {

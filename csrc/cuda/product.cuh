@@ -36,9 +36,9 @@ struct TensorCores {
     return ((lane & 7) + (lane >> 4) * 8) * pitch + (lane >> 3 & 1) * 16;
   }
   static __device__ void load(Left& a, const unsigned char* row, const int (&offset)[kRows]) {
-    ldmatrix_x4(a.r, row + offset[0]);
+    ldmatrix_x4(a.r, shared_address(row + offset[0]));
   }
-  static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, rows); }
+  static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, shared_address(rows)); }
   static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
     const uint32_t columns[2] = {b.r[2 * half], b.r[2 * half + 1]};
     mma(d, a.r, columns);
@@ -78,7 +78,7 @@ template <>
 struct Product<Arithmetic::tf32> : TensorCores<float, mma_tf32> {
   static __device__ T number(float x) { return __uint_as_float(to_tf32(x)); }
   static __device__ void load(Right& b, const unsigned char* rows, int) {
-    ldmatrix_x4(b.r, rows);
+    ldmatrix_x4(b.r, shared_address(rows));
 #pragma unroll
     for (int i = 0; i < 4; ++i) b.r[i] = to_tf32(__uint_as_float(b.r[i]));
   }

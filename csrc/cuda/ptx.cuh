@@ -73,9 +73,16 @@ int launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
 #endif
 }
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
+// A place in shared memory, to which bytes can be added: 32 bits where pointers have 64.
 #ifdef CUDA_HOST
-  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(p));
+using SharedAddress = const unsigned char*;
+#else
+using SharedAddress = unsigned;
+#endif
+
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
+#ifdef CUDA_HOST
+  return static_cast<SharedAddress>(p);
 #else
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 #endif
@@ -202,25 +209,25 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
 
 // Four 8 x 8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned) and
 // receives numbers 2 t and 2 t + 1 of row g of matrix i in r[i].
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* p) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress p) {
 #ifdef CUDA_HOST
   ::cuda_host::ldmatrix<4, false>(r, p);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(p))
+               : "r"(p)
                : "memory");
 #endif
 }
 
 // The same with each matrix transposed: rows 2 t and 2 t + 1 of column g.
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* p) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress p) {
 #ifdef CUDA_HOST
   ::cuda_host::ldmatrix<4, true>(r, p);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(p))
+               : "r"(p)
                : "memory");
 #endif
 }

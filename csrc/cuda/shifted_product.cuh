@@ -10,12 +10,12 @@
 namespace fused_densenet {
 
 // Where eight columns of a shifted operand begin: rows to add, and the first column. Of 16-bit numbers the sum of both
-// offsets, of others each.
+// offsets, in bytes; of others each.
 struct Group {
   int packed;
   template <class T>
   __device__ __forceinline__ static Group of(int row, int column, int ld) {
-    return {sizeof(T) == 2 ? row * ld + column : row << 16 | column};
+    return {sizeof(T) == 2 ? 2 * (row * ld + column) : row << 16 | column};
   }
 };
 
@@ -32,7 +32,7 @@ struct Matrix {
   }
   // Column `column` of a group, in the row that is the group's shift below `row`.
   __device__ __forceinline__ T* shifted(int row, Group by, int column) const {
-    if (sizeof(T) == 2) return data + row * ld + by.packed + column;
+    if (sizeof(T) == 2) return data + row * ld + by.packed / 2 + column;
     return at(row + (by.packed >> 16), (by.packed & 0xFFFF) + column);
   }
 };
@@ -58,11 +58,15 @@ __device__ __forceinline__ void shifted_product(float (&acc)[M][N][4], const Mat
   constexpr int size = sizeof(T), step = P::kBytes / size;
   const int lane = threadIdx.x & 31;
   const int own = P::left_offset(lane) / size;  // ldmatrix gives the step's upper half to the upper lanes
-  const T* right_at[N / 2];
-  for_pairs<N, true>(pairs, [&](int pair) {
-    right_at[pair] = b.at(column + 16 * pair + (lane & 7) + (lane >> 4) * 8, (lane >> 3 & 1) * (step / 2));
-  });
-#pragma unroll 2
+  SharedAddress left_at[M], right_at[N / 2];
+#pragma unroll
+  for (int i = 0; i < M; ++i) left_at[i] = shared_address(a.data + rows[i][0] * a.ld + own % 8);
+#pragma unroll
+  for (int pair = 0; pair < N / 2; ++pair) {
+    right_at[pair] =
+        shared_address(b.at(column + 16 * pair + (lane & 7) + (lane >> 4) * 8, (lane >> 3 & 1) * (step / 2)));
+  }
+#pragma unroll 4
   for (int at = 0; at < depth; at += step) {
     const Group e = groups[(at + own) / 8];
     typename P::Left left[M];
@@ -73,8 +77,10 @@ __device__ __forceinline__ void shifted_product(float (&acc)[M][N][4], const Mat
         for (int h = 0; h < 2; ++h) {
           left[i].r[h] = *reinterpret_cast<const float4*>(a.shifted(rows[i][h], e, at % 8));
         }
+      } else if constexpr (size == 2) {
+        ldmatrix_x4(left[i].r, left_at[i] + e.packed);
       } else {
-        ldmatrix_x4(left[i].r, a.shifted(rows[i][0], e, own % 8));
+        ldmatrix_x4(left[i].r, shared_address(a.shifted(rows[i][0], e, own % 8)));
       }
     }
     for_pairs<N, Full>(pairs, [&](int pair) {
@@ -86,7 +92,7 @@ __device__ __forceinline__ void shifted_product(float (&acc)[M][N][4], const Mat
           right.r[j / 2][j % 2] = *reinterpret_cast<const float4*>(b.at(row, at));
         }
       } else {
-        ldmatrix_x4(right.r, right_at[pair] + at);
+        ldmatrix_x4(right.r, right_at[pair] + at * size);
       }
 #pragma unroll
       for (int i = 0; i < M; ++i) {
@@ -144,30 +150,38 @@ __device__ __forceinline__ void outer_product(float (&acc)[M][N][4], const Matri
   } else {
     constexpr bool narrow = sizeof(T) == 2;  // 32-bit numbers cannot be transposed by ldmatrix
     constexpr int step = narrow ? 16 : 8;
-    const T* right_at = narrow ? b.at(lane & 15, column + (lane >> 4) * 8) : b.at(t, column + g);
+    const T* right_near = b.at(t, column + g);
     const T* right_far = b.at(t + 4, column + g);
+    const SharedAddress right_at = shared_address(b.data + (lane & 15) * b.ld + column + (lane >> 4) * 8);
+    const SharedAddress left_at = shared_address(a.data);
+    int shift[narrow ? M : 1];
+#pragma unroll
+    for (int i = 0; i < (narrow ? M : 1); ++i) {
+      shift[i] = narrow ? groups[2 * min(first + stride * i, tiles - 1) + (lane >> 3 & 1)].packed : 0;
+    }
     for (int base = 0; base < depth; base += step) {
       typename Product<A>::Right right[N / 2];
       for_pairs<N, Full>(pairs, [&](int pair) {
         if constexpr (narrow) {
-          ldmatrix_x4_trans(right[pair].r, right_at + base * b.ld + 16 * pair);
+          ldmatrix_x4_trans(right[pair].r, right_at + (base * b.ld + 16 * pair) * int{sizeof(T)});
         } else {
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
-            const T* const from = q & 1 ? right_far : right_at;
+            const T* const from = q & 1 ? right_far : right_near;
             right[pair].r[q] = __float_as_uint(from[base * b.ld + 16 * pair + 8 * (q >> 1)]);
           }
         }
       });
       const int near = row_of[base + (narrow ? (lane & 7) + (lane >> 4) * 8 : t)];
       const int far = row_of[base + (narrow ? 0 : t + 4)];
+      const SharedAddress left_row = left_at + near * a.ld * int{sizeof(T)};
 #pragma unroll
       for (int i = 0; i < M; ++i) {
         if (first + stride * i >= tiles) break;
-        const Group* e = groups + 2 * (first + stride * i);
+        [[maybe_unused]] const Group* e = groups + 2 * (first + stride * i);
         typename Product<A>::Left left;
         if constexpr (narrow) {
-          ldmatrix_x4_trans(left.r, a.shifted(near, e[lane >> 3 & 1], 0));
+          ldmatrix_x4_trans(left.r, left_row + shift[i]);
         } else {
 #pragma unroll
           for (int q = 0; q < 4; ++q) left.r[q] = __float_as_uint(*a.shifted(q < 2 ? near : far, e[q & 1], g));

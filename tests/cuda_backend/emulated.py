@@ -49,9 +49,10 @@ def default_library() -> ctypes.CDLL:
 
 
 class Executor(Protocol):
-    """Who executes a primitive, and how."""
+    """Who executes a primitive, and how; on a device that gives a block ``shared_per_block`` bytes."""
 
     library: ctypes.CDLL
+    shared_per_block: int
 
     def execute(
         self, name: str, problem: ctypes.Structure, arithmetic: int, device: problems.Device, arena: Arena
@@ -63,6 +64,8 @@ class Host:
 
     ``seed`` other than 0 lets warps run as far ahead of each other as the barriers allow, in a random order.
     """
+
+    shared_per_block = 227 << 10
 
     def __init__(self, library: ctypes.CDLL | None = None, seed: int = 0) -> None:
         self.library = library or default_library()
@@ -93,13 +96,13 @@ class Emulated:
         *,
         tf32: bool = False,
         multiprocessors: int = 4,
-        shared_per_block: int = 227 << 10,
+        shared_per_block: int | None = None,
         capability: int = 90,
         seed: int = 0,
     ) -> None:
         self.executor = executor or Host(seed=seed)
         self._float32 = "tf32" if tf32 else "f32"
-        self._device = problems.Device(multiprocessors, shared_per_block, capability)
+        self._device = problems.Device(multiprocessors, shared_per_block or self.executor.shared_per_block, capability)
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" and dtype in self._arithmetics() else f"no kernels for {dtype} on {device}"

@@ -13,6 +13,7 @@ import nvcc
 import problems
 from arena import Arena
 from emulated import default_library
+from ptx.limits import SHARED_PER_BLOCK
 from ptx.machine import Machine
 from ptx.machine import launch as launch_ptx
 from ptx.parser import Kernel
@@ -83,6 +84,8 @@ def launches(library: ctypes.CDLL, handle: Callable[[Launch], None]) -> Iterator
 class _NoLaunch:
     """Executes a primitive's host code only."""
 
+    shared_per_block = 227 << 10
+
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self.library = library or default_library()
 
@@ -124,6 +127,7 @@ class Ptx(_NoLaunch):
         measure: bool = False,
     ) -> None:
         super().__init__(library)
+        self.shared_per_block = SHARED_PER_BLOCK[architecture.rstrip("a")]
         self.paths = [nvcc.ptx(source, architecture) for source in sources or tuple(building.kernels())]
         self.change, self.measure = change, measure
         self.machines: list[tuple[str, Machine]] = []

@@ -36,6 +36,8 @@ class Sanitized:
     blocks of a launch to follow each other: races between blocks are found where PTX is executed.
     """
 
+    shared_per_block = 227 << 10
+
     def __init__(self, sanitizer: str, sources: Sequence[Path] | None = None, seed: int = 0) -> None:
         self.library = default_library()
         self._seed = seed

@@ -113,6 +113,30 @@ def test_main_loops_have_no_bank_conflicts(primitive: str, few: Case, more: Case
         assert accesses > first[name][1] and conflicts == first[name][0], name
 
 
+BOXES = {  # two problems, how many boxes the second has more, and the most instructions of a warp for one
+    "1x1": (Case((1, 1, 1, 128), 128, 128, ONE), Case((1, 1, 1, 256), 128, 128, ONE), 2, 2350),
+    "3x3": (Case((1, 1, 28, 8), 64, 32, SQUARE), Case((1, 1, 56, 8), 64, 32, SQUARE), 2, 2760),
+}
+
+
+@pytest.mark.parametrize("kernel", BOXES)
+def test_instructions_of_a_box(kernel: str) -> None:
+    """Of backward's large kernels, branches aside: 128 and 284 of them are products. None divides."""
+    few, more, boxes, most = BOXES[kernel]
+    source = {"1x1": "conv1x1_backward.cu", "3x3": "conv3_backward.cu"}[kernel]
+    counts = []
+    for case in (few, more):
+        ptx = Ptx("90a", tuple(building.CSRC / "cuda" / name for name in (source, "partials.cu")))
+        small.backward(case, "bfloat16", ptx, multiprocessors=1)
+        counts += [machine.counts for name, machine in ptx.machines if name.startswith("backward")]
+    found = {op: (counts[1][op] - counts[0][op]) / boxes for op in counts[1]}
+    report.sections["CUDA kernels: PTX instructions of a warp for a box of backward, products among them"] += [
+        f"{kernel} {sum(found.values()):6.0f} {found['mma']:4.0f}"
+    ]
+    assert found.get("div", 0) == found.get("rem", 0) == 0
+    assert sum(found.values()) <= most
+
+
 def test_bank_conflicts_are_counted() -> None:
     lanes = np.arange(32)
     assert bank_conflicts(4 * lanes, 4, lanes) == 0

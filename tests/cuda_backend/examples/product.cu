@@ -37,8 +37,8 @@ __global__ void product_kernel(const T* a, const T* b, float* c, int depth) {
     }
     __syncthreads();
     uint32_t x[4], y[4];
-    ldmatrix_x4(x, stage(k) + lane % 16 * ld + lane / 16 * 8);
-    ldmatrix_x4_trans(y, stage(k) + (16 + lane % 16) * ld + lane / 16 * 8);
+    ldmatrix_x4(x, shared_address(stage(k) + lane % 16 * ld + lane / 16 * 8));
+    ldmatrix_x4_trans(y, shared_address(stage(k) + (16 + lane % 16) * ld + lane / 16 * 8));
     const uint32_t left[2] = {y[0], y[1]};
     multiply<T>(d, x, left);
     __syncthreads();
@@ -61,8 +61,8 @@ __global__ void product_tf32_kernel(const float* a, const float* b, float* c, in
     cp_async_wait<0>();
     __syncthreads();
     uint32_t x[4], y[4];
-    ldmatrix_x4(x, &stage[lane % 16][lane / 16 * 4]);
-    ldmatrix_x4(y, &stage[16 + lane % 8][lane / 8 % 2 * 4]);
+    ldmatrix_x4(x, shared_address(&stage[lane % 16][lane / 16 * 4]));
+    ldmatrix_x4(y, shared_address(&stage[16 + lane % 8][lane / 8 % 2 * 4]));
     for (uint32_t& v : x) v = to_tf32(__uint_as_float(v));
     const uint32_t right[2] = {to_tf32(__uint_as_float(y[0])), to_tf32(__uint_as_float(y[1]))};
     mma_tf32(d, x, right);

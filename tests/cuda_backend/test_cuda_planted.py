@@ -75,29 +75,6 @@ LOAD = ("(x + offsets[pixel] + channel", "(x + offsets[pixel] + f.x.stride[3] + 
 SHARED = ("offsets[threadIdx.x] =", "offsets[threadIdx.x + 1] =")
 
 
-@pytest.mark.parametrize(
-    ("change", "check", "message"),
-    [
-        pytest.param(BARRIER, "thread", "data race", id="removed barrier, thread sanitizer"),
-        pytest.param(BARRIER, "PTX", "shared-memory race", id="removed barrier, PTX"),
-        pytest.param(DIVERGENT, "runner", "other threads of the block wait", id="barrier for some threads, runner"),
-        pytest.param(DIVERGENT, "PTX", "barrier not reached", id="barrier for some threads, PTX"),
-        pytest.param(STORE, "runner", "bytes beside the results", id="store one pixel too far, runner"),
-        pytest.param(STORE, "address", "heap-buffer-overflow", id="store one pixel too far, address sanitizer"),
-        pytest.param(STORE, "PTX", "store out of bounds", id="store one pixel too far, PTX"),
-        pytest.param(LOAD, "address", "heap-buffer-overflow", id="load one pixel too far, address sanitizer"),
-        pytest.param(LOAD, "PTX", "load out of bounds", id="load one pixel too far, PTX"),
-        pytest.param(SHARED, "address", "out of bounds", id="shared index one too far, address sanitizer"),
-    ],
-)
-def test_a_bug_in_placing_is_found(change: Change, check: str, message: str, tmp_path: Path) -> None:
-    with (
-        executor(check, [patched(PLACE[0], change, tmp_path), *PLACE[1:]]) as kernels,
-        pytest.raises((AssertionError, RuntimeError), match=message),
-    ):
-        place(kernels)
-
-
 STEM = [CSRC / "cuda" / name for name in ("stem.cu", "partials.cu")]
 PLACES_BARRIER = (
     "if (own_.left > 0) find_maxima(first);\n        __syncthreads();",
@@ -131,27 +108,56 @@ def pool(executor: Executor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "check", "message"),
+    ("primitive", "change", "check", "message"),
     [
-        pytest.param(PLACES_BARRIER, "thread", "data race", id="removed barrier, thread sanitizer"),
-        pytest.param(PLACES_BARRIER, "PTX", "shared-memory race", id="removed barrier, PTX"),
+        pytest.param("place", BARRIER, "thread", "data race", id="place: removed barrier, thread sanitizer"),
+        pytest.param("place", BARRIER, "PTX", "shared-memory race", id="place: removed barrier, PTX"),
         pytest.param(
-            BOX_OF_PLACES_BARRIER, "thread", "data race", id="removed barrier between boxes, thread sanitizer"
+            "place",
+            DIVERGENT,
+            "runner",
+            "other threads of the block wait",
+            id="place: barrier for some threads, runner",
         ),
-        pytest.param(LAST_OF_EQUALS, "runner", "not close", id="the last of equals, runner"),
-        pytest.param(NEXT_WINDOW, "runner", "not close", id="a window twice, runner"),
-        pytest.param(POOL_PIXEL, "address", "heap-buffer-overflow", id="pixels that do not exist, address sanitizer"),
-        pytest.param(DX_OF_STEM, "PTX", "store out of bounds", id="stored pixel one too far, PTX"),
-        pytest.param(NAN_LOST, "runner", "not close", id="NaN lost, runner"),
-        pytest.param(PLACES_CONFLICT, "PTX", "bank conflicts", id="sums in the same banks, PTX"),
+        pytest.param("place", DIVERGENT, "PTX", "barrier not reached", id="place: barrier for some threads, PTX"),
+        pytest.param("place", STORE, "runner", "bytes beside the results", id="place: store one pixel too far, runner"),
+        pytest.param(
+            "place", STORE, "address", "heap-buffer-overflow", id="place: store one pixel too far, address sanitizer"
+        ),
+        pytest.param("place", STORE, "PTX", "store out of bounds", id="place: store one pixel too far, PTX"),
+        pytest.param(
+            "place", LOAD, "address", "heap-buffer-overflow", id="place: load one pixel too far, address sanitizer"
+        ),
+        pytest.param("place", LOAD, "PTX", "load out of bounds", id="place: load one pixel too far, PTX"),
+        pytest.param(
+            "place", SHARED, "address", "out of bounds", id="place: shared index one too far, address sanitizer"
+        ),
+        pytest.param("stem", PLACES_BARRIER, "thread", "data race", id="stem: removed barrier, thread sanitizer"),
+        pytest.param("stem", PLACES_BARRIER, "PTX", "shared-memory race", id="stem: removed barrier, PTX"),
+        pytest.param("stem", BOX_OF_PLACES_BARRIER, "thread", "data race", id="stem: removed barrier between boxes"),
+        pytest.param("stem", LAST_OF_EQUALS, "runner", "not close", id="stem: the last of equals, runner"),
+        pytest.param("stem", NEXT_WINDOW, "runner", "not close", id="stem: a window twice, runner"),
+        pytest.param(
+            "stem",
+            POOL_PIXEL,
+            "address",
+            "heap-buffer-overflow",
+            id="stem: pixels that do not exist, address sanitizer",
+        ),
+        pytest.param("stem", DX_OF_STEM, "PTX", "store out of bounds", id="stem: stored pixel one too far, PTX"),
+        pytest.param("stem", NAN_LOST, "runner", "not close", id="stem: NaN lost, runner"),
+        pytest.param("stem", PLACES_CONFLICT, "PTX", "bank conflicts", id="stem: sums in the same banks, PTX"),
     ],
 )
-def test_a_bug_in_a_stem_is_found(change: Change, check: str, message: str, tmp_path: Path) -> None:
+def test_a_bug_in_moving_bytes_is_found(
+    primitive: str, change: Change, check: str, message: str, tmp_path: Path
+) -> None:
+    run, sources = {"place": (place, PLACE), "stem": (pool, STEM)}[primitive]
     with (
-        executor(check, [patched(STEM[0], change, tmp_path), *STEM[1:]]) as kernels,
+        executor(check, [patched(sources[0], change, tmp_path), *sources[1:]]) as kernels,
         pytest.raises((AssertionError, RuntimeError), match=message),
     ):
-        pool(kernels)
+        run(kernels)
 
 
 @pytest.mark.parametrize("check", ["runner", "PTX", "thread", "address"])
@@ -195,7 +201,7 @@ def multiply(kernel: str, executor: Executor) -> None:
 
 
 PREPARED = "if (i >= -1 && i + 1 < steps) prepare(current);"
-TRANSFORMED = "if (last_pass && more) o_.locate(tile + 1, buffer ^ 1, next_slot);"
+TRANSFORMED = "if (last_pass && more) o_.locate(first_pixel(box = next_box(box)), buffer ^ 1, next_slot);"
 STAGE_BARRIER = (f"{PREPARED}\n    __syncthreads();", PREPARED)
 STAGE_WAIT = ("wait_for_all_but(stages - 2);", "")
 STAGE_ROW = ("(to + place * kPitch,", "(to + (place + 1) * kPitch,")
@@ -208,7 +214,7 @@ X_PIXEL = ("x + p * f.pixel", "x + (p + 1) * f.pixel")
 SWAPPED = ('"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])')
 BOX_BARRIER = (f"{TRANSFORMED}\n        __syncthreads();", TRANSFORMED)
 BOX_WAIT = ("cp_async_wait<0>();\n        __syncthreads();", "__syncthreads();")
-DX_PIXEL = ("to + p * f_.dx.ld", "to + (p + 1) * f_.dx.ld")
+DX_PIXEL = ("(to + p * ld) =", "(to + (p + 1) * ld) =")
 
 
 @pytest.mark.parametrize(

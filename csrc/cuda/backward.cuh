@@ -174,7 +174,8 @@ class BackwardBlock {
             const bool cut = !exists[i][h];
             const float2 z =
                 make_float2(normalised(in.x, mean.x, scale.x, shift.x), normalised(in.y, mean.y, scale.y, shift.y));
-            const float2 dz = make_float2(cut || z.x <= 0 ? 0 : da_[i][j][2 * h], cut || z.y <= 0 ? 0 : da_[i][j][2 * h + 1]);
+            const float2 dz =
+                make_float2(cut || z.x <= 0 ? 0 : da_[i][j][2 * h], cut || z.y <= 0 ? 0 : da_[i][j][2 * h + 1]);
             sums_[j][0] += dz.x;
             sums_[j][1] += dz.y;
             sums_[j][2] = fmaf(dz.x, in.x - mean.x, sums_[j][2]);

@@ -288,7 +288,8 @@ struct BackwardOperands {
         if (more) {
           as_floats(value, *reinterpret_cast<const Chunk<T>*>(from_value));
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) stored[i] = load_gradient(stored[i], value[i], mean[i], constant[i], slope[i]);
+          for (int i = 0; i < kSize; ++i)
+            stored[i] = load_gradient(stored[i], value[i], mean[i], constant[i], slope[i]);
         }
         out = multiplied<C::A>(stored);
       }

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from primitives import scale_of
 from tolerances import assert_entries, assert_unbiased
 from torch import Tensor
 
 from fused_densenet.backends import triton
-from fused_densenet.backends.contract import Gradient, Norm, pooled
+from fused_densenet.backends.contract import Gradient, Norm, Owed, pooled
 
 
 class Case(NamedTuple):
@@ -126,11 +127,11 @@ def run_case(
     dweight = torch.full_like(weight, torch.nan) if case.weight else None
     dgamma, dbeta = draw.nothing(case.C), draw.nothing(case.C)
     correction = draw(2, case.C) if case.accumulate else draw.nothing(2, case.C)
-    old = correction.cpu().clone() if case.accumulate else torch.zeros(2, case.C)
+    old = correction.cpu().double() if case.accumulate else torch.zeros(2, case.C)
     owed = Owed(dgamma, dbeta, correction)
     backend.norm_relu_conv_backward(grad, x, norm, weight, dx, case.accumulate, dweight, owed)
     results = [None if t is None else t.cpu() for t in (dx, dweight, dgamma, dbeta)]
-    results.append(correction.cpu().double() - old.double())
+    results += [correction.cpu(), old]
     dx_before = before[..., : case.C].cpu()
     _compare_backward(case, _on_cpu(grad), x.cpu(), _on_cpu(norm), weight.cpu(), dx_before, *results, rounding)
     _assert_bits(gradients[..., case.C :], before[..., case.C :], "gradients of other channels")
@@ -145,20 +146,23 @@ def run_nan(case: Case, dtype: torch.dtype, backend: Any = triton) -> None:
     x[0, 0, 1, 2, case.C - 2] = torch.nan
     stored[0, 0, 1, 2, 3] = torch.nan
     weight = draw(case.K, case.C, *case.kernel)
-    out, dx, dweight, sums = torch.empty_like(stored), torch.empty_like(x), torch.empty_like(weight), draw(2, case.C)
+    out, dx, dweight = torch.empty_like(stored), torch.empty_like(x), torch.empty_like(weight)
+    owed = Owed(draw(case.C), draw(case.C), draw(2, case.C))
     backend.norm_relu_conv(x, norm, weight, out, None, None)
-    grad = Gradient(stored, torch.zeros_like(stored), torch.ones(case.K), *torch.zeros(3, case.K))
-    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, False, dweight, *sums)
-    mean, scale, shift = (v.double() for v in norm)
-    z = (x.double() - mean) * scale + shift
-    a = _first(z.relu())
-    expected = [_last(_convolve(case, a, weight.double()))]
-    da, dw = _convolution_backward(case, _first(stored), a, weight.double())
-    dz = da.masked_fill(z <= 0, 0)
-    expected += [dz, dw, dz.flatten(0, 3).sum(0), (dz * (x.double() - mean)).flatten(0, 3).sum(0)]
-    for name, found, exact in zip(
-        ("out", "dx", "dweight", "sum", "centred"), (out, dx, dweight, *sums), expected, strict=True
-    ):
+    backend.norm_relu_conv_backward(Gradient(stored), x, norm, weight, dx, False, dweight, owed)
+    a = _activation(x, norm)
+    da, dw = _convolution_backward(case, _first(stored), _first(a), weight.double())
+    dz = da.masked_fill(a <= 0, 0)
+    dbeta, dgamma = dz.flatten(0, 3).sum(0), (dz * (x.double() - norm.mean.double())).flatten(0, 3).sum(0)
+    expected = {
+        "out": (out, _last(_convolve(case, _first(a), weight.double()))),
+        "dx": (dx, dz),
+        "dweight": (dweight, dw),
+        "dgamma": (owed.dweight, dgamma),
+        "dbeta": (owed.dbias, dbeta),
+        "correction": (owed.correction, torch.stack([dbeta, dgamma])),
+    }
+    for name, (found, exact) in expected.items():
         assert torch.equal(found.isnan(), exact.isnan()), name
         assert exact.isnan().any(), name
 
@@ -201,8 +205,9 @@ class _Draw:
 
 def _keep_clear_of_zero(x: Tensor, norm: Norm) -> None:
     """Moves values whose sign by ReLU would depend on rounding."""
-    z = (x.double() - norm.mean.double()) * norm.scale.double() + norm.shift.double()
-    x.copy_(torch.where(z.abs() < 0.02, (norm.mean + (1 - norm.shift) / norm.scale).to(x.dtype), x))
+    scale, bias = scale_of(norm), norm.bias.double()
+    z = (x.double() - norm.mean.double()) * scale + bias
+    x.copy_(torch.where(z.abs() < 0.02, (norm.mean + (1 - bias) / scale).to(x.dtype), x))
 
 
 def _first(x: Tensor) -> Tensor:
@@ -214,8 +219,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 def _activation(x: Tensor, norm: Norm) -> Tensor:
-    mean, scale, shift = (v.double() for v in norm)
-    return ((x.double() - mean) * scale + shift).relu()
+    return ((x.double() - norm.mean.double()) * scale_of(norm) + norm.bias.double()).relu()
 
 
 def _compare_forward(
@@ -241,30 +245,37 @@ def _compare_backward(
     dx_before: Tensor,
     dx: Tensor,
     dweight: Tensor | None,
-    sum_dz: Tensor,
-    sum_dz_centered: Tensor,
+    dgamma: Tensor,
+    dbeta: Tensor,
+    correction: Tensor,
+    old_correction: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    stored, value, scale, slope, mean, offset = (t.double() for t in grad)
-    g = scale * stored + (slope * (value - mean) + offset)
-    g_size = (scale * stored).abs() + (slope * (value - mean)).abs() + offset.abs()
-    a, centred = _activation(x, norm), x.double() - norm.mean.double()
+    stored, value, mean, (constant, slope) = (t.double() for t in grad)  # type: ignore[union-attr]
+    g = stored + (slope * (value - mean) + constant)
+    g_size = stored.abs() + (slope * (value - mean)).abs() + constant.abs()
+    a, centred, scale = _activation(x, norm), x.double() - norm.mean.double(), scale_of(norm)
     da, dw = _convolution_backward(case, _first(g), _first(a), weight.double())
     da_size, dw_size = _convolution_backward(case, _first(g_size), _first(a), weight.double().abs())
     dz, dz_size = da.masked_fill(a <= 0, 0), da_size.masked_fill(a <= 0, 0)
     if case.accumulate:
-        s = norm.scale.double()
-        size = dx_before.double().abs() + dz_size * s.abs()
-        assert_entries(dx, dx_before.double() + dz * s, size, dtype, "input's gradient")
+        size = dx_before.double().abs() + dz_size * scale.abs()
+        assert_entries(dx, dx_before.double() + dz * scale, size, dtype, "input's gradient")
     else:
-        assert_entries(dx, dz, dz_size, dtype, "input's gradient")
-        assert_unbiased(dx, dz, dtype, "input's gradient")
+        assert_entries(dx, dz * scale, dz_size * scale.abs(), dtype, "input's gradient")
+        assert_unbiased(dx, dz * scale, dtype, "input's gradient")
     if dweight is not None:
         assert_entries(dweight, dw, dw_size, dtype, "weight's gradient")
         assert_unbiased(dweight, dw, dtype, "weight's gradient")
-    assert_entries(sum_dz, dz.flatten(0, 3).sum(0), dz_size.flatten(0, 3).sum(0), dtype, "sum of dz")
-    exact, size = (dz * centred).flatten(0, 3).sum(0), (dz_size * centred.abs()).flatten(0, 3).sum(0)
-    assert_entries(sum_dz_centered, exact, size, dtype, "sum of dz (x - mean)")
+    rstd = (norm.var.double() + norm.eps).rsqrt()
+    sums = torch.stack([dz, dz * centred * rstd]).flatten(1, 4).sum(1)
+    sizes = torch.stack([dz_size, dz_size * centred.abs() * rstd]).flatten(1, 4).sum(1)
+    assert_entries(dbeta, sums[0], sizes[0], dtype, "gradient of the norm's bias")
+    assert_entries(dgamma, sums[1], sizes[1], dtype, "gradient of the norm's weight")
+    owed = scale / centred[..., 0].numel() * torch.stack([torch.ones_like(rstd), rstd])
+    in_float32 = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps * old_correction.abs()
+    size = owed.abs() * sizes + in_float32
+    assert_entries(correction, old_correction - owed * sums, size, dtype, "correction")
 
 
 def _convolve(case: Case, a: Tensor, weight: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """A stem's primitives against autograd in float64, for any backend."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from primitives import Guarded, affine, clear_of_zero, source, vector
+from primitives import OWED, Debts, Guarded, clear_of_zero, draw_norm, scale_of, source
 from tolerances import assert_entries
 from torch import Tensor
 
-from fused_densenet.backends.contract import Norm
+from fused_densenet.backends.contract import Norm, Owed
 
 
 @dataclass
@@ -49,42 +48,53 @@ CASES = [
 
 def run(case: Case, dtype: torch.dtype, backend: Any, device: str = "cpu") -> None:
     """Forward and backward, in buffers whose other channels must not change."""
-    norm = affine(case.channels, dtype)
+    norm = draw_norm(case.channels, dtype)
     values = clear_of_zero(torch.randn(*case.pixels, case.channels).to(dtype), norm)
     grad = torch.randn(*case.out_pixels, case.channels).to(dtype)
     out, dx = (Guarded((*p, case.channels), dtype, case.before, case.after) for p in (case.out_pixels, case.pixels))
-    sums = [vector(case.channels, dtype) for _ in range(2)]
+    debts = Debts(norm, True)
     if device == "cpu":
         x = source(values, case.before, case.after)
         backend.norm_relu_pool(x, norm, out.data)
-        backend.norm_relu_pool_backward(grad, x, norm, dx.data, *(s.data for s in sums))
+        backend.norm_relu_pool_backward(grad, x, norm, dx.data, debts.owed())
     else:
-        x, d_grad, d_norm = values.to(device), grad.to(device), Norm(*(v.to(device) for v in norm))
-        results = [torch.empty_like(t.data, device=device) for t in (out, dx, *sums)]
-        backend.norm_relu_pool(x, d_norm, results[0])
-        backend.norm_relu_pool_backward(d_grad, x, d_norm, *results[1:])
-        for ours, theirs in zip((out, dx, *sums), results, strict=True):
-            ours.set(theirs.cpu())
-    check(case, values, norm, grad, out, dx, sums)
+        x, on_device = values.to(device), Norm(*(v.to(device) for v in norm[:4]), norm.eps)
+        ours = [out.data, dx.data, *debts.owed()[:3]]
+        theirs = [torch.empty_like(t, device=device) for t in ours]
+        backend.norm_relu_pool(x, on_device, theirs[0])
+        backend.norm_relu_pool_backward(grad.to(device), x, on_device, theirs[1], Owed(*theirs[2:]))
+        for mine, found in zip(ours, theirs, strict=True):
+            mine.copy_(found)
+    check(case, values, norm, grad, out, dx, debts)
 
 
-def check(case: Case, x: Tensor, norm: Norm, grad: Tensor, out: Guarded, dx: Guarded, sums: Sequence[Guarded]) -> None:
-    dtype = x.dtype
-    mean, scale, shift = (v.double() for v in norm)
-    z = ((x.double() - mean) * scale + shift).requires_grad_()
+def check(case: Case, x: Tensor, norm: Norm, grad: Tensor, out: Guarded, dx: Guarded, debts: Debts) -> None:
+    dtype, scale, bias = x.dtype, scale_of(norm), norm.bias.double()
+    centred = x.double() - norm.mean.double()
+    z = (centred * scale + bias).requires_grad_()
     exact = maxima(z.relu(), case.pool)
     (dz,) = torch.autograd.grad(exact, z, grad.double())
-    size = maxima(((x.double() - mean) * scale).abs() + shift.abs(), case.pool)
+    size = maxima((centred * scale).abs() + bias.abs(), case.pool)
     assert_entries(out.data, exact.detach(), size, dtype, "output")
     w = z.detach().requires_grad_()
     (dz_size,) = torch.autograd.grad(maxima(w.relu(), case.pool), w, grad.double().abs())
-    assert_entries(dx.data, dz, dz_size, dtype, "input's gradient")
-    pixels, centred = (0, 1, 2, 3), x.double() - mean
-    assert_entries(sums[0].data, dz.sum(pixels), dz_size.sum(pixels), torch.float32, "sum of dz")
-    magnitude = (dz_size * centred.abs()).sum(pixels)
-    assert_entries(sums[1].data, (dz * centred).sum(pixels), magnitude, torch.float32, "sum of dz (x - mean)")
-    for name, guarded in zip(("output", "input's gradient", "sum", "sum"), (out, dx, *sums), strict=True):
+    assert_entries(dx.data, dz * scale, dz_size * scale.abs(), dtype, "input's gradient")
+    found = debts.found(False)
+    for name, (total, magnitude) in owed(dz, dz_size, centred, norm).items():
+        assert_entries(found[name], total, magnitude, torch.float32, name)
+    for name, guarded in (("output", out), ("input's gradient", dx)):
         guarded.check(name)
+
+
+def owed(dz: Tensor, dz_size: Tensor, centred: Tensor, norm: Norm) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a norm is owed, and the sums of the absolute values of what it adds up."""
+    rstd, pixels = (norm.var.double() + norm.eps).rsqrt(), centred[..., 0].numel()
+    share = scale_of(norm) / pixels
+    both = []
+    for d, c in ((dz, centred), (dz_size, centred.abs())):
+        dgamma, dbeta = (d * c).flatten(0, 3).sum(0) * rstd, d.flatten(0, 3).sum(0)
+        both.append([dgamma, dbeta, -share * dbeta, -share * dgamma * rstd])
+    return {name: (total, size.abs()) for name, total, size in zip(OWED, *both, strict=True)}
 
 
 def maxima(a: Tensor, pool: bool) -> Tensor:

@@ -4,11 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from maxima import owed
+from primitives import Debts, scale_of
 from tolerances import assert_entries
 from torch import Tensor
 
 from fused_densenet.backends import triton
-from fused_densenet.backends.contract import Norm
+from fused_densenet.backends.contract import Norm, Owed
 
 
 class StemCase(NamedTuple):
@@ -40,33 +42,34 @@ STEMS = [
 def run_stem(case: StemCase, dtype: torch.dtype, backend: Any = triton) -> list[Tensor]:
     """Both primitives on channels of a wider buffer, with values drawn so that there are ties; returns what they gave."""
     generator = torch.Generator().manual_seed(case.C)
-    mean, scale, shift = torch.randn(3, case.C, generator=generator)
-    norm = Norm(mean, scale.abs() + 0.5, shift)
+    mean, var, weight, bias = torch.randn(4, case.C, generator=generator)
+    norm = Norm(mean, var.abs() + 0.5, weight.abs() + 0.5, bias, 1e-3)
     buffer = torch.full((*case.pixels, case.C + 3), torch.nan).to(dtype)
     x = buffer[..., : case.C]
     x.copy_(torch.randn(*case.pixels, case.C, generator=generator).mul(4).round().div(4) + 0.03125)
     _keep_clear_of_zero(x, norm)
     grad = torch.randn(*case.out_pixels, case.C, generator=generator).to(dtype)
     out, dx = torch.full_like(grad, torch.nan), torch.full_like(buffer, torch.nan)
-    sums = torch.full((2, case.C), torch.nan)
+    debts = Debts(norm, True)
     backend.norm_relu_pool(x, norm, out)
-    backend.norm_relu_pool_backward(grad, x, norm, dx[..., : case.C], *sums)
+    backend.norm_relu_pool_backward(grad, x, norm, dx[..., : case.C], debts.owed())
     assert dx[..., case.C :].isnan().all()
 
     a, dz, exact = exact_stem(case, grad, x, norm)
     size = exact_stem(case, grad.abs(), x, norm)[1]
     assert_entries(out, exact, exact.abs() + 1, dtype, "output")
-    assert_entries(dx[..., : case.C], dz, size, dtype, "input's gradient")
-    for found, factor, what in zip(sums, (1, x.double() - norm.mean), ("dz", "dz (x - mean)"), strict=True):
-        total, magnitude = (dz * factor).flatten(0, 3).sum(0), (size * factor).abs().flatten(0, 3).sum(0)
-        assert_entries(found, total, magnitude, torch.float32, f"sum of {what}")
+    scale, found = scale_of(norm), debts.found(False)
+    assert_entries(dx[..., : case.C], dz * scale, size * scale.abs(), dtype, "input's gradient")
+    for name, (total, magnitude) in owed(dz, size, x.double() - norm.mean, norm).items():
+        assert_entries(found[name], total, magnitude, torch.float32, name)
     assert case.pool == bool((a[dz == 0] > 0).any())
-    return [out, dx[..., : case.C].contiguous(), sums]
+    return [out, dx[..., : case.C].contiguous(), *found.values()]
 
 
 def exact_stem(case: StemCase, grad: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """The activation, the gradient by ReLU's input and the output; ties fall as in float32, where values are compared."""
-    a = ((x.float() - norm.mean) * norm.scale + norm.shift).relu().double().requires_grad_()
+    scale = norm.weight * torch.rsqrt(norm.var + norm.eps)
+    a = ((x.float() - norm.mean) * scale + norm.bias).relu().double().requires_grad_()
     out = _pool(a) if case.pool else a
     [da] = torch.autograd.grad(out, a, grad.double())
     return a.detach(), da.masked_fill(a <= 0, 0), out.detach()
@@ -74,17 +77,19 @@ def exact_stem(case: StemCase, grad: Tensor, x: Tensor, norm: Norm) -> tuple[Ten
 
 def run_stem_nan(case: StemCase, backend: Any = triton) -> None:
     """A NaN reaches the windows that it lies in, and takes their gradient."""
-    norm = Norm(*torch.zeros(2, case.C).add_(1), torch.zeros(case.C))
+    zeros, ones = torch.zeros(case.C), torch.ones(case.C)
+    norm = Norm(ones, ones, ones, zeros, 0.0)
     x, grad = torch.rand(*case.pixels, case.C) + 2, torch.rand(*case.out_pixels, case.C)
     middle = tuple(size // 2 for size in case.pixels[1:])
     x[(0, *middle)] = torch.nan
-    out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(2, case.C)
+    out, dx = torch.empty_like(grad), torch.empty_like(x)
+    debts = Owed(torch.empty(case.C), torch.empty(case.C), torch.empty(2, case.C))
     backend.norm_relu_pool(x, norm, out)
-    backend.norm_relu_pool_backward(grad, x, norm, dx, *sums)
+    backend.norm_relu_pool_backward(grad, x, norm, dx, debts)
     _, dz, exact = exact_stem(case, grad, x, norm)
     assert torch.equal(out.isnan(), exact.isnan()) and exact.isnan().any()
     assert torch.equal(dx == 0, dz == 0) and dz[(0, *middle)].all()
-    assert sums[1].isnan().all()
+    assert debts.dweight.isnan().all()
 
 
 def _pool(a: Tensor) -> Tensor:
@@ -94,5 +99,6 @@ def _pool(a: Tensor) -> Tensor:
 
 
 def _keep_clear_of_zero(x: Tensor, norm: Norm) -> None:
-    z = (x.double() - norm.mean.double()) * norm.scale.double() + norm.shift.double()
-    x.copy_(torch.where(z.abs() < 0.02, (norm.mean + (1 - norm.shift) / norm.scale).to(x.dtype), x))
+    scale, bias = scale_of(norm), norm.bias.double()
+    z = (x.double() - norm.mean.double()) * scale + bias
+    x.copy_(torch.where(z.abs() < 0.02, (norm.mean + (1 - bias) / scale).to(x.dtype), x))

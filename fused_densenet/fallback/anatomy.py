@@ -82,7 +82,7 @@ def take_apart(layer: nn.Module, name: str) -> LayerParts:
 
 def is_memory_efficient(layer: nn.Module) -> bool:
     """Whether a layer is set to compute its bottleneck again in backward."""
-    return any(getattr(layer, name, False) for name in SWITCHES)
+    return any(layer.__dict__.get(name, getattr(type(layer), name, False)) for name in SWITCHES)
 
 
 def take_stage(modules: Mapping[str, Any], prefix: str = "", number: str = "") -> Stage:

@@ -178,7 +178,8 @@ class FusedDenseBlock(nn.ModuleDict):
         if not plan.fits(init_features, device):
             modules = [named for parts in plan.layers for named in parts.modules.items()]
             check_parameters(init_features, "init_features", modules, plan.dtype, plan.norms)
-        memory_efficient, first = self.memory_efficient, plan.layers[0]
+        memory_efficient = torch.is_grad_enabled() and self.memory_efficient
+        first = plan.layers[0]
 
         def fused(x: Tensor) -> Tensor:
             out, moments = run_block(
@@ -297,8 +298,9 @@ class BlockPlan(NamedTuple):
                 weights[i] = conv.weight
             if gammas[i] is None or betas[i] is None:
                 gammas[i], betas[i] = affine_of(norm, weights[i])
-        frozen = [norm for norm, batch in zip(self.norms, self.batch_stats, strict=True) if not batch]
-        return Parameters(weights, gammas, betas, [t for norm in frozen for t in (norm.running_mean, norm.running_var)])
+        frozen = [norm._buffers for norm, batch in zip(self.norms, self.batch_stats, strict=True) if not batch]
+        running = [held[name] for held in frozen for name in ("running_mean", "running_var")]
+        return Parameters(weights, gammas, betas, running)
 
 
 def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:

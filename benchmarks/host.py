@@ -1,0 +1,163 @@
+"""What a fused network costs on the host beside torchvision's: DenseNet-121's depth at a width where arithmetic is next to
+nothing, one thread, both networks in turns in one process.
+
+A step is forward and backward; clearing gradients and the optimizer are left out. Parts of a fused step are taken in
+rounds of their own, by timing what is called: ``programs`` is the C++ that runs the recorded primitives (kernels of tiny
+images in it), ``standing`` the look at everything that a user may have changed since the last call, ``statistics`` the
+running statistics; the rest is modules, checks, allocations and autograd.
+"""
+
+import argparse
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from baselines import torchvision_densenets
+from common import add_output_options, console, plot_axes, save_plot, write_json
+from provenance import describe, environment
+from rich.table import Table
+from torch import nn
+
+import fused_densenet
+from fused_densenet.backends import BACKENDS
+from fused_densenet.fallback import standing
+
+GROWTH_RATE, BLOCKS, STEM = 4, (6, 12, 24, 16), 8
+MODES = ("training step", "inference")
+
+
+def networks() -> dict[str, nn.Module]:
+    densenet = torchvision_densenets().DenseNet
+    theirs = densenet(growth_rate=GROWTH_RATE, block_config=BLOCKS, num_init_features=STEM)
+    ours = densenet(growth_rate=GROWTH_RATE, block_config=BLOCKS, num_init_features=STEM)
+    ours.load_state_dict(theirs.state_dict())
+    return {"torchvision": theirs, "fused": fused_densenet.fuse(ours)}
+
+
+def train(model: nn.Module, x: torch.Tensor) -> None:
+    model(x).sum().backward()
+
+
+@torch.no_grad()
+def infer(model: nn.Module, x: torch.Tensor) -> None:
+    model(x)
+
+
+def once(mode: str, model: nn.Module, x: torch.Tensor) -> float:
+    """Milliseconds of this thread."""
+    run = train if mode == "training step" else infer
+    model.train(mode == "training step")
+    for parameter in model.parameters():
+        parameter.grad = None
+    start = time.thread_time()
+    run(model, x)
+    return (time.thread_time() - start) * 1e3
+
+
+@contextlib.contextmanager
+def timed_parts(spent: dict[str, float]) -> Iterator[None]:
+    """Inside, milliseconds in each part are added to ``spent``."""
+
+    def clocked(part: str, whole: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(whole)
+        def call(*args: Any) -> Any:
+            start = time.thread_time()
+            result = whole(*args)
+            spent[part] = spent.get(part, 0.0) + (time.thread_time() - start) * 1e3
+            return result
+
+        return call
+
+    cpu = BACKENDS["cpu"]
+    places = [("programs", cpu, "run_program"), ("statistics", cpu, "update_running")]
+    places += [("standing", standing.Standing, "holds")]
+    with contextlib.ExitStack() as stack:
+        for part, owner, name in places:
+            stack.enter_context(mock.patch.object(owner, name, clocked(part, getattr(owner, name))))
+        yield
+
+
+def measure(rounds: int, size: int, batch: int) -> list[dict[str, Any]]:
+    models, x, rows = networks(), torch.randn(batch, 3, size, size), []
+    for mode in MODES:
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for number in range(rounds + 3):
+            for name, model in models.items():
+                elapsed = once(mode, model, x)
+                if number >= 3:
+                    times[name].append(elapsed)
+        parts: list[dict[str, float]] = []
+        for _ in range(rounds):
+            parts.append({})
+            with timed_parts(parts[-1]):
+                once(mode, models["fused"], x)
+        ratios = [ours / theirs for ours, theirs in zip(times["fused"], times["torchvision"], strict=True)]
+        rows.append(
+            {
+                "mode": mode,
+                "batch": batch,
+                "size": size,
+                "milliseconds": {name: statistics.median(values) for name, values in times.items()},
+                "ratio": dict(zip(("lower_quartile", "median", "upper_quartile"), _quartiles(ratios), strict=True)),
+                "parts": {part: statistics.median(p.get(part, 0.0) for p in parts) for part in parts[0]},
+                "rounds": times,
+            }
+        )
+    return rows
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    result = Table(
+        title="host time of a network without arithmetic, one thread", caption="medians; ratios within a round"
+    )
+    for heading in ("", "torchvision, ms", "fused, ms", "fused / torchvision", "of which, ms"):
+        result.add_column(heading, justify="left" if not heading else "right")
+    for row in rows:
+        ratio, ms = row["ratio"], row["milliseconds"]
+        result.add_row(
+            row["mode"],
+            f"{ms['torchvision']:.2f}",
+            f"{ms['fused']:.2f}",
+            f"[bold]{ratio['median']:.2f}[/] ({ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f})",
+            ", ".join(f"{part} {value:.2f}" for part, value in row["parts"].items()),
+        )
+    return result
+
+
+def draw(rows: list[dict[str, Any]]) -> Any:
+    figure, axes = plot_axes(1, 1, figsize=(6, 3))
+    labels = [f"{row['mode']}, {name}" for row in rows for name in row["milliseconds"]]
+    axes.barh(labels, [value for row in rows for value in row["milliseconds"].values()], color="#2a6f97")
+    axes.set_xlabel("ms on the host")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=2)
+    add_output_options(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure(args.rounds, args.size, args.batch)
+    where = environment(torch.device("cpu"), torch.float32)
+    console.print(table(rows))
+    console.print(describe(where), highlight=False)
+    if args.json:
+        write_json(args.json, where, rows)
+    if args.plot:
+        save_plot(draw(rows), args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <variant>
@@ -143,8 +144,8 @@ Entries<A> entries(const Tensor& t, const char* name) {
   return {t.mutable_data_ptr<A>(), t.numel(), t.dim() == 0 ? 1 : t.stride(0)};
 }
 
-// running += momentum * (batch - running) as torch.lerp has it; the mean and variance of norm i are the first entries
-// of the rows of `stats`, or, where `inside` is given and i odd, those of bottleneck i / 2.
+// running += momentum * (batch - running) as torch.lerp rounds it; the mean and variance of norm i are the first
+// entries of the rows of `stats`, or, where `inside` is given and i odd, those of bottleneck i / 2.
 template <class A>
 void update_running_of(const Tensor& stats, const std::optional<Tensor>& inside, at::TensorList means,
                        at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased) {
@@ -175,7 +176,8 @@ void update_running_of(const Tensor& stats, const std::optional<Tensor>& inside,
   for (const Update& u : updates) {
     for (int64_t c = 0; c < u.running.count; ++c) {
       const A now = u.batch[c] * u.factor, change = now - u.running[c];
-      u.running[c] = u.momentum < A(0.5) ? u.running[c] + u.momentum * change : now - change * (A(1) - u.momentum);
+      u.running[c] =
+          u.momentum < A(0.5) ? std::fma(u.momentum, change, u.running[c]) : std::fma(u.momentum - A(1), change, now);
     }
   }
 }

@@ -171,7 +171,7 @@ class Operator(ABC):
 
     def _function(self, a: Any) -> Callable[..., Tensor]:
         def function(x: Tensor, *parameters: Tensor) -> Tensor:
-            return self.by_operators(_with(a, x, parameters))
+            return self.by_operators(_with(a, x.contiguous(), parameters))  # vmap knows no other layout
 
         return function
 

@@ -17,7 +17,7 @@ from emulated import ARITHMETIC, default_library
 from ptx_launch import Launch, launches
 from torch import Tensor
 
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 EXPECTED = Path(__file__).with_name("resources.json")
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
@@ -95,23 +95,18 @@ def _problems(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, ctypes.St
     at = _Nowhere()
     x, out = empty(*layer.pixels, layer.channels), empty(*layer.pixels, layer.out_channels)
     weight = empty(layer.out_channels, layer.channels, *layer.kernel)
-    norm, moments = Norm(*vectors(layer.channels, 3)), vectors(layer.out_channels, 2)
-    grad = Gradient(out, out, *vectors(layer.out_channels, 4))
+    norm, moments = Norm(*vectors(layer.channels, 4), 1e-5), vectors(layer.out_channels, 2)
+    grad = Gradient(out, out, *vectors(layer.out_channels, 1), torch.empty(2, layer.out_channels, device="meta"))
+    owed = Owed(*vectors(layer.channels, 2), torch.empty(2, layer.channels, device="meta"))
     yield "place", problems.place(at, x, x, *vectors(layer.channels, 2))  # type: ignore[arg-type]
-    eps, one = 1e-5, torch.empty(1, device="meta")
-    var, gamma, scale = vectors(layer.channels, 3)
-    yield "norm_scale", problems.norm_scale(at, var, gamma, eps, scale)  # type: ignore[arg-type]
-    both = torch.empty(2, layer.channels, device="meta")
-    yield "norm_backward", problems.norm_backward(at, both, scale, var, eps, one, gamma, both, True)  # type: ignore[arg-type]
     yield "place_backward", problems.place_backward(at, grad, out)  # type: ignore[arg-type]
     pooled = empty(layer.pixels[0], *((size + 1) // 2 for size in layer.pixels[1:]), layer.channels)
     for a in (x, pooled):
         yield "norm_relu_pool", problems.norm_relu_pool(at, x, norm, a)  # type: ignore[arg-type]
-        stem = (a, x, norm, x, *vectors(layer.channels, 2))
-        yield "norm_relu_pool_backward", problems.norm_relu_pool_backward(at, *stem)  # type: ignore[arg-type]
+        yield "norm_relu_pool_backward", problems.norm_relu_pool_backward(at, a, x, norm, x, owed)  # type: ignore[arg-type]
     yield "forward", problems.forward(at, x, norm, weight, out, *moments)  # type: ignore[arg-type]
     for accumulate in (False, True):
-        arguments = (grad, x, norm, weight, x, accumulate, weight, *vectors(layer.channels, 2))
+        arguments = (grad, x, norm, weight, x, accumulate, weight, owed)
         yield "backward", problems.backward(at, *arguments)  # type: ignore[arg-type]
 
 

@@ -10,11 +10,11 @@ from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
 from emulated import Emulated, Executor
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from primitives import LAYOUTS
+from primitives import LAYOUTS, draw_norm
 from strategies import margins, shapes
 from torch import Tensor
 
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 ARITHMETIC = {  # dtype of the data, whether products are TF32, dtype of the rounding
     "bfloat16": (torch.bfloat16, False, torch.bfloat16),
@@ -77,13 +77,14 @@ def forward(case: Case, arithmetic: str, executor: Executor | None, multiprocess
 
 
 def backward(case: Case, arithmetic: str, executor: Executor | None, multiprocessors: int = 4) -> list[Tensor]:
-    """Results of the backward primitive, the data gradient accumulated."""
+    """Results of the backward primitive, the data gradient and the correction accumulated."""
     backend, dtype, x, norm, weight = _start(case, arithmetic, executor, multiprocessors)
     stored, value = (torch.randn(*case.out_pixels, case.K).to(dtype) for _ in range(2))
-    grad = Gradient(stored, value, *(torch.randn(case.K) for _ in range(4)))
-    results = [torch.randn(x.shape).to(dtype), torch.empty_like(weight), torch.empty(case.C), torch.empty(case.C)]
-    backend.norm_relu_conv_backward(grad, x, norm, weight, results[0], True, *results[1:])
-    return results
+    grad = Gradient(stored, value, torch.randn(case.K), torch.randn(2, case.K))
+    dx, dweight = torch.randn(x.shape).to(dtype), torch.empty_like(weight)
+    owed = Owed(torch.empty(case.C), torch.empty(case.C), torch.randn(2, case.C))
+    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, True, dweight, owed)
+    return [dx, dweight, *(t for t in owed if t is not None)]
 
 
 PRIMITIVES = {"forward": forward, "backward": backward}
@@ -106,7 +107,7 @@ def _start(
 ) -> tuple[Emulated, torch.dtype, Tensor, Norm, Tensor]:
     torch.manual_seed(0)
     dtype, tf32, _ = ARITHMETIC[arithmetic]
-    norm = Norm(*(torch.randn(case.C) for _ in range(3)))
+    norm = draw_norm(case.C, torch.float32)
     weight = torch.randn(case.K, case.C, *case.kernel).to(dtype)
     backend = Emulated(executor, tf32=tf32, multiprocessors=multiprocessors)
     return backend, dtype, torch.randn(*case.pixels, case.C).to(dtype), norm, weight

@@ -11,25 +11,25 @@ from emulated import Emulated
 from hypothesis import given
 from hypothesis import strategies as st
 from primitives import (
-    Derivatives,
+    Debts,
     Guarded,
     Shape,
-    affine,
     backward_magnitude,
     clear_of_zero,
+    draw_norm,
     exact_backward,
     load,
     loaded_gradient,
     make_weight,
     operators,
+    scale_of,
     source,
-    vector,
 )
 from small import ARITHMETIC, LARGEST, any_case, no_conflicts
 from tolerances import assert_entries, assert_error_ratio
 from torch import Tensor
 
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Case:
     before: int = 0
     after: int = 0
     shared: int = 227 << 10
+    batch_stats: bool = True
+    plain: bool = False
 
 
 CASES = [
@@ -69,6 +71,10 @@ CASES = [
     Case(Shape((1, 1, 1, 1), 24, 12, SQUARE), 132),
     Case(Shape((2, 1, 7, 2), 12, 24, ONE, pool=True), 132, shared=64 << 10),
     Case(Shape((1, 4, 5, 4), 70, 36, ONE, pool=True), 1, shared=64 << 10),
+    Case(Shape((2, 1, 13, 11), 48, 12, SQUARE), 2, False, batch_stats=False, plain=True),
+    Case(Shape((2, 1, 13, 11), 70, 33, ONE), 2, True, batch_stats=False),
+    Case(Shape((2, 1, 9, 11), 70, 300, ONE), 132, True, plain=True),
+    Case(Shape((2, 1, 9, 11), 70, 35, ONE, pool=True), 2, False, plain=True),
     *[Case(Shape((1, *kernel[:2], 9), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
     *[Case(Shape((9, 1, 1, 1), 20, 12, kernel), 1, shared=64 << 10) for kernel in LARGEST],
 ]
@@ -85,31 +91,32 @@ class Problem:
     weight: Tensor
     dx: Guarded
     dweight: Tensor | None
-    sums: tuple[Guarded, Guarded]
+    debts: Debts
 
     def run(self, backend: Emulated, accumulate: bool) -> None:
-        sums = (guarded.data for guarded in self.sums)
+        owed = self.debts.owed()
         backend.norm_relu_conv_backward(
-            self.grad, self.x, self.norm, self.weight, self.dx.data, accumulate, self.dweight, *sums
+            self.grad, self.x, self.norm, self.weight, self.dx.data, accumulate, self.dweight, owed
         )
 
 
 def make_problem(case: Case, dtype: torch.dtype) -> Problem:
     shape = case.shape
-    norm = affine(shape.channels, dtype)
+    weight_dtype = torch.float32 if case.weight_in_float32 else dtype
+    norm = draw_norm(shape.channels, dtype, weight_dtype)
     values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
-    weight = make_weight(shape, torch.float32 if case.weight_in_float32 else dtype, case.layout)
+    weight = make_weight(shape, weight_dtype, case.layout)
     dx = Guarded(values.shape, dtype, case.after, case.before + 1)
     if not case.accumulate:
         dx.data.fill_(float("nan"))
     return Problem(
-        loaded_gradient(shape.out_pixels, shape.out_channels, dtype),
+        loaded_gradient(shape.out_pixels, shape.out_channels, dtype, case.plain),
         source(values, case.before, case.after),
         norm,
         weight,
         dx,
         torch.full_like(weight, torch.nan) if case.dweight else None,
-        (vector(shape.channels, dtype), vector(shape.channels, dtype)),
+        Debts(norm, case.batch_stats),
     )
 
 
@@ -127,20 +134,21 @@ def test_backward(case: Case, arithmetic: str) -> None:
     dtype, tf32, _ = ARITHMETIC[arithmetic]
     problem, old, results = run(case, arithmetic)
     operands = problem.grad, problem.x, problem.norm, problem.weight, case.shape.pool
-    if tf32:
-        theirs, their_dx = exact_of_tf32(*operands), None
-    else:
-        _, theirs, their_dx = operators(*operands)
-    dx = theirs.dz
+    theirs = exact_of_tf32(*operands) if tf32 else operators(*operands)[1]
     if case.accumulate:
-        dx = old + (problem.norm.scale * theirs.dz if their_dx is None else their_dx)
-    for name, (ours, exact, magnitude) in results.items():
-        their = dx if name == "dx" else getattr(theirs, name)
-        assert_error_ratio(ours, their, exact, dtype, name, magnitude)
+        theirs["dx"] = old + theirs["dx"]
+    for name in results.keys() & theirs.keys():
+        ours, exact, magnitude = results[name]
+        assert_error_ratio(ours, theirs[name], exact, dtype, name, magnitude)
 
 
 @all_arithmetic
-@given(case=any_case(Case, accumulate=st.booleans(), dweight=st.booleans()), seed=st.integers(0, 99))
+@given(
+    case=any_case(
+        Case, accumulate=st.booleans(), dweight=st.booleans(), batch_stats=st.booleans(), plain=st.booleans()
+    ),
+    seed=st.integers(0, 99),
+)
 def test_any_shape(arithmetic: str, case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     run(case, arithmetic)
@@ -156,25 +164,25 @@ def run(case: Case, arithmetic: str) -> tuple[Problem, Tensor, dict[str, Results
         problem.run(backend, case.accumulate)
     operands = problem.grad, problem.x, problem.norm, problem.weight, case.shape.pool
     exact, magnitude = exact_backward(*operands), backward_magnitude(*operands)
-    dx, size = exact.dz, magnitude.dz
     if case.accumulate:
-        before, scale = old.double(), problem.norm.scale.double()
-        dx, size = before + scale * dx, before.abs() + scale.abs() * size
-    results = {"dx": Results(problem.dx.data, dx, size)}
+        before = old.double()
+        exact.dx, magnitude.dx = before + exact.dx, before.abs() + magnitude.dx
+        of_old = torch.finfo(torch.float32).eps / torch.finfo(rounding).eps * problem.debts.old.abs()
+        magnitude.constant, magnitude.slope = magnitude.constant + of_old[0], magnitude.slope + of_old[1]
+    found = {"dx": problem.dx.data, **problem.debts.found(case.accumulate)}
     if problem.dweight is not None:
-        results["dweight"] = Results(problem.dweight, exact.dweight, magnitude.dweight)
-    for name, sums in zip(("sum_dz", "sum_dz_centered"), problem.sums, strict=True):
-        results[name] = Results(sums.data, getattr(exact, name), getattr(magnitude, name))
-        sums.check(name)
+        found["dweight"] = problem.dweight
+    results = {name: Results(t, getattr(exact, name), getattr(magnitude, name)) for name, t in found.items()}
     problem.dx.check("dx")
     for name, (ours, right, terms) in results.items():
         assert_entries(ours, right, terms, rounding, name)
     return problem, old, results
 
 
-def exact_of_tf32(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool) -> Derivatives:
+def exact_of_tf32(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: bool) -> dict[str, Tensor]:
     """What is left of the results where only the operands of products are rounded, to 10 bits of mantissa."""
-    z = torch.addcmul(norm.shift, x - norm.mean, norm.scale)
+    scale, rstd = scale_of(norm), (norm.var.double() + norm.eps).rsqrt()
+    z = torch.addcmul(norm.bias, x - norm.mean, scale.float())
     a = z.relu().double().permute(0, 4, 1, 2, 3).requires_grad_()
     averaged = F.avg_pool3d(a, [min(size, 2) for size in a.shape[2:]]) if pool else a
     left, w = _tf32(averaged.detach()).requires_grad_(), _tf32(weight).requires_grad_()
@@ -182,7 +190,8 @@ def exact_of_tf32(grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, pool: b
     da, dweight = torch.autograd.grad(out, [left, w], _tf32(load(grad)).permute(0, 4, 1, 2, 3))
     (da,) = torch.autograd.grad(averaged, a, da) if pool else (da,)
     dz = da.permute(0, 2, 3, 4, 1).masked_fill(z <= 0, 0)
-    return Derivatives(dz, dweight, dz.sum((0, 1, 2, 3)), (dz * (x.double() - norm.mean)).sum((0, 1, 2, 3)))
+    dgamma = (dz * (x.double() - norm.mean)).sum((0, 1, 2, 3)) * rstd
+    return {"dx": scale * dz, "dweight": dweight, "dgamma": dgamma, "dbeta": dz.sum((0, 1, 2, 3))}
 
 
 def _tf32(x: Tensor) -> Tensor:
@@ -198,11 +207,24 @@ def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> Non
     runs = []
     for seed in range(3):
         problem.dx.set(old)
+        problem.debts = Debts(problem.norm, False)
         problem.run(Emulated(tf32=tf32, multiprocessors=case.multiprocessors, seed=seed), case.accumulate)
         assert problem.dweight is not None
-        runs.append([t.clone() for t in (problem.dx.data, problem.dweight, *(v.data for v in problem.sums))])
+        runs.append([t.clone() for t in (problem.dx.data, problem.dweight, *problem.debts.found(False).values())])
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def test_statistics_of_more_pixels() -> None:
+    """Those of several ranks: what they owe is shared among all their pixels."""
+    problem, found = make_problem(Case(Shape((2, 1, 3, 4), 8, 5, ONE), 4), torch.float32), []
+    operands = problem.x, problem.norm, problem.weight, torch.empty(problem.x.shape)
+    for pixels in (None, torch.tensor([240.0])):
+        owed = Owed(*torch.empty(2, 8), torch.empty(2, 8), pixels)
+        Emulated().norm_relu_conv_backward(problem.grad, *operands, False, None, owed)
+        found.append(owed)
+    for first, second, times in zip(found[0][:3], found[1][:3], (1, 1, 10), strict=True):
+        torch.testing.assert_close(second * times, first, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])

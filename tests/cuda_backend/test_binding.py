@@ -12,14 +12,14 @@ import report
 import torch
 from blocks import bimodal, keep_clear_of_zero, step
 from emulated import Emulated
-from primitives import Shape, affine, loaded_gradient, make_weight, source
+from primitives import Shape, draw_norm, loaded_gradient, make_weight, source
 from tolerances import assert_no_worse, assert_same
 from torch import Tensor
 
 from fused_densenet import FusedDenseBlock, FusedTransition, reference, use_backend
 from fused_densenet.backends import choice, cuda
 from fused_densenet.backends.choice import ShapeClass
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [
@@ -58,19 +58,23 @@ def forward(backend: Any, x: Tensor, norm: Norm, weight: Tensor, shape: Shape) -
 def backward(backend: Any, grad: Gradient, x: Tensor, norm: Norm, weight: Tensor, accumulate: bool) -> list[Tensor]:
     dx = torch.ones_like(x) if accumulate else torch.full_like(x, float("nan"))
     dweight = torch.full_like(weight, float("nan"))
-    sums = torch.empty(2, x.shape[4])
-    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, sums[0], sums[1])
-    return [dx, dweight, sums]
+    gradients, correction = torch.empty(2, x.shape[4], dtype=norm.weight.dtype), torch.ones(2, x.shape[4])
+    owed = Owed(*gradients, correction, torch.tensor([77.0]) if accumulate else None)
+    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed)
+    return [dx, dweight, gradients, correction]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-def test_the_operators_are_the_kernels(backend: Any, shape: Shape, layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["owing", "plain"])
+def test_the_operators_are_the_kernels(
+    backend: Any, plain: bool, shape: Shape, layout: str, dtype: torch.dtype
+) -> None:
     """The same bits as the kernels give when they are called directly, which other tests check."""
-    norm = affine(shape.channels, dtype)
+    norm = draw_norm(shape.channels, dtype, torch.float32 if layout == "contiguous" else dtype)
     x = source(torch.randn(*shape.pixels, shape.channels).to(dtype), 8, 1)
     weight = make_weight(shape, torch.float32 if layout == "contiguous" else dtype, layout)
-    grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype)
+    grad = loaded_gradient(shape.out_pixels, shape.out_channels, dtype, plain)
     direct = Emulated()
     results = []
     for each in (backend, direct):
@@ -89,12 +93,12 @@ def test_the_operators_are_the_kernels(backend: Any, shape: Shape, layout: str, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_pixels", [(2, 1, 5, 7), (2, 1, 3, 4)], ids=["not pooled", "pooled"])
 def test_a_stems_operators_are_the_kernels(backend: Any, out_pixels: tuple[int, ...], dtype: torch.dtype) -> None:
-    norm, x = affine(24, dtype), source(torch.randn(2, 1, 5, 7, 24).to(dtype), 8, 1)
+    norm, x = draw_norm(24, dtype), source(torch.randn(2, 1, 5, 7, 24).to(dtype), 8, 1)
     grad, results = torch.randn(*out_pixels, 24).to(dtype), []
     for each in (backend, Emulated()):
-        out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(2, 24)
+        out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(4, 24)
         each.norm_relu_pool(x, norm, out)
-        each.norm_relu_pool_backward(grad, x, norm, dx, sums[0], sums[1])
+        each.norm_relu_pool_backward(grad, x, norm, dx, Owed(sums[0], sums[1], sums[2:]))
         results.append([out, dx, sums])
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
@@ -104,7 +108,7 @@ def test_a_stems_operators_are_the_kernels(backend: Any, out_pixels: tuple[int, 
 def test_float32_follows_torchs_switch(backend: Any, precision: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = precision
     shape, _ = CASES[0]
-    x, norm = torch.randn(*shape.pixels, shape.channels), affine(shape.channels, torch.float32)
+    x, norm = torch.randn(*shape.pixels, shape.channels), draw_norm(shape.channels, torch.float32)
     weight = make_weight(shape, torch.float32, "contiguous")
     ours, *_ = forward(backend, x, norm, weight, shape)
     for tf32 in (False, True):
@@ -153,12 +157,12 @@ def test_a_transition_against_the_reference(backend: Any, sizes: tuple[int, ...]
 
 def good() -> dict[str, Any]:
     """Arguments of the backward operator, which has those of the others too."""
-    vectors = {name: torch.ones(4) for name in ("grad_scale", "slope", "grad_mean", "offset")}
     images = {name: torch.ones(2, 1, 3, 5, 4) for name in ("stored", "value")}
-    norm = {name: torch.ones(6) for name in ("mean", "scale", "shift", "sum_dz", "sum_dz_centered")}
+    norm = {name: torch.ones(6) for name in ("mean", "var", "gamma", "beta", "dgamma", "dbeta")}
     weights = {name: torch.ones(4, 6, 1, 3, 3) for name in ("weight", "dweight")}
     x = {name: torch.ones(2, 1, 3, 5, 6) for name in ("x", "dx")}
-    return {**vectors, **images, **norm, **weights, **x, "accumulate": False}
+    owing = {"value_mean": torch.ones(4), "value_correction": torch.ones(2, 7)[:, 3:], "correction": torch.ones(2, 6)}
+    return {**images, **norm, **weights, **x, **owing, "pixels": torch.ones(1), "eps": 1e-5, "accumulate": False}
 
 
 @pytest.mark.parametrize(
@@ -173,37 +177,27 @@ def good() -> dict[str, Any]:
         ("weight", torch.ones(4, 6, 1, 2, 3), "expected odd kernel sizes"),
         ("dweight", torch.ones(4, 6, 1, 1, 3), "expected shape"),
         ("mean", torch.ones(5), "expected 6 entries, got shape"),
+        ("var", torch.ones(6, dtype=torch.float64), "expected dtype Float, got Double"),
+        ("gamma", torch.ones(6, dtype=torch.float64), "expected dtype Float, got Double"),
+        ("beta", torch.ones(12)[::2], "expected stride 1, got 2"),
+        ("value_mean", torch.ones(3), "expected 4 entries, got shape"),
+        ("value_mean", None, "expected value, value_mean and value_correction, all of them or none"),
+        ("value_correction", torch.ones(4), r"expected shape \(2, 4\), got \[4\]"),
+        ("dgamma", torch.ones(6, dtype=torch.bfloat16), "expected dtype Float, got BFloat16"),
+        ("dbeta", torch.ones(1, 6), "expected 6 entries, got shape"),
+        ("correction", torch.ones(6, 2).T, "expected stride 1, got 2"),
+        ("correction", torch.ones(6), r"expected shape \(2, 6\), got \[6\]"),
+        ("pixels", torch.ones(2), "expected 1 entries"),
     ],
 )
-def test_a_bad_argument_is_named(operators: Any, name: str, value: Tensor, said: str) -> None:
+def test_a_bad_argument_is_named(operators: Any, name: str, value: Tensor | None, said: str) -> None:
     operators.norm_relu_conv_backward(**good())
     arguments = {**good(), name: value}
     before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
     with pytest.raises(RuntimeError, match=f"{name}: .*{said}"):
         operators.norm_relu_conv_backward(**arguments)
-    for key in ("dx", "sum_dz", "sum_dz_centered"):
+    for key in ("dx", "dgamma", "dbeta", "correction"):
         assert torch.equal(arguments[key], before[key]), f"{key} was written"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("var", torch.ones(1, 6), "expected one dimension"),
-        ("var", torch.ones(6, dtype=torch.float64), "expected float32"),
-        ("sums", torch.ones(6), r"expected shape \(2, 6\), got \[6\]"),
-        ("scale", torch.ones(5), "expected 6 entries"),
-        ("pixels", torch.ones(2), "expected 1 entries"),
-        ("dgamma", torch.ones(6, dtype=torch.bfloat16), "expected dtype Float, got BFloat16"),
-        ("correction", torch.ones(6, 2).T, "expected stride 1, got 2"),
-    ],
-)
-def test_a_bad_vector_is_named(operators: Any, name: str, value: Tensor, said: str) -> None:
-    vectors = {key: torch.ones(6) for key in ("scale", "var", "dgamma")}
-    rows = {key: torch.ones(2, 6) for key in ("sums", "correction")}
-    arguments = {**vectors, **rows, "pixels": torch.ones(1), "eps": 1e-5, "accumulate": True}
-    operators.norm_backward(**arguments)
-    with pytest.raises(RuntimeError, match=f"{name}: .*{said}"):
-        operators.norm_backward(**{**arguments, name: value})
 
 
 def test_a_launch_that_fails_is_an_exception() -> None:
@@ -222,22 +216,16 @@ def test_an_empty_batch_launches_nothing() -> None:
 def test_opcheck(operators: Any) -> None:
     arguments = good()
     x, stored, out = arguments["x"], arguments["stored"], torch.empty(2, 1, 3, 5, 4)
-    gradient = {key: arguments[f"grad_{key}" if key in ("scale", "mean") else key] for key in Gradient._fields}
+    gradient = {key: arguments[key] for key in ("stored", "value", "value_mean", "value_correction")}
+    norm = [arguments[key] for key in ("mean", "var", "gamma", "beta", "eps")]
+    owed = [*torch.empty(2, 6), torch.ones(2, 9)[:, 3:], None]
     calls = {
         "place": ((x, torch.empty_like(x), torch.empty(6), torch.empty(6)), {}),
         "place_backward": ((), {**gradient, "out": torch.empty_like(stored)}),
-        "norm_scale": ((torch.ones(6), torch.ones(6), 1e-5, torch.empty(6)), {}),
-        "norm_backward": (
-            (torch.ones(2, 6), *torch.ones(2, 6), 1e-5, torch.ones(1), torch.empty(6), torch.ones(2, 9)[:, 3:], True),
-            {},
-        ),
-        "norm_relu_conv": ((x, *(arguments[key] for key in Norm._fields), arguments["weight"], out, None, None), {}),
+        "norm_relu_conv": ((x, *norm, arguments["weight"], out, None, None), {}),
         "norm_relu_conv_backward": ((), arguments),
-        "norm_relu_pool": ((x, *(arguments[key] for key in Norm._fields), torch.empty(2, 1, 2, 3, 6)), {}),
-        "norm_relu_pool_backward": (
-            (torch.ones(2, 1, 2, 3, 6), x, *(arguments[key] for key in Norm._fields), x.clone(), *torch.empty(2, 6)),
-            {},
-        ),
+        "norm_relu_pool": ((x, *norm, torch.empty(2, 1, 2, 3, 6)), {}),
+        "norm_relu_pool_backward": ((torch.ones(2, 1, 2, 3, 6), x, *norm, x.clone(), *owed), {}),
     }
     for name, (positional, named) in calls.items():
         tests = ("test_schema", "test_faketensor")
@@ -249,7 +237,7 @@ import ctypes, sys, torch
 sys.path[:0] = {path!r}
 import binding, building
 from fused_densenet.backends import cuda
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 from host_cost import microseconds
 cuda._operators = binding.load("fused_densenet_emulated", building.kernels())
 library = ctypes.CDLL([path for path in torch.ops.loaded_libraries if "fused_densenet_cuda" in path][-1])
@@ -258,20 +246,19 @@ cuda.unavailable = lambda device, dtype: None
 pixels, c, k, growth = (32, 1, 56, 56), 256, 128, 32
 new = lambda *sizes: torch.empty(*sizes, dtype=torch.bfloat16)
 x, dx, y, dy, out = new(*pixels, c), new(*pixels, c), new(*pixels, k), new(*pixels, k), new(*pixels, growth)
-norm_x, norm_y = Norm(*torch.ones(3, c)), Norm(*torch.ones(3, k))
-grad_y, grad_out = Gradient(y, dy, *torch.ones(4, k)), Gradient(out, out, *torch.ones(4, growth))
+norm_x, norm_y = Norm(*torch.ones(4, c), 1e-5), Norm(*torch.ones(4, k), 1e-5)
+grad_y = Gradient(y, dy, torch.ones(k), torch.ones(2, k))
+grad_out = Gradient(out, out, torch.ones(growth), torch.ones(2, growth))
 w1, w3 = torch.empty(k, c, 1, 1, 1), torch.empty(growth, k, 1, 3, 3)
-sums_x, sums_y, moments = [*torch.ones(2, c)], [*torch.ones(2, k)], [*torch.ones(2, k)]
-few_moments, both_sums, count = [*torch.ones(2, growth)], torch.ones(2, c), torch.ones(1)
+moments_x, moments, few_moments = [*torch.ones(2, c)], [*torch.ones(2, k)], [*torch.ones(2, growth)]
+owed_x, owed_y = (Owed(*torch.ones(2, n), torch.ones(2, n)) for n in (c, k))
 calls = dict(
-    place=lambda: cuda.place(x, dx, *sums_x),
+    place=lambda: cuda.place(x, dx, *moments_x),
     place_backward=lambda: cuda.place_backward(grad_y, y),
-    norm_scale=lambda: cuda.norm_scale(sums_x[0], sums_x[1], 1e-5),
-    norm_backward=lambda: cuda.norm_backward(both_sums, norm_x.scale, norm_x.mean, 1e-5, count, both_sums, True),
     forward_1x1=lambda: cuda.norm_relu_conv(x, norm_x, w1, y, *moments),
     forward_3x3=lambda: cuda.norm_relu_conv(y, norm_y, w3, out, *few_moments),
-    backward_3x3=lambda: cuda.norm_relu_conv_backward(grad_out, y, norm_y, w3, dy, False, w3, *sums_y),
-    backward_1x1=lambda: cuda.norm_relu_conv_backward(grad_y, x, norm_x, w1, dx, True, w1, *sums_x),
+    backward_3x3=lambda: cuda.norm_relu_conv_backward(grad_out, y, norm_y, w3, dy, False, w3, owed_y),
+    backward_1x1=lambda: cuda.norm_relu_conv_backward(grad_y, x, norm_x, w1, dx, True, w1, owed_x),
 )
 with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
     for name, call in calls.items():
@@ -288,7 +275,7 @@ def test_what_a_call_costs_on_the_host() -> None:
     report.sections["CUDA kernels: microseconds of a call on the host, its launches aside"] += [
         f"{name:24} {cost:5.1f}" for name, cost in costs.items()
     ]
-    assert len(costs) == 8
+    assert len(costs) == 6
     assert max(costs.values()) < 10
 
 

@@ -18,7 +18,7 @@ from ptx_launch import Ptx
 from sanitized import Sanitized
 
 from fused_densenet.backends import eager
-from fused_densenet.backends.contract import Norm
+from fused_densenet.backends.contract import Norm, Owed
 
 Change = tuple[str, str]  # text that occurs in a kernel or in its headers, and what stands there instead
 
@@ -94,12 +94,12 @@ def pool(executor: Executor) -> None:
     torch.manual_seed(0)
     x = torch.randint(-1, 3, (1, 1, 35, 33, 64)).bfloat16()
     x[0, 0, 4, 4, 5] = float("nan")
-    norm = Norm(torch.zeros(64), torch.ones(64), torch.zeros(64))
+    norm = Norm(torch.zeros(64), torch.ones(64), torch.ones(64), torch.zeros(64), 0.0)
     grad, results = torch.randn(1, 1, 18, 17, 64).bfloat16(), []
     for backend in (Emulated(executor, multiprocessors=1), eager):
-        out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(2, 64)
+        out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(4, 64)
         backend.norm_relu_pool(x, norm, out)
-        backend.norm_relu_pool_backward(grad, x, norm, dx, sums[0], sums[1])
+        backend.norm_relu_pool_backward(grad, x, norm, dx, Owed(sums[0], sums[1], sums[2:]))
         results.append([out, dx, sums])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2, equal_nan=True)

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from primitives import (
     Guarded,
     Shape,
-    affine,
     check_moments,
     clear_of_zero,
+    draw_norm,
     exact_forward,
     forward_magnitude,
     loaded_gradient,
     make_weight,
     operators,
+    scale_of,
     source,
     vector,
 )
@@ -92,9 +93,10 @@ class Problem:
 
 def make_problem(case: Case, dtype: torch.dtype) -> Problem:
     shape = case.shape
-    norm = affine(shape.channels, dtype)
+    weight_dtype = torch.float32 if case.weight_in_float32 else dtype
+    norm = draw_norm(shape.channels, dtype, weight_dtype)
     values = clear_of_zero(torch.randn(*shape.pixels, shape.channels).to(dtype), norm)
-    weight = make_weight(shape, torch.float32 if case.weight_in_float32 else dtype, case.layout)
+    weight = make_weight(shape, weight_dtype, case.layout)
     out = Guarded((*shape.out_pixels, shape.out_channels), dtype, case.after, case.before + 1)
     out.data.fill_(float("nan"))
     mean, var = (vector(shape.out_channels, dtype) for _ in range(2))
@@ -111,7 +113,7 @@ def test_forward(case: Case, arithmetic: str) -> None:
         theirs = exact_of_tf32(x, norm, weight, pool)
     else:
         grad = loaded_gradient(case.shape.out_pixels, case.shape.out_channels, dtype)
-        theirs, _, _ = operators(grad, x, norm, weight, pool)
+        theirs, _ = operators(grad, x, norm, weight, pool)
     assert_error_ratio(problem.out.data, theirs, exact, dtype, "out", magnitude)
 
 
@@ -139,9 +141,9 @@ def run(case: Case, arithmetic: str) -> tuple[Problem, Tensor, Tensor]:
 
 def exact_of_tf32(x: Tensor, norm: Norm, weight: Tensor, pool: bool) -> Tensor:
     """What is left of the result where only the operands of products are rounded, to 10 bits of mantissa."""
-    activation = torch.addcmul(norm.shift, x - norm.mean, norm.scale).relu()
+    activation = torch.addcmul(norm.bias, x - norm.mean, scale_of(norm).float()).relu()
     rounded = ((t.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for t in (activation, weight.contiguous()))
-    identity = Norm(*(torch.full((x.shape[-1],), value) for value in (0.0, 1.0, 0.0)))
+    identity = Norm(*(torch.full((x.shape[-1],), value) for value in (0.0, 1.0, 1.0, 0.0)), 0.0)
     activation, weight = rounded
     return exact_forward(activation, identity, weight, pool)
 
@@ -185,7 +187,7 @@ def test_no_product_and_no_copy_too_many(shape: Shape, products: int, copies: in
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_variance_of_a_distant_output(kernel: tuple[int, int, int], multiprocessors: int) -> None:
     x = torch.randn(4, 1, 20, 20, 8)
-    norm = Norm(torch.zeros(8), torch.ones(8), torch.full((8,), 1000.0))
+    norm = Norm(torch.zeros(8), torch.ones(8), torch.ones(8), torch.full((8,), 1000.0), 0.0)
     weight = torch.zeros(24, 8, *kernel)
     weight[torch.arange(24), torch.arange(24) % 8, 0, kernel[1] // 2, kernel[2] // 2] = 1
     out, mean, var = torch.empty(4, 1, 20, 20, 24), torch.empty(24), torch.empty(24)
@@ -206,7 +208,7 @@ def test_nan_passes_through(arithmetic: str, multiprocessors: int) -> None:
     out = torch.empty(1, 1, 5, 5, 8, dtype=dtype)
     backend = Emulated(tf32=tf32, multiprocessors=multiprocessors)
     for kernel, reach in (((1, 1, 1), 0), ((1, 3, 3), 1)):
-        backend.norm_relu_conv(x, affine(16, dtype), torch.randn(8, 16, *kernel).to(dtype), out, None, None)
+        backend.norm_relu_conv(x, draw_norm(16, dtype), torch.randn(8, 16, *kernel).to(dtype), out, None, None)
         expected = torch.zeros(5, 5, dtype=torch.bool)
         expected[2 - reach : 3 + reach, 2 - reach : 3 + reach] = True
         assert torch.equal(out[0, 0].isnan().all(-1), expected)

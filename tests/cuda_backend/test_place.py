@@ -49,8 +49,9 @@ def test_place(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
 @all_layouts
 @all_dtypes
 @all_images
-def test_place_backward(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    grad = loaded_gradient(shape[:-1], shape[-1], dtype)
+@pytest.mark.parametrize("plain", [False, True], ids=["owing", "plain"])
+def test_place_backward(plain: bool, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    grad = loaded_gradient(shape[:-1], shape[-1], dtype, plain)
     if layout == "expanded":
         out = torch.empty(*shape[:-1], shape[-1] + 3, dtype=dtype)[..., 1 : 1 + shape[-1]]
     else:

@@ -9,13 +9,13 @@ import torch
 import traffic
 from emulated import Emulated, Executor, Host
 from maxima import CASES, Case
-from primitives import affine
+from primitives import draw_norm
 from ptx_launch import Ptx
 from sanitized import Sanitized
 from torch import Tensor
 
 from fused_densenet.backends import eager
-from fused_densenet.backends.contract import Norm
+from fused_densenet.backends.contract import Norm, Owed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -49,9 +49,9 @@ def test_however_executed(case: Case, dtype: torch.dtype, executor: Executor) ->
 
 
 def results(backend: object, x: Tensor, norm: Norm, grad: Tensor) -> list[Tensor]:
-    out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(2, x.shape[-1])
+    out, dx, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(4, x.shape[-1])
     backend.norm_relu_pool(x, norm, out)  # type: ignore[attr-defined]
-    backend.norm_relu_pool_backward(grad, x, norm, dx, sums[0], sums[1])  # type: ignore[attr-defined]
+    backend.norm_relu_pool_backward(grad, x, norm, dx, Owed(sums[0], sums[1], sums[2:]))  # type: ignore[attr-defined]
     return [out, dx, sums]
 
 
@@ -63,7 +63,7 @@ def test_equals_and_what_is_not_finite(sizes: tuple[int, ...], what: str, archit
     x = torch.randint(-1, 3, (2, *sizes, 12)).float()
     if what != "equals":
         x[torch.rand(x.shape) < 0.05] = float(what.removesuffix("inity"))
-    norm = Norm(torch.zeros(12), torch.ones(12), torch.zeros(12))
+    norm = Norm(torch.zeros(12), torch.ones(12), torch.ones(12), torch.zeros(12), 0.0)
     grad = torch.randint(-4, 5, maxima.maxima(x, True).shape).float()
     backend = Emulated(None if architecture is None else Ptx(architecture))
     for ours, theirs in zip(results(backend, x, norm, grad), results(eager, x, norm, grad), strict=True):
@@ -71,7 +71,7 @@ def test_equals_and_what_is_not_finite(sizes: tuple[int, ...], what: str, archit
 
 
 def test_the_same_bits_every_run() -> None:
-    x, norm, grad = torch.randn(3, 1, 35, 37, 70), affine(70, torch.float32), torch.randn(3, 1, 18, 19, 70)
+    x, norm, grad = torch.randn(3, 1, 35, 37, 70), draw_norm(70, torch.float32), torch.randn(3, 1, 18, 19, 70)
     first, *others = (results(Emulated(Host(seed=seed)), x, norm, grad) for seed in (0, 1, 2))
     for other in others:
         for ours, theirs in zip(other, first, strict=True):
@@ -86,15 +86,15 @@ def test_bytes(sizes: tuple[int, int, int]) -> None:
     eight maxima: out of the first-level cache, where a box of them is.
     """
     dims = sum(size > 1 for size in sizes)
-    x, norm = torch.randn(1, *sizes, 64).bfloat16(), affine(64, torch.bfloat16)
+    x, norm = torch.randn(1, *sizes, 64).bfloat16(), draw_norm(64, torch.bfloat16)
     grad = torch.randn(1, *((size + 1) // 2 for size in sizes), 64).bfloat16()
     ptx = Ptx("80")
     results(Emulated(ptx, multiprocessors=1), x, norm, grad)
     forward, backward, _ = (machine for _, machine in ptx.machines)
-    found = traffic.by_name([forward], ["x", "mean", "scale", "shift", "out"])
+    found = traffic.by_name([forward], ["x", "mean", "var", "gamma", "beta", "out"])
     assert found["x"].read == x.numel() * 2 and found["x"].loaded <= 1.5**dims * found["x"].read
     assert found["out"].stored == found["out"].written == grad.numel() * 2
-    found = traffic.by_name([backward], ["grad", "x", "mean", "scale", "shift", "dx", "sum_dz", "sum_dz_centered"])
+    found = traffic.by_name([backward], ["grad", "x", "mean", "var", "gamma", "beta", "dx"])
     assert found["x"].read == x.numel() * 2 and found["x"].loaded <= (1 + 1.5**dims * 1.25**dims) * found["x"].read
     assert found["grad"].loaded <= min(8, 3**dims) * found["grad"].read
     assert found["dx"].stored == found["dx"].written == x.numel() * 2

@@ -19,10 +19,10 @@ class Traffic(NamedTuple):
     written: int
 
 
-FORWARD = ["x", "mean", "scale", "shift", "weight", "out", "out_mean", "out_var", "workspace"]
+FORWARD = ["x", "mean", "var", "gamma", "beta", "weight", "out", "out_mean", "out_var", "workspace"]
 BACKWARD = [
-    *("stored", "value", "grad_scale", "slope", "grad_mean", "offset", "x", "mean", "scale", "shift", "weight"),
-    *("dx", "dweight", "sum_dz", "sum_dz_centered", "workspace"),
+    *("stored", "value", "value_mean", "value_correction", "x", "mean", "var", "gamma", "beta", "weight"),
+    *("dx", "dweight", "dgamma", "dbeta", "correction", "workspace"),
 ]
 
 

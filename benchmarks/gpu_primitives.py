@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_densenet import FusedDenseBlock, use_backend
 from fused_densenet.backends import BACKENDS
-from fused_densenet.backends.contract import Gradient, Norm, pooled
+from fused_densenet.backends.contract import Gradient, Norm, Owed, pooled
 from fused_densenet.ops import schedule
 
 CALLS = 10
@@ -118,9 +118,8 @@ def call(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[fu
         out, stored = (draw(*problem.out_pixels(), k).to(dtype) for _ in range(2))
     else:
         out, stored = buffer[..., c:], gradients[..., c:]
-    norm = Norm(draw(c), draw(c).abs(), draw(c))
-    vectors = draw(4, k)
-    grad = Gradient(stored, out if problem.side else x, *vectors)
+    norm = Norm(draw(c), draw(c).abs(), draw(c), draw(c), 1e-5)
+    grad = Gradient(stored, out if problem.side else x, draw(k), draw(2, k))
     mean, var = torch.empty(2, k, device=device)
     if problem.primitive == "place":
         arguments, written = (x, out, mean, var), {"out": out, "mean": mean, "var": var}
@@ -132,9 +131,10 @@ def call(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[fu
             arguments = (x, norm, weight, out, mean, var)
             written = {"out": out, "mean": mean, "var": var}
         else:
-            dweight, sums = torch.empty_like(weight), torch.empty(2, c, device=device)
-            arguments = (grad, x, norm, weight, dx, problem.accumulate, dweight, *sums)
-            written = {"dx": dx, "dweight": dweight, "sums": sums}
+            dweight, owed = torch.empty_like(weight), Owed(*torch.empty(2, c, device=device), draw(2, c))
+            arguments = (grad, x, norm, weight, dx, problem.accumulate, dweight, owed)
+            written = {"dx": dx, "dweight": dweight, "dgamma": owed.dweight, "dbeta": owed.dbias}
+            written["correction"] = owed.correction
     return functools.partial(_call, problem.primitive, arguments), written
 
 

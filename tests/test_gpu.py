@@ -8,13 +8,23 @@ import pytest
 import torch
 from blocks import bimodal, keep_clear_of_zero, step
 from cases import CASES, NARROW_WEIGHTS, POOLED, Case
-from primitives import check_moments, load, load_magnitude, loaded_gradient, vector
+from primitives import (
+    backward_magnitude,
+    check_moments,
+    clear_of_zero,
+    draw_norm,
+    exact_backward,
+    load,
+    load_magnitude,
+    loaded_gradient,
+    vector,
+)
 from tolerances import assert_entries, assert_no_worse, assert_same
 from torch import Tensor
 
 from fused_densenet import FusedDenseBlock, FusedTransition, reference, use_backend
 from fused_densenet.backends import BACKENDS
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -57,7 +67,7 @@ def test_place(channels_first: bool, dtype: torch.dtype, name: str) -> None:
         guard.data.copy_(value)
     check_moments(x, *guarded)
     on_gpu = torch.empty_strided(loaded.shape, loaded.stride(), dtype=dtype, device="cuda")
-    BACKENDS[name].place_backward(Gradient(*(t.cuda() for t in grad)), on_gpu)
+    BACKENDS[name].place_backward(Gradient(*(None if t is None else t.cuda() for t in grad)), on_gpu)
     assert_entries(on_gpu.cpu(), load(grad), load_magnitude(grad), dtype, "loaded")
 
 
@@ -69,18 +79,26 @@ def test_a_stem(case: maxima.Case, dtype: torch.dtype, name: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_norms_vectors(accumulate: bool, name: str) -> None:
-    sums, correction = torch.randn(2, 300), torch.randn(2, 303)[:, 3:]
-    var, gamma, pixels = torch.rand(300), torch.randn(300), torch.tensor([7.0])
-    results = []
-    for backend, device in ((BACKENDS[name], "cuda"), (BACKENDS["eager"], "cpu")):
-        own = correction.clone().to(device)
-        scale = backend.norm_scale(var.to(device), gamma.to(device), 1e-3)
-        arguments = (sums.to(device), scale, var.to(device), 1e-3, pixels.to(device), own, accumulate)
-        results.append([t.cpu() for t in (scale, backend.norm_backward(*arguments), own)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("batch_stats", [False, True])
+def test_what_narrow_parameters_are_owed(batch_stats: bool, name: str) -> None:
+    """Weight and bias in the data's 16 bits, statistics of more pixels than are here, and a plain gradient."""
+    norm = draw_norm(70, torch.bfloat16, torch.bfloat16)
+    x, stored = torch.randn(2, 1, 9, 7, 70).bfloat16(), torch.randn(2, 1, 9, 7, 33).bfloat16()
+    x, weight, grad = clear_of_zero(x, norm), torch.randn(33, 70, 1, 1, 1) / 8, Gradient(stored)
+    count = torch.tensor([1260.0], device="cuda") if batch_stats else None  # of ten ranks
+    correction = torch.empty(2, 70, device="cuda") if batch_stats else None
+    owed = Owed(*torch.empty(2, 70, dtype=torch.bfloat16, device="cuda"), correction, count)
+    on_gpu, dx = Norm(*(v.cuda() for v in norm[:4]), norm.eps), torch.empty_like(x, device="cuda")
+    BACKENDS[name].norm_relu_conv_backward(
+        Gradient(stored.cuda()), x.cuda(), on_gpu, weight.cuda(), dx, False, None, owed
+    )
+    exact, size = exact_backward(grad, x, norm, weight), backward_magnitude(grad, x, norm, weight)
+    found = {"dx": dx, "dgamma": owed.dweight, "dbeta": owed.dbias}
+    for what, t in found.items():
+        assert_entries(t.cpu(), getattr(exact, what), getattr(size, what), torch.bfloat16, what)
+    if correction is not None:
+        for row, what in zip(correction.cpu(), ("constant", "slope"), strict=True):
+            assert_entries(row, getattr(exact, what) / 10, getattr(size, what) / 10, torch.bfloat16, what)
 
 
 @both
@@ -210,15 +228,15 @@ def test_offsets_beyond_32_bits(kernel: tuple[int, int, int], name: str) -> None
     buffer = torch.empty(1, 1, 1, pixels, stride, device="cuda", dtype=torch.bfloat16)
     x, out, dx, placed = (buffer[..., first : first + 32] for first in (0, 32, 64, 96))
     x.normal_()
-    norm = Norm(*(torch.full((32,), value, device="cuda") for value in (0.0, 1.0, 0.0)))
+    norm = Norm(*(torch.full((32,), value, device="cuda") for value in (0.0, 1.0, 1.0, 0.0)), 0.0)
     weight = torch.randn(32, 32, *kernel, device="cuda")
     vectors = torch.empty(2, 32, device="cuda")
-    ones, zeros = torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")
+    mean, correction = torch.zeros(32, device="cuda"), torch.zeros(2, 32, device="cuda")
 
     def run(x: Tensor, out: Tensor, dx: Tensor, placed: Tensor) -> list[Tensor]:
         backend.norm_relu_conv(x, norm, weight, out, vectors[0], vectors[1])
-        grad = Gradient(x, out, ones, zeros, zeros, zeros)
-        backend.norm_relu_conv_backward(grad, x, norm, weight, dx, False, None, vectors[0], vectors[1])
+        grad = Gradient(x, out, mean, correction)
+        backend.norm_relu_conv_backward(grad, x, norm, weight, dx, False, None, Owed(vectors[0], vectors[1]))
         backend.place(x, placed, vectors[0], vectors[1])
         return [t[..., 1 - few :, :].float() for t in (out, dx, placed)]
 

@@ -6,6 +6,7 @@ from typing import Any
 import peers
 import pytest
 import torch
+from tolerances import tolerance
 from torch import Tensor, nn
 
 from fused_densenet import FallbackWarning, fuse
@@ -120,8 +121,8 @@ def test_saved_tensors_packed_in_float16(training: bool) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.float() if t.dtype == torch.float16 else t):
             model(x).square().sum().backward()
         gradients.append([p.grad.double() for p in model.parameters()])
-    assert all(t.numel() > 1 and (t.dim() not in (2, 3) or t.shape[0] > 2) for t in packed), "a count, or statistics"
-    errors = [
-        sum((g - e.grad).norm() for g, e in zip(found, exact.parameters(), strict=True)).item() for found in gradients
-    ]
-    assert errors[1] <= 1.5 * errors[0]
+    assert all(t.numel() != 1 and (t.dim() not in (2, 3) or t.shape[0] > 2) for t in packed), "a count, or statistics"
+    whole = sum(e.grad.square().sum() for e in exact.parameters()).sqrt()
+    for found in gradients:
+        errors = sum((g - e.grad).square().sum() for g, e in zip(found, exact.parameters(), strict=True)).sqrt()
+        assert errors / whole < tolerance("packed in float16")

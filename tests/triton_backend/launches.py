@@ -11,7 +11,7 @@ import torch
 from cases import float32_products
 
 from fused_densenet.backends import triton as backend
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 from fused_densenet.backends.triton import launch, plans, tuning
 from fused_densenet.backends.triton.launch import Launch
 from fused_densenet.backends.triton.tiles_on_disk import Tile
@@ -147,22 +147,21 @@ def _step(weight_shape: tuple[int, ...], arithmetic: str, variant: Variant) -> l
     buffer, gradients = torch.empty(2, *pixels, stride, dtype=dtype)
     outputs, stored = torch.empty(2, *half, stride, dtype=dtype)[..., c : c + k]
     x, dx = buffer[..., offset : offset + c], gradients[..., offset : offset + c]
-    norm = Norm(*torch.empty(3, c))
+    norm = Norm(*torch.empty(4, c), 1e-5)
+    owed = Owed(*torch.empty(2, c), torch.empty(2, c))
     weight = torch.empty(weight_shape)
     moments = torch.empty(2, k) if variant.moments else (None, None)
-    grad = Gradient(stored, outputs, *torch.empty(4, k))
+    grad = Gradient(stored, outputs, torch.empty(k), torch.empty(2, k))
     dweight = torch.empty_like(weight) if variant.dweight else None
     with float32_products("tf32" if arithmetic == "tf32" else "ieee"), recording() as launches:
         backend.place(x, x, *torch.empty(2, c))
-        backend.place_backward(Gradient(dx, x, *norm, norm.mean), x)
+        backend.place_backward(Gradient(dx, x, norm.mean, torch.empty(2, c)), x)
         for pooled in (torch.empty(2, 1, 5, 6, c, dtype=dtype), x):
             backend.norm_relu_pool(x, norm, pooled)
-            backend.norm_relu_pool_backward(pooled, x, norm, dx, *torch.empty(2, c))
+            backend.norm_relu_pool_backward(pooled, x, norm, dx, owed)
         volume, pooled = torch.empty(2, 10, 6, 2, c, dtype=dtype), torch.empty(2, 5, 3, 1, c, dtype=dtype)
         backend.norm_relu_pool(volume, norm, pooled)
-        backend.norm_relu_pool_backward(pooled, volume, norm, torch.empty_like(volume), *torch.empty(2, c))
+        backend.norm_relu_pool_backward(pooled, volume, norm, torch.empty_like(volume), owed)
         backend.norm_relu_conv(x, norm, weight, outputs, *moments)
-        backend.norm_relu_conv_backward(
-            grad, x, norm, weight, dx, bool(variant.accumulate), dweight, *torch.empty(2, c)
-        )
+        backend.norm_relu_conv_backward(grad, x, norm, weight, dx, bool(variant.accumulate), dweight, owed)
     return launches

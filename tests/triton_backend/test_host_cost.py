@@ -9,7 +9,7 @@ from host_cost import microseconds
 from triton_offline import offline
 
 from fused_densenet.backends import triton as backend
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 from fused_densenet.backends.triton import plans
 
 LIMIT = 30.0
@@ -21,23 +21,23 @@ def calls() -> dict[str, Callable[[], None]]:
     buffer, gradients = torch.empty(2, *pixels, 512, dtype=torch.bfloat16)
     y, dy = torch.empty(2, *pixels, k, dtype=torch.bfloat16)
     x, dx, new, dnew = buffer[..., :c], gradients[..., :c], buffer[..., c : c + growth], gradients[..., c : c + growth]
-    wide, narrow = Norm(*torch.empty(3, c)), Norm(*torch.empty(3, k))
+    wide, narrow = Norm(*torch.empty(4, c), 1e-5), Norm(*torch.empty(4, k), 1e-5)
+    owed, owed_y = Owed(*torch.empty(2, c), torch.empty(2, c)), Owed(*torch.empty(2, k), torch.empty(2, k))
     pointwise, spatial = torch.empty(k, c, 1, 1, 1), torch.empty(growth, k, 1, 3, 3)
-    grad_y, grad_new = Gradient(dy, y, *torch.empty(4, k)), Gradient(dnew, new, *torch.empty(4, growth))
-    grad_x, moments, sums, sums_y = Gradient(dx, x, *torch.empty(4, c)), torch.empty(2, k), *torch.empty(2, 2, c)
+    grad_y = Gradient(dy, y, torch.empty(k), torch.empty(2, k))
+    grad_new = Gradient(dnew, new, torch.empty(growth), torch.empty(2, growth))
+    grad_x, moments = Gradient(dx, x, torch.empty(c), torch.empty(2, c)), torch.empty(2, k)
     first = torch.empty(pixels[0], c, *pixels[1:], dtype=torch.bfloat16).permute(0, 2, 3, 4, 1)
     dpointwise, dspatial = torch.empty_like(pointwise), torch.empty_like(spatial)
     return {
-        "place": lambda: backend.place(first, x, *sums),
+        "place": lambda: backend.place(first, x, wide.mean, wide.var),
         "place_backward": lambda: backend.place_backward(grad_x, first),
         "1x1 forward": lambda: backend.norm_relu_conv(x, wide, pointwise, y, *moments),
         "3x3 forward": lambda: backend.norm_relu_conv(y, narrow, spatial, new, *moments[:, :growth]),
         "3x3 backward": lambda: backend.norm_relu_conv_backward(
-            grad_new, y, narrow, spatial, dy, False, dspatial, *sums_y[:, :k]
+            grad_new, y, narrow, spatial, dy, False, dspatial, owed_y
         ),
-        "1x1 backward": lambda: backend.norm_relu_conv_backward(
-            grad_y, x, wide, pointwise, dx, True, dpointwise, *sums
-        ),
+        "1x1 backward": lambda: backend.norm_relu_conv_backward(grad_y, x, wide, pointwise, dx, True, dpointwise, owed),
     }
 
 

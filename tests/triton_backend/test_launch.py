@@ -15,7 +15,7 @@ from triton import knobs
 from triton_offline import offline
 
 from fused_densenet.backends import triton as backend
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 from fused_densenet.backends.triton import plans
 from fused_densenet.backends.triton.launch import Launch
 from fused_densenet.backends.triton.plans import Problem
@@ -44,11 +44,11 @@ def step(dtype: torch.dtype, weights: torch.dtype, channels: int = 32, offset: i
     """A convolution, forward and backward."""
     buffer = torch.empty(2, 1, 4, width, offset + channels + 16, dtype=dtype)
     x, out = buffer[..., offset : offset + channels], buffer[..., offset + channels :]
-    norm, weight = Norm(*torch.empty(3, channels)), torch.empty(16, channels, 1, 1, 1, dtype=weights)
+    norm, weight = Norm(*torch.empty(4, channels), 1e-5), torch.empty(16, channels, 1, 1, 1, dtype=weights)
     backend.norm_relu_conv(x, norm, weight, out, *torch.empty(2, 16))
-    grad = Gradient(out, out, *torch.empty(4, 16))
-    dweight = torch.empty_like(weight)
-    backend.norm_relu_conv_backward(grad, x, norm, weight, x, True, dweight, *torch.empty(2, channels))
+    grad = Gradient(out, out, torch.empty(16), torch.empty(2, 16))
+    dweight, owed = torch.empty_like(weight), Owed(*torch.empty(2, channels), torch.empty(2, channels))
+    backend.norm_relu_conv_backward(grad, x, norm, weight, x, True, dweight, owed)
 
 
 LAUNCHES = 6  # of a step with the weight packed twice

@@ -101,7 +101,7 @@ def run(case: Case, arithmetic: str, target: str) -> None:
 def test_variance_of_a_distant_output(kernel: tuple[int, int, int]) -> None:
     """Mean 1000 and deviation 1, added in the order of a GPU's threads."""
     x, out, moments = torch.randn(2, 1, 9, 10, 8), torch.empty(2, 1, 9, 10, 16), torch.empty(2, 16)
-    norm = Norm(torch.zeros(8), torch.ones(8), torch.full((8,), 1000.0))
+    norm = Norm(torch.zeros(8), torch.ones(8), torch.ones(8), torch.full((8,), 1000.0), 0.0)
     weight = torch.zeros(16, 8, *kernel)
     weight[torch.arange(16), torch.arange(16) % 8, 0, kernel[1] // 2, kernel[2] // 2] = 1
     with cases.float32_products("ieee"), executing_ptx("sm_80"):

@@ -9,7 +9,7 @@ import torch
 from triton_ptx import executing_ptx
 
 from fused_densenet.backends import triton as backend
-from fused_densenet.backends.contract import Gradient, Norm, uses_tf32
+from fused_densenet.backends.contract import Gradient, Norm, Owed, uses_tf32
 
 
 @pytest.mark.parametrize(("device", "tf32"), [("cuda", True), ("xpu", False)])
@@ -33,14 +33,14 @@ def test_operands_are_rounded_to_the_nearest(target: str) -> None:
     c = 32
     x, g, weight = torch.rand(64, c) + 0.5, torch.randn(64, c), torch.randn(c, c, 1, 1, 1)
     image, one = (1, 1, 1, 64, c), torch.eye(c)[..., None, None, None]
-    out, dx, sums = torch.empty(image), torch.empty(image), torch.empty(2, c)
+    out, dx, owed = torch.empty(image), torch.empty(image), Owed(*torch.empty(2, c))
     zero, ones = torch.zeros(c), torch.ones(c)
-    norm, vectors = Norm(zero, ones, zero), (ones, zero, zero, zero)
+    norm = Norm(zero, ones, ones, zero, 0.0)
     dweight = torch.empty(c, c, 1, 1, 1)
 
     def backward(value: torch.Tensor, gradient: torch.Tensor, w: torch.Tensor) -> None:
-        grad = Gradient(gradient.view(image), gradient.view(image), *vectors)
-        backend.norm_relu_conv_backward(grad, value.view(image), norm, w, dx, False, dweight, *sums)
+        grad = Gradient(gradient.view(image))
+        backend.norm_relu_conv_backward(grad, value.view(image), norm, w, dx, False, dweight, owed)
 
     with cases.float32_products("tf32"), executing_ptx(target):
         backend.norm_relu_conv(x.view(image), norm, one, out, None, None)

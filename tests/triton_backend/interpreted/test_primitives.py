@@ -10,7 +10,7 @@ from cases import CASES, NAN, NARROW_WEIGHTS, ONE, POOLED, Case
 from stem_cases import STEMS, StemCase, run_stem, run_stem_nan
 
 from fused_densenet.backends import triton
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 from fused_densenet.backends.triton import plans, tiles_on_disk, tuning
 
 
@@ -63,24 +63,23 @@ def test_moments_without_a_copy() -> None:
 def test_a_gradient_loaded_in_place() -> None:
     buffer, value = torch.randn(2, 1, 6, 7, 20), torch.randn(2, 1, 6, 7, 12)
     stored, before = buffer[..., 3:15], buffer.clone()
-    grad = Gradient(stored, value, *torch.randn(4, 12))
-    scale, slope, mean, offset = grad[2:]
-    expected = scale * stored + (slope * (value - mean) + offset)
+    mean, correction = torch.randn(12), torch.randn(2, 12)
+    expected = stored + (correction[1] * (value - mean) + correction[0])
     with triton_cpu.watch():
-        triton.place_backward(grad, stored)
+        triton.place_backward(Gradient(stored, value, mean, correction), stored)
     torch.testing.assert_close(stored, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(buffer[..., :3], before[..., :3]) and torch.equal(buffer[..., 15:], before[..., 15:])
 
 
 def test_an_empty_batch_launches_nothing() -> None:
-    x, out, vectors = torch.empty(0, 1, 4, 4, 16), torch.empty(0, 1, 4, 4, 8), torch.randn(4, 8)
-    norm, weight = Norm(*torch.randn(3, 16)), torch.randn(8, 16, 1, 1, 1)
+    x, out = torch.empty(0, 1, 4, 4, 16), torch.empty(0, 1, 4, 4, 8)
+    norm, weight = Norm(*torch.rand(4, 16), 1e-5), torch.randn(8, 16, 1, 1, 1)
     dweight, sums = torch.full_like(weight, torch.nan), torch.full((2, 16), torch.nan)
     with triton_cpu.watch() as watch:
         triton.place(x, x, *torch.empty(2, 16))
         triton.norm_relu_conv(x, norm, weight, out, *torch.empty(2, 8))
-        grad = Gradient(out, out, *vectors)
-        triton.norm_relu_conv_backward(grad, x, norm, weight, x, True, dweight, *sums)
+        grad = Gradient(out, out, torch.randn(8), torch.randn(2, 8))
+        triton.norm_relu_conv_backward(grad, x, norm, weight, x, True, dweight, Owed(*sums))
         triton.place_backward(grad, out)
     assert not watch.launches
     assert not dweight.any() and not sums.any()

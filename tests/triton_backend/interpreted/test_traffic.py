@@ -12,7 +12,7 @@ import triton_cpu
 from cases import ONE, SQUARE
 
 from fused_densenet.backends import triton as backend
-from fused_densenet.backends.contract import Gradient, Norm
+from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 C, K = 128, 128
 FLOOR_RATIO = 1.15
@@ -24,15 +24,15 @@ def measure(
     """Per primitive (bytes that memory sees, bytes that programs ask for, floor)."""
     draw = {"dtype": torch.bfloat16}
     x, out, stored, dx = (torch.randn(*pixels, n).to(**draw) for n in (C, k, k, C))
-    norm, weight = Norm(*torch.rand(3, C)), torch.randn(k, C, *kernel)
-    mean, var, sums = torch.empty(k), torch.empty(k), torch.empty(2, C)
+    norm, weight = Norm(*torch.rand(4, C), 1e-5), torch.randn(k, C, *kernel)
+    mean, var, owed = torch.empty(k), torch.empty(k), Owed(*torch.empty(2, C), torch.zeros(2, C))
     dweight = torch.empty_like(weight)
     with triton_cpu.watch() as forward:
         backend.norm_relu_conv(x, norm, weight, out, mean, var)
     with triton_cpu.watch() as backward:
-        grad = Gradient(stored, out, *torch.rand(4, k))
-        backend.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, *sums)
-    size = {name: t.nbytes for name, t in {"x": x, "out": out, "weight": weight, "sums": sums}.items()}
+        grad = Gradient(stored, out, torch.rand(k), torch.rand(2, k))
+        backend.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed)
+    size = {name: t.nbytes for name, t in {"x": x, "out": out, "weight": weight}.items()}
     floors = {
         "norm_relu_conv": size["x"] + size["out"] + size["weight"],
         "norm_relu_conv_backward": (2 + accumulate) * size["x"] + 2 * size["out"] + 2 * size["weight"],

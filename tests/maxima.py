@@ -46,9 +46,9 @@ CASES = [
 ]
 
 
-def run(case: Case, dtype: torch.dtype, backend: Any, device: str = "cpu") -> None:
-    """Forward and backward, in buffers whose other channels must not change."""
-    norm = draw_norm(case.channels, dtype)
+def run(case: Case, dtype: torch.dtype, backend: Any, device: str = "cpu", narrow: bool = False) -> None:
+    """Forward and backward, in buffers whose other channels must not change; ``narrow`` parameters are in ``dtype``."""
+    norm = draw_norm(case.channels, dtype, dtype if narrow else None)
     values = clear_of_zero(torch.randn(*case.pixels, case.channels).to(dtype), norm)
     grad = torch.randn(*case.out_pixels, case.channels).to(dtype)
     out, dx = (Guarded((*p, case.channels), dtype, case.before, case.after) for p in (case.out_pixels, case.pixels))
@@ -81,7 +81,7 @@ def check(case: Case, x: Tensor, norm: Norm, grad: Tensor, out: Guarded, dx: Gua
     assert_entries(dx.data, dz * scale, dz_size * scale.abs(), dtype, "input's gradient")
     found = debts.found(False)
     for name, (total, magnitude) in owed(dz, dz_size, centred, norm).items():
-        assert_entries(found[name], total, magnitude, torch.float32, name)
+        assert_entries(found[name], total, magnitude, found[name].dtype, name)
     for name, guarded in (("output", out), ("input's gradient", dx)):
         guarded.check(name)
 

@@ -40,6 +40,12 @@ def test_against_autograd(case: Case, multiprocessors: int, dtype: torch.dtype) 
     maxima.run(case, dtype, Emulated(multiprocessors=multiprocessors))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_narrow_parameters(case: Case, dtype: torch.dtype) -> None:
+    maxima.run(case, dtype, Emulated(), narrow=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7], CASES[9]], ids=str)
 def test_however_executed(case: Case, dtype: torch.dtype, executor: Executor) -> None:

@@ -37,8 +37,8 @@ __device__ void settle(const Backward& f, int64_t channel, bool centered, float 
   }
   if (owed.constant == nullptr) return;
   const Shape& s = f.shape;
-  const float pixels = owed.pixels == nullptr ? static_cast<float>(s.n * s.d * s.h * s.w)
-                                              : *static_cast<const float*>(owed.pixels);
+  const float pixels =
+      owed.pixels == nullptr ? static_cast<float>(s.n * s.d * s.h * s.w) : *static_cast<const float*>(owed.pixels);
   const float share = ChannelNorm<T>(f.norm, channel).scale / pixels * (centered ? rstd : 1.0f);
   float* const to = static_cast<float*>(centered ? owed.slope : owed.constant) + channel;
   *to = (f.accumulate ? *to : 0.0f) - share * scaled;

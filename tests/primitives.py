@@ -98,7 +98,7 @@ def draw_norm(channels: int, dtype: torch.dtype, affine_dtype: torch.dtype | Non
     accumulate = accumulate_dtype(dtype)
     sign = torch.randint(0, 2, (channels,)) * 2 - 1
     weight, var = (0.5 + torch.rand(channels)) * sign, 0.5 + torch.rand(channels)
-    mean, bias = torch.randn(2, channels)
+    mean, bias = torch.randn(channels), torch.randn(channels)  # each its own memory
     narrow = affine_dtype or accumulate
     return Norm(mean.to(accumulate), var.to(accumulate), weight.to(narrow), bias.to(narrow), 1e-2)
 

@@ -54,11 +54,11 @@ def _store_dz(
         z = normalise(tile, mean, scale, shift)
         dz = tl.where(mask & ~(z <= 0), da * share, 0.0)  # where z is NaN too, as in torch
         target = pointers(dx, source, dx_stride, c, ALIGN)
-        stored = dz
+        stored = scale[None, :] * dz
         if ACCUMULATE:
             if t > 0 or before is None:
                 before = tl.load(target, mask=mask, other=0.0)
-            stored = before.to(tl.float32) + scale[None, :] * dz
+            stored = before.to(tl.float32) + stored
         tl.store(target, stored.to(dx.dtype.element_ty), mask=mask)
         centred = dz * (tile.to(tl.float32) - mean[None, :])
         if t == 0:

@@ -19,7 +19,7 @@ MOST_PROGRAMS: Grid = (2**31 - 1, 65535, 65535)
 """CUDA C++ Programming Guide, table of compute capabilities; the least that any GPU takes."""
 
 Number = int | None
-Constants = dict[str, int | bool | str]
+Constants = dict[str, int | float | bool | str]
 kernels: dict[tuple[Any, ...], dict[tuple[int, ...], Any]] = {}
 """Compiled ones by device and alignment of their tensors, by what else triton compiles for."""
 

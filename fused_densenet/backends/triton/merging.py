@@ -99,3 +99,40 @@ def add_partials(
         column = tl.sum(total, 0)
         tl.store(sum_dz + j, column, mask=j < C)
         tl.store(sum_dz_centered + j - C, column, mask=(j >= C) & (j < 2 * C))
+
+
+@triton.jit(do_not_specialize=["count", "correction_stride"])
+def settle(
+    sums,
+    scale,
+    var,
+    dgamma,
+    dbeta,
+    correction,
+    pixels,
+    C,
+    count,
+    correction_stride,
+    EPS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What ``sums`` (2, C), of dz and dz * (x - mean), are to the norm (contract.Owed)."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_c = c < C
+    rstd = 1.0 / tl.sqrt(tl.load(var + c, mask=in_c, other=1.0) + EPS)
+    total = tl.load(sums + c, mask=in_c, other=0.0)
+    scaled = tl.load(sums + C + c, mask=in_c, other=0.0) * rstd
+    tl.store(dbeta + c, total.to(dbeta.dtype.element_ty), mask=in_c)
+    tl.store(dgamma + c, scaled.to(dgamma.dtype.element_ty), mask=in_c)
+    if correction is not None:
+        values = count.to(tl.float32)
+        if pixels is not None:
+            values = tl.load(pixels)
+        share = tl.load(scale + c, mask=in_c, other=0.0) / values
+        constant, slope = -share * total, -share * scaled * rstd
+        if ACCUMULATE:
+            constant += tl.load(correction + c, mask=in_c, other=0.0)
+            slope += tl.load(correction + correction_stride + c, mask=in_c, other=0.0)
+        tl.store(correction + c, constant, mask=in_c)
+        tl.store(correction + correction_stride + c, slope, mask=in_c)

@@ -301,6 +301,18 @@ def _add(
 
 
 @_kept
+def settle(
+    c: int, count: int, row: int, eps: float, accumulate: bool, dtype: torch.dtype, owes: bool, counted: bool
+) -> Launch:
+    """``launch(sums, scale, var, dgamma, dbeta, correction, pixels)``, ``row`` from one of correction's to the other.
+
+    The last three are what decides which of the tensors there are, and their dtypes.
+    """
+    constants = {"EPS": eps, "ACCUMULATE": accumulate, "BLOCK": 256}
+    return Launch(merging.settle, (triton.cdiv(c, 256), 1, 1), (c, count, row), 4, 1, **constants)
+
+
+@_kept
 def norm_relu_pool(x: Size, x_strides: Size, out: Size, out_strides: Size, dtype: torch.dtype) -> Launch:
     """``launch(x, *norm, out, None)``."""
     return _windows(x, pixel_stride(x, x_strides), out, pixel_stride(out, out_strides))
@@ -359,6 +371,7 @@ def forget() -> None:
         norm_relu_conv_backward,
         norm_relu_pool,
         norm_relu_pool_backward,
+        settle,
     ):
         plan.cache_clear()
 

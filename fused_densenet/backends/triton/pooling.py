@@ -142,7 +142,7 @@ def norm_relu_pool_backward(
                     place = tl.load(places + at(window, C, c), mask=looks, other=255).to(tl.int32)
                     g = tl.load(grad + at(window, grad_stride, c), mask=looks, other=0.0).to(tl.float32)
                     dz += tl.where(place == t[:, None], g, 0.0)
-        tl.store(dx + at(p, dx_stride, c), dz.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + at(p, dx_stride, c), (dz * x_scale[None, :]).to(dx.dtype.element_ty), mask=mask)
         sum_dz += dz
         sum_dz_centered += dz * (values.to(tl.float32) - x_mean[None, :])
     share = partials + tl.program_id(0).to(tl.int64) * 2 * C

@@ -8,9 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..affine import Affine, Loaded, affine, loaded, settle
 from ..contract import Gradient, Norm, Owed, uses_tf32
 from . import plans, tuning
+from .affine import Affine, Loaded, affine, loaded
 from .plans import Backward, Forward, Problem
 from .tiles_on_disk import Tile
 
@@ -77,10 +77,10 @@ def norm_relu_conv_backward(
     stored = terms.stored
     sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device=x.device)
     if not stored.numel():
-        for result in (dweight, sums, None if accumulate else dx):
+        for result in (dweight, None if accumulate else dx):
             if result is not None:
                 result.zero_()
-        settle(sums, x, norm, dx, accumulate, owed)
+        _settle_nothing(accumulate, owed)
         return
     address = x.data_ptr() | stored.data_ptr() | terms.value.data_ptr() | dx.data_ptr()
     problem = _problem(x, stored, weight, address)
@@ -96,7 +96,7 @@ def norm_relu_conv_backward(
     if plan.weight is not None:
         plan.weight(*terms, x, *vectors, partials)
     plan.add(partials, dweight, sums[0], sums[1])
-    settle(sums, x, norm, dx, accumulate, owed)
+    _settle(sums, x, vectors, norm, accumulate, owed)
 
 
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
@@ -118,9 +118,24 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
         partials = _workspace(plan.workspace, x)
         plan.data(grad, places, x, *vectors, dx, partials)
         plan.add(partials, None, sums[0], sums[1])
+        _settle(sums, x, vectors, norm, False, owed)
     else:
-        sums.zero_()
-    settle(sums, x, norm, dx, False, owed)
+        _settle_nothing(False, owed)
+
+
+def _settle(sums: Tensor, x: Tensor, vectors: Affine, norm: Norm, accumulate: bool, owed: Owed) -> None:
+    correction, channels = owed.correction, x.shape[-1]
+    row = channels if correction is None else correction.stride(0)
+    kinds = (owed.dweight.dtype, correction is not None, owed.pixels is not None)
+    launch = plans.settle(channels, x.numel() // channels, row, norm.eps, accumulate, *kinds)
+    launch(sums, vectors.scale, norm.var, owed.dweight, owed.dbias, correction, owed.pixels)
+
+
+def _settle_nothing(accumulate: bool, owed: Owed) -> None:
+    """Of an empty batch."""
+    for result in (owed.dweight, owed.dbias, None if accumulate else owed.correction):
+        if result is not None:
+            result.zero_()
 
 
 def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int) -> Problem:

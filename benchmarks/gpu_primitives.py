@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_densenet import FusedDenseBlock, use_backend
 from fused_densenet.backends import BACKENDS
 from fused_densenet.backends.contract import Gradient, Norm, Owed, pooled
-from fused_densenet.ops import schedule
+from fused_densenet.ops.layout import empty_channels_last
 
 CALLS = 10
 """In a CUDA graph, at least."""
@@ -228,7 +228,7 @@ class Block:
         self.layers = layers
         self.block = FusedDenseBlock(layers, channels, 4, GROWTH).to(run.device)
         shape = (batch, channels, side, side)
-        self.x = schedule.empty_channels_last(shape, channels, torch.empty(0, dtype=dtype, device=run.device))
+        self.x = empty_channels_last(shape, channels, torch.empty(0, dtype=dtype, device=run.device))
         self.x.normal_().requires_grad_()
         whole = (batch, channels + layers * GROWTH, side, side)
         self.dout = torch.randn(whole, device=run.device).to(dtype, memory_format=torch.channels_last)

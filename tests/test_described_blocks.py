@@ -29,6 +29,7 @@ from torch.nn.utils import parametrizations
 
 import fused_densenet
 from fused_densenet import FallbackWarning, FusedDenseBlock, FusedTransition, explain, fuse, strict, unfuse
+from fused_densenet.ops.functional import run_block
 
 
 def images() -> Tensor:
@@ -142,7 +143,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str | None]] = {
     "parametrization": (_weight_norm, r"1\.conv1 is a ParametrizedConv2d"),
     "forward": (_forward, "1 has a forward of its own"),
     "dilation": (_stride, r"1\.conv2 is grouped, strided or dilated"),
-    "width": (_width, None),
+    "width": (_width, r"1\.conv2 is of another width than layer 1's"),
 }
 
 
@@ -197,13 +198,13 @@ def test_efficient_keeps_its_meaning(efficient: bool, monkeypatch: pytest.Monkey
     seen = []
     monkeypatch.setattr(
         fused_densenet.nn.block,
-        "dense_block",
-        lambda *args, **options: seen.append(options) or fused_densenet.dense_block(*args, **options),
+        "run_block",
+        lambda *args: seen.append(args[7]) or run_block(*args),
     )
     x = images()
     with strict():
         actual = results(model, x)
-    assert [options["memory_efficient"] for options in seen] == [efficient] * 2
+    assert seen == [efficient] * 2
     assert_same_step(actual, results(theirs, x))
     for module in model.modules():
         if hasattr(module, "efficient"):

@@ -47,11 +47,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     name = getattr(_thread, "backend", None) or _known(os.environ.get(_VARIABLE, "auto"))
     if name == "auto":
         names = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]  # the interpreter is for tests
-        name = next(name for name in names if BACKENDS[name].unavailable(device, dtype) is None)
+        name = next(name for name in names if _reason(name, device, dtype) is None)
         if name == "eager" and device.type == "cpu" and not torch.compiler.is_compiling():
             extension.warn_if_missing()
         return name
-    reason = BACKENDS[name].unavailable(device, dtype)
+    reason = _reason(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was asked for and cannot run: {reason}")
     return name
@@ -66,6 +66,12 @@ def rejected(device: torch.device, dtype: torch.dtype, chosen: str) -> list[tupl
             reason = "on the CPU its interpreter is for tests"
         reasons.append((name, reason or f"backend {chosen!r} was asked for"))
     return reasons
+
+
+@torch.compiler.assume_constant_result
+def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why backend ``name`` cannot run; a compiler asks rather than traces, as the answer takes a look at the machine."""
+    return BACKENDS[name].unavailable(device, dtype)
 
 
 def _known(name: str) -> str:

@@ -72,7 +72,7 @@ class Standing(Generic[Plan]):
         ]
 
 
-_standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()
+_standing: WeakKeyDictionary[nn.Module, tuple[list[Any], Standing[Any]]] = WeakKeyDictionary()
 
 
 def standing_of(
@@ -84,9 +84,11 @@ def standing_of(
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return work_out()[0], None
-    kind, known = _standing.get(module, (None, None))
-    if known is None or kind is not type(module) or not known.holds():
+    kind = type(module)
+    own = [kind, *methods_of(getattr(kind, "original_class", kind))]  # a fused module's forward is that of another class
+    before, known = _standing.get(module, (None, None))
+    if known is None or before != own or not known.holds():
         plan, inside = work_out()
         known = Standing(plan, module.__dict__["_modules"], inside)
-        _standing[module] = type(module), known
+        _standing[module] = own, known
     return known.plan, known.device

@@ -54,6 +54,7 @@ ONCE = {  # what every image is, how often a byte of it may be loaded, and store
     "backward": {"x": (1, 0), "dx": (1, 1), "stored": (1, 0), "value": (1, 0)},
 }
 HALO = {ONE: 1, SQUARE: 1.75, CUBE: 3.25}  # tiles are read with their neighbours; small images have small tiles
+HALO_OF_FLOATS = {**HALO, CUBE: 4.75}  # of whose windows in three dimensions few fit in sm_80's shared memory
 
 
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
@@ -81,11 +82,10 @@ def test_bytes(primitive: str, case: Case, arithmetic: str) -> None:
         f"{primitive:8} {case!s:28} {arithmetic:8} {name:15} {t.loaded:8} ({t.read:7}) {t.stored:8} ({t.written:7})"
         for name, t in found.items()
     ]
+    halo = (HALO if arithmetic == "bfloat16" else HALO_OF_FLOATS)[case.kernel]
     for name, (loads, stores) in ONCE[primitive].items():
         seen = found[name]
-        assert seen.loaded <= loads * HALO[case.kernel] * seen.read and seen.stored <= stores * seen.written, (
-            f"{name}: {seen}"
-        )
+        assert seen.loaded <= loads * halo * seen.read and seen.stored <= stores * seen.written, f"{name}: {seen}"
     wholes = (
         ["out", "out_mean", "out_var"] if primitive == "forward" else ["dx", "dweight", "dgamma", "dbeta", "correction"]
     )
@@ -114,8 +114,8 @@ def test_main_loops_have_no_bank_conflicts(primitive: str, few: Case, more: Case
 
 
 BOXES = {  # two problems, how many boxes the second has more, and the most instructions of a warp for one
-    "1x1": (Case((1, 1, 1, 128), 128, 128, ONE), Case((1, 1, 1, 256), 128, 128, ONE), 2, 2350),
-    "3x3": (Case((1, 1, 28, 8), 64, 32, SQUARE), Case((1, 1, 56, 8), 64, 32, SQUARE), 2, 2760),
+    "1x1": (Case((1, 1, 1, 128), 128, 128, ONE), Case((1, 1, 1, 256), 128, 128, ONE), 2, 2390),
+    "3x3": (Case((1, 1, 28, 8), 64, 32, SQUARE), Case((1, 1, 56, 8), 64, 32, SQUARE), 2, 2790),
 }
 
 

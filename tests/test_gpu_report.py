@@ -126,14 +126,15 @@ def test_every_backend_is_measured_and_agrees(report: dict[str, Any]) -> None:
     assert {(row["backend"], row["arithmetic"]) for row in primitives} == {
         (backend, arithmetic) for backend in backends for arithmetic in ("bfloat16", "tf32")
     }
-    assert all(row["error"] < (1e-2 if row["arithmetic"] == "bfloat16" else 1e-5) for row in primitives)
+    bounds = {"bfloat16": 1e-2, "tf32": 1e-3}  # roundings of operands to 8 and to 11 bits
+    assert not [row for row in primitives if not row["error"] < bounds[row["arithmetic"]]]
     assert {row["backend"] for row in of("blocks", rows)} == backends
     variants = {row["variant"] for row in of("network", rows)}
     for backend in backends:
         assert {f"fused {backend}", f"fused {backend}, CUDA graph", f"fused {backend}, torch.compile"} <= variants
     assert {"eager, NCHW", "eager, channels-last", "memory_efficient", "torch.compile, channels-last"} <= variants
     errors = [row["gradient_error"] for row in of("error", rows) if row["precision"] == "float32"]
-    assert len(errors) == 3 and max(errors) < 1e-5
+    assert len(errors) == 3 and max(errors) < bounds["tf32"]  # which is allowed while networks are measured
 
 
 def test_markdown_shows_every_row(report: dict[str, Any]) -> None:

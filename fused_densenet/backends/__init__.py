@@ -68,7 +68,7 @@ def rejected(device: torch.device, dtype: torch.dtype, chosen: str) -> list[tupl
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` cannot run; a compiler asks rather than traces, as the answer takes a look at the machine."""
     return BACKENDS[name].unavailable(device, dtype)

@@ -85,7 +85,10 @@ def standing_of(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return work_out()[0], None
     kind = type(module)
-    own = [kind, *methods_of(getattr(kind, "original_class", kind))]  # a fused module's forward is that of another class
+    own = [
+        kind,
+        *methods_of(getattr(kind, "original_class", kind)),
+    ]  # a fused module's forward is that of another class
     before, known = _standing.get(module, (None, None))
     if known is None or before != own or not known.holds():
         plan, inside = work_out()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import choose, rejected
+from ..fallback.anatomy import own_class
 from ..fallback.reasons import quiet, uses_batch_stats
 from ..nn.block import FusedDenseBlock
 from ..nn.stem import FusedFeatures
@@ -117,7 +118,7 @@ def _without_traces(inputs: tuple[Any, ...]) -> Iterator[None]:
 
 
 def _fill(report: Report, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    x = only_argument(getattr(module, "original_class", type(module)), args, options)
+    x = only_argument(own_class(module), args, options)
     report.reasons = OTHER_ARGUMENTS if x is None else module.fallback_reasons(x)
     report.fused = not report.reasons
     if report.fused:

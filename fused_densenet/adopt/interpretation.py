@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..fallback.anatomy import CONVS, NORMS, SWITCHES
+from ..fallback.anatomy import CONVS, NORMS, SWITCHES, is_everywhere
 from ..fallback.description import BlockDescription, DropoutPlace, Place, StagePlaces, TransitionDescription
 from .trace import DROPOUTS, Node, Trace, plain_settings, rate
 
@@ -346,5 +346,4 @@ def _halves(pool: Node) -> bool:
     given = {names[key] if isinstance(key, int) else key: value for key, value in pool.arguments.items()}
     sizes = [given["kernel_size"], given.get("stride") or given["kernel_size"], given.get("padding") or 0]
     plain = not given.get("ceil_mode") and given.get("divisor_override") is None
-    values = [set(size) if isinstance(size, tuple | list) else {size} for size in sizes]
-    return plain and values == [{2}, {2}, {0}]
+    return plain and all(map(is_everywhere, sizes, (2, 2, 0)))

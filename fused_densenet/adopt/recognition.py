@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..fallback.anatomy import CONVS, NORMS, kinds_of, patches, structure_reasons, take_apart
+from ..fallback.anatomy import CONVS, NORMS, kinds_of, own_class, patches, structure_reasons, take_apart
 from ..fallback.description import BlockDescription
 from ..nn.block import FusedDenseBlock
 from ..nn.stem import FusedFeatures, run_at
-from ..nn.transition import FusedTransition, TransitionParts
+from ..nn.transition import FusedTransition
 from .interpretation import read_block, read_transition
-from .swapping import Described
+from .swapping import Described, described_transition
 from .trial import differs, observe, read
 
 _PACKAGES = {
@@ -137,7 +137,7 @@ def _is_inside(name: str, outer: str) -> bool:
 def class_name(module: nn.Module) -> str:
     """Of a module, of one that was scripted or of one that is fused: the name that its author gave to its class."""
     scripted = getattr(module, "original_name", None)
-    return scripted if isinstance(scripted, str) else getattr(type(module), "original_class", type(module)).__name__
+    return scripted if isinstance(scripted, str) else own_class(module).__name__
 
 
 def _found(module: nn.Module, name: str) -> Finding | None:
@@ -233,7 +233,7 @@ def _obstacles(
     if isinstance(description, BlockDescription):
         reasons = structure_reasons(description.parts(module), None)
     else:
-        reasons = TransitionParts(*description.parts(module)).structure_reasons()
+        reasons = described_transition(module, description).structure_reasons()
     reasons += patches(kinds_of(module.modules()))
     if "forward" in module.__dict__:
         reasons.append("its forward was replaced")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import use_backend
-from ..fallback.anatomy import SWITCHES
+from ..fallback.anatomy import HOOKS, SWITCHES
 from ..fallback.description import BlockDescription
 from ..fallback.reasons import strict
 from ..nn.block import NORM
@@ -128,8 +128,8 @@ def _copy(module: nn.Module, spatial_dims: int) -> nn.Module:
     """On the CPU in float64, with norms that do something, of this process alone, without hooks."""
     own = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
     for part in own.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
+        for name in HOOKS:
+            part.__dict__[name].clear()
         for name in SWITCHES:
             if name in part.__dict__:
                 setattr(part, name, False)

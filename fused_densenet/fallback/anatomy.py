@@ -15,6 +15,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 SWITCHES = ("memory_efficient", "grad_checkpointing", "efficient")
 """Attributes of layers, of whichever package, that ask for bottlenecks to be computed again in backward."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where modules keep theirs."""
 _NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout")
 
 
@@ -209,13 +211,25 @@ def interceptions(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
     for name, module in named:
         if module is None:
             continue
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             reasons.append(f"{name} has hooks")
         if not _METHODS.isdisjoint(module.__dict__):
             reasons.append(f"{name} has a forward of its own")
         if module._modules and is_batch_norm(module):
             reasons += interceptions((f"{name}.{key}", inner) for key, inner in module._modules.items())
     return reasons
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def replacements(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
+    """:func:`interceptions`, and :func:`patches` of the modules' classes."""
+    listed = list(named)
+    return interceptions(listed) + patches(kinds_of(module for _, module in listed))
 
 
 _METHODS = frozenset({"forward", "_conv_forward", "_check_input_dim"})
@@ -240,6 +254,17 @@ def patches(kinds: Iterable[type]) -> list[str]:
 
 def kinds_of(modules: Iterable[nn.Module | None]) -> Iterable[type]:
     return dict.fromkeys(type(module) for module in modules)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module; where ``fuse`` gave it another, the one that it had."""
+    kind: type = getattr(type(module), "original_class", type(module))
+    return kind
+
+
+def is_everywhere(size: Any, number: int) -> bool:
+    """Whether a window's size, stride or padding, a number or one for each dimension, is ``number``."""
+    return set(size if isinstance(size, tuple | list) else (size,)) == {number}
 
 
 def methods_of(kind: Any) -> list[Any]:

@@ -32,28 +32,27 @@ class FallbackError(RuntimeError):
 
 
 @contextlib.contextmanager
-def strict(enabled: bool = True) -> Iterator[None]:
+def _setting(name: str, value: bool) -> Iterator[None]:
+    """Inside the context, in this thread, ``_thread.<name>`` is ``value``."""
+    before = getattr(_thread, name, None)
+    setattr(_thread, name, value)
+    try:
+        yield
+    finally:
+        setattr(_thread, name, before)
+
+
+def strict(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     """Inside the context a block that would fall back raises FallbackError; FUSED_DENSENET_STRICT=1 does so everywhere.
 
     Holds for the thread that enters it, as ``torch.no_grad`` does.
     """
-    before = getattr(_thread, "strict", None)
-    _thread.strict = enabled
-    try:
-        yield
-    finally:
-        _thread.strict = before
+    return _setting("strict", enabled)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> contextlib.AbstractContextManager[None]:
     """Inside the context, in this thread, a fallback is neither warned of nor an error."""
-    before = getattr(_thread, "quiet", False)
-    _thread.quiet = True
-    try:
-        yield
-    finally:
-        _thread.quiet = before
+    return _setting("quiet", True)
 
 
 def announce(reasons: Sequence[str], name: str = "FusedDenseBlock") -> None:

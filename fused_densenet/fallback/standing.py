@@ -12,36 +12,35 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .anatomy import CONVS, NORMS, methods_of
+from .anatomy import CONVS, HOOKS, NORMS, methods_of, own_class
 
 Plan = TypeVar("Plan")
 
 _NORM = operator.itemgetter("training", "eps", "momentum", "track_running_stats")
 _CONV = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SHAPE, _DEVICE = operator.attrgetter("shape"), operator.attrgetter("device")
 
 
 class Standing(Generic[Plan]):
-    """A plan, and everything that it depends on: a module's children, and all that is inside them.
+    """A plan, and everything that it depends on: a module's class and children, and all that is inside them.
 
     Attributes:
         plan: what was worked out; not the module itself, whose life must not depend on it.
         device: where all parameters are; None where they are on several or there are none.
     """
 
-    def __init__(self, plan: Plan, children: dict[str, Any], inside: Iterable[nn.Module]) -> None:
+    def __init__(self, plan: Plan, module: nn.Module, inside: Iterable[nn.Module]) -> None:
         self.plan = plan
         self._modules = list(dict.fromkeys(inside))
-        self._kinds = list(dict.fromkeys(map(type, self._modules)))
+        self._kinds = list(dict.fromkeys([own_class(module), *map(type, self._modules)]))
         attributes = [module.__dict__ for module in self._modules]
         self._attributes = attributes
         self._norms = [module.__dict__ for module in self._modules if type(module) in NORMS]
         self._convs = [module.__dict__ for module in self._modules if type(module) in CONVS]
         plain = (*NORMS, *CONVS, nn.ReLU)
         self._others = [module.__dict__ for module in self._modules if type(module) not in plain]
-        self._parents = [children, *[held["_modules"] for held in attributes if held["_modules"]]]
-        self._empty = [held[name] for held in attributes for name in _HOOKS]
+        self._parents = [module.__dict__["_modules"], *[held["_modules"] for held in attributes if held["_modules"]]]
+        self._empty = [held[name] for held in attributes for name in HOOKS]
         self._empty += [held["_modules"] for held in attributes if not held["_modules"]]
         self._parameters = [held["_parameters"] for held in attributes if held["_parameters"]]
         self._buffers = [held["_buffers"] for held in attributes if held["_buffers"]]
@@ -72,7 +71,7 @@ class Standing(Generic[Plan]):
         ]
 
 
-_standing: WeakKeyDictionary[nn.Module, tuple[list[Any], Standing[Any]]] = WeakKeyDictionary()
+_standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()
 
 
 def standing_of(
@@ -84,14 +83,9 @@ def standing_of(
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return work_out()[0], None
-    kind = type(module)
-    own = [
-        kind,
-        *methods_of(getattr(kind, "original_class", kind)),
-    ]  # a fused module's forward is that of another class
-    before, known = _standing.get(module, (None, None))
-    if known is None or before != own or not known.holds():
+    kind, known = _standing.get(module, (None, None))
+    if known is None or kind is not type(module) or not known.holds():
         plan, inside = work_out()
-        known = Standing(plan, module.__dict__["_modules"], inside)
-        _standing[module] = own, known
+        known = Standing(plan, module, inside)
+        _standing[module] = type(module), known
     return known.plan, known.device

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from ..fallback.anatomy import interceptions
+from ..fallback.anatomy import CONVS, has_hooks, interceptions
 from ..ops.statistics import BatchStatistics
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ANY_LAYOUT = (
-    *_CONVOLUTIONS,
+    *CONVS,
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Identity),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
 )
@@ -56,7 +55,7 @@ class Passage:
         if self.layout is None:
             return module(x)
         # What a compiler asks of a norm's channels-last strides limits the sizes that its graph is for.
-        known = _CONVOLUTIONS if torch.compiler.is_compiling() else _ANY_LAYOUT
+        known = CONVS if torch.compiler.is_compiling() else _ANY_LAYOUT
         if type(module) not in known or interceptions([("", module)]):
             return self.through_operators(module, x)
         out = module(x)
@@ -98,9 +97,7 @@ def _is_bare(module: Any) -> bool:
         and "forward" not in module.__dict__
         and type(module).__call__ is _CALL
         and module._compiled_call_impl is None
-        and not any(
-            (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-        )
+        and not has_hooks(module)
         and not module_hooks._has_any_global_hook()
     )
 

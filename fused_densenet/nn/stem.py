@@ -12,10 +12,10 @@ from ..backends.contract import accumulate_dtype
 from ..fallback.anatomy import (
     interceptions,
     is_batch_norm,
-    kinds_of,
+    is_everywhere,
     norm_relu_reasons,
     own_activation,
-    patches,
+    replacements,
     widths_of,
 )
 from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     def interceptions(self) -> list[str]:
         """Which of the modules something follows or replaces."""
-        return interceptions(self.modules) + patches(kinds_of(module for _, module in self.modules))
+        return replacements(self.modules)
 
 
 class FusedFeatures(nn.Sequential):
@@ -144,10 +144,7 @@ def _is_stems_pooling(pool: Any) -> bool:
     if type(pool) not in _MAX_POOL or pool.ceil_mode or pool.return_indices:
         return False
     settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    return all(
-        set(value if isinstance(value, tuple) else (value,)) == {expected}
-        for value, expected in zip(settings, (3, 2, 1, 1), strict=True)
-    )
+    return all(map(is_everywhere, settings, (3, 2, 1, 1)))
 
 
 def _fits(x: Tensor, run: Run) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import choose
-from ..fallback.anatomy import Stage, interceptions, kinds_of, patches, stage_reasons, take_stage, widths_of
+from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons, take_stage, widths_of
 from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
 from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons, transform_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
@@ -146,7 +146,7 @@ class FusedTransition(nn.Sequential):
         """Its parts, why they cannot run fused, with what is in the way of them otherwise, and the running statistics."""
         parts = self.parts()
         structure = parts.structure_reasons()
-        standing = structure + interceptions(parts.modules.items()) + patches(kinds_of(parts.modules.values()))
+        standing = structure + replacements(parts.modules.items())
         running = None if structure else RunningStatistics([parts.stage.norm])
         return (parts, structure, standing, running), list(self.modules())[1:]
 
@@ -196,9 +196,6 @@ def _halves(pool: Any) -> bool:
     """Whether a module averages windows of two with stride two, like ``nn.AvgPool2d(2)``."""
     if type(pool) not in AVG_POOL.values():
         return False
-
-    def all_are(value: Any, number: int) -> bool:
-        return set(value if isinstance(value, tuple) else (value,)) == {number}
-
     plain = not pool.ceil_mode and getattr(pool, "divisor_override", None) is None
-    return plain and all_are(pool.kernel_size, 2) and all_are(pool.stride, 2) and all_are(pool.padding, 0)
+    settings = ((pool.kernel_size, 2), (pool.stride, 2), (pool.padding, 0))
+    return plain and all(is_everywhere(size, number) for size, number in settings)

@@ -113,10 +113,8 @@ class Transition(NormReluThen):
         return gradients
 
     def by_operators(self, a: Arguments) -> Tensor:
-        activation, spatial = (
-            norm_relu(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats),
-            a.x.dim() - 2,
-        )
+        spatial = a.x.dim() - 2
+        activation = norm_relu(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats)
         out = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1](activation, a.weights[0].to(activation.dtype))
         return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](out, 2) if a.pool else out
 

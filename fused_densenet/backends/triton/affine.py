@@ -30,7 +30,8 @@ class Loaded(NamedTuple):
 
 def affine(norm: Norm) -> Affine:
     rstd = torch.rsqrt(norm.var + norm.eps)
-    return Affine(norm.mean, rstd.mul_(norm.weight), norm.bias.to(rstd.dtype))
+    bias = norm.bias if norm.bias.dtype is rstd.dtype else norm.bias.to(rstd.dtype)
+    return Affine(norm.mean, rstd.mul_(norm.weight), bias)
 
 
 def loaded(grad: Gradient) -> Loaded:

@@ -51,8 +51,7 @@ def merge_moments(
 def add_partials(
     partials,
     dweight,
-    sum_dz,
-    sum_dz_centered,
+    sums,
     weights_at,
     weight_values,
     weight_splits,
@@ -71,7 +70,7 @@ def add_partials(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last the sums."""
+    """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last ``sums`` (2, C)."""
     weight_programs = tl.cdiv(weight_values, BLOCK)
     program = tl.program_id(0)
     if dweight is not None and program < weight_programs:
@@ -96,9 +95,7 @@ def add_partials(
             first = (r + tile).to(tl.int64) * 2 * C
             mask = (r + tile < sum_rows)[:, None] & (j < 2 * C)[None, :]
             total += tl.load(partials + first[:, None] + j[None, :], mask=mask, other=0.0)
-        column = tl.sum(total, 0)
-        tl.store(sum_dz + j, column, mask=j < C)
-        tl.store(sum_dz_centered + j - C, column, mask=(j >= C) & (j < 2 * C))
+        tl.store(sums + j, tl.sum(total, 0), mask=j < 2 * C)
 
 
 @triton.jit(do_not_specialize=["count", "correction_stride"])

@@ -125,7 +125,7 @@ class Forward:
 @dataclass(slots=True)
 class Backward:
     """``pack`` as in :class:`Forward`, ``data(*grad, x, *norm, packed, dx, partials)``, ``weight(*grad, x, *norm, partials)`` unless the former does it
-    or nothing of the kind is wanted, ``add(partials, dweight, sum_dz, sum_dz_centered)``.
+    or nothing of the kind is wanted, ``add(partials, dweight, sums)``.
 
     Attributes:
         workspace: values of ``partials``.
@@ -144,7 +144,7 @@ class Backward:
 @dataclass(slots=True)
 class PoolBackward:
     """``look(x, *norm, None, places)`` where anything is pooled, ``data(grad, places, x, *norm, dx, partials)``,
-    ``add(partials, None, sum_dz, sum_dz_centered)``.
+    ``add(partials, None, sums)``.
 
     Attributes:
         workspace: values of ``partials``.

@@ -95,7 +95,7 @@ def norm_relu_conv_backward(
     plan.data(*terms, x, *vectors, packed, dx, partials)
     if plan.weight is not None:
         plan.weight(*terms, x, *vectors, partials)
-    plan.add(partials, dweight, sums[0], sums[1])
+    plan.add(partials, dweight, sums)
     _settle(sums, x, vectors, norm, accumulate, owed)
 
 
@@ -117,7 +117,7 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
             plan.look(x, *vectors, None, places)
         partials = _workspace(plan.workspace, x)
         plan.data(grad, places, x, *vectors, dx, partials)
-        plan.add(partials, None, sums[0], sums[1])
+        plan.add(partials, None, sums)
         _settle(sums, x, vectors, norm, False, owed)
     else:
         _settle_nothing(False, owed)

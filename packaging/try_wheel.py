@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["conftest", "report", "cases", "primitives", "tolerances", "test_cpu_primitives"]
+TEST = ROOT / "tests/test_cpu_primitives.py"
 CHECK = """
 import fused_densenet, sys
 from fused_densenet.backends import cpu, extension
@@ -48,8 +48,9 @@ def main() -> None:
         run("-m", "fused_densenet.info")
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "tests").mkdir()
-        for name in TESTS:
-            shutil.copy(ROOT / f"tests/{name}.py", folder / "tests")
+        helpers = [path for path in TEST.parent.glob("*.py") if not path.name.startswith("test_")]
+        for path in [TEST, *helpers]:
+            shutil.copy(path, folder / "tests")
         run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
 
 

@@ -275,7 +275,8 @@ def cpu_statements(libraries: dict[Path, Path]) -> list[str]:
     """ninja's, for libraries of the CPU's kernels, each for the torch package in a folder: the binding alone knows torch."""
     sanitize = option(*SANITIZER)
     flags = [*FLAGS, *(SANITIZE if sanitize else OPTIMISE)]
-    kernels = {f"{file.stem}.o": file for file in sorted(ROOT.glob("csrc/cpu/*.cpp"))}
+    files = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), ROOT / "csrc/watch.cpp"]
+    kernels = {f"{file.stem}.o": file for file in files}
     statements = [statement(made, "cxx", [file], flags) for made, file in kernels.items()]
     for library, folder in libraries.items():
         binding = f"{library.stem}.o"

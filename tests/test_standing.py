@@ -1,6 +1,8 @@
 """Changes between two calls of a network: the second one is of the network as it is then."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,9 @@ from blocks import step
 from networks import assert_same_step, torchvisions
 from torch import nn
 
-from fused_densenet import fuse, strict
+from fused_densenet import FusedDenseBlock, fuse, strict
+from fused_densenet.backends import extension
+from fused_densenet.fallback.standing import Standing
 
 
 def norms_eps(features: Any) -> None:
@@ -99,3 +103,114 @@ def test_changed_after_a_call(change: Callable[[Any], None], stays_fused: bool) 
     with strict(stays_fused):  # and once more, of what has been worked out now
         found = step(ours, x)
     assert_same_step(found, step(theirs, x))
+
+
+def _of_class(layer: Any) -> None:
+    layer.__class__ = type("Other", (type(layer),), {})
+
+
+def _hooked(layer: Any) -> None:
+    layer.norm1._forward_hooks[0] = lambda *_: None  # nothing tells of it but the dict
+
+
+def _patched(layer: Any) -> None:
+    layer.conv1.forward = lambda x: x
+
+
+def _replaced(layer: Any) -> None:
+    layer._modules["relu1"] = nn.ReLU()
+
+
+def _renamed(layer: Any) -> None:
+    layer._modules["relu3"] = layer._modules.pop("relu2")
+
+
+def _without_weight(layer: Any) -> None:
+    layer.norm2.weight = None
+
+
+def _without_statistics(layer: Any) -> None:
+    layer.norm2.running_mean = None
+
+
+def _pruned(layer: Any) -> None:
+    layer.conv2.weight.data = layer.conv2.weight.data[:2]
+
+
+def _of_same_value(layer: Any) -> None:
+    layer.norm1.eps = float(str(layer.norm1.eps))  # another object: worked out again
+
+
+def _in_mode(layer: Any) -> None:
+    layer.norm1.eval()
+
+
+SEEN = [
+    *(_of_class, _hooked, _patched, _replaced, _renamed, _without_weight, _without_statistics, _pruned),
+    *(_of_same_value, _in_mode),
+]
+
+
+def _other_values(layer: Any) -> None:
+    nn.init.ones_(layer.conv1.weight)
+
+
+def _other_parameter(layer: Any) -> None:
+    layer.conv1.weight = nn.Parameter(layer.conv1.weight.clone())
+
+
+def _other_buffer(layer: Any) -> None:
+    layer.norm1.running_var = layer.norm1.running_var.clone()
+
+
+def _frozen(layer: Any) -> None:
+    layer.requires_grad_(False)
+
+
+NOT_SEEN = [_other_values, _other_parameter, _other_buffer, _frozen]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+@pytest.mark.parametrize("change", [*SEEN, *NOT_SEEN])
+def test_what_is_seen(change: Callable[[Any], None], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(extension, "cpu", None)
+    block = FusedDenseBlock(2, 4, 2, 3)
+    standing: Standing[None] = Standing(None, block, list(block.modules())[1:])
+    assert standing.holds()
+    change(block["denselayer2"])
+    assert standing.holds() == (change in NOT_SEEN)
+    assert standing.one_device
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_replaced_method_of_a_class_is_seen(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(extension, "cpu", None)
+    block = FusedDenseBlock(2, 4, 2, 3)
+    standing: Standing[None] = Standing(None, block, list(block.modules())[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", lambda self, x: x)
+        assert not standing.holds()
+    assert standing.holds()
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_tensor_on_another_device_is_seen(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(extension, "cpu", None)
+    block: Any = FusedDenseBlock(2, 4, 2, 3)
+    standing: Standing[None] = Standing(None, block, list(block.modules())[1:])
+    block["denselayer1"].norm1.running_mean = torch.zeros(4, device="meta")
+    assert standing.holds()
+    assert not standing.one_device
+
+
+def test_what_is_looked_at_outlives_nothing() -> None:
+    block = FusedDenseBlock(2, 4, 2, 3).eval()
+    with torch.no_grad():
+        block(torch.randn(1, 4, 3, 3))
+    layer = weakref.ref(block["denselayer1"])
+    del block
+    gc.collect()
+    assert layer() is None

@@ -17,6 +17,7 @@ from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remembe
 from ..fallback.description import BlockDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
+from ..fallback.standing import forget
 from ..nn.block import FusedDenseBlock
 from ..nn.passage import Passage, passes_on
 from ..nn.stem import FusedFeatures
@@ -186,6 +187,7 @@ def _get_memory_efficient(block: Any) -> bool:
 
 def _set_memory_efficient(block: Any, value: bool) -> None:
     block.fused_settings.memory_efficient = value
+    forget(block)
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:

@@ -213,7 +213,7 @@ def interceptions(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
             continue
         if has_hooks(module):
             reasons.append(f"{name} has hooks")
-        if not _METHODS.isdisjoint(module.__dict__):
+        if any(name in module.__dict__ for name in METHODS):
             reasons.append(f"{name} has a forward of its own")
         if module._modules and is_batch_norm(module):
             reasons += interceptions((f"{name}.{key}", inner) for key, inner in module._modules.items())
@@ -232,7 +232,7 @@ def replacements(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
     return interceptions(listed) + patches(kinds_of(module for _, module in listed))
 
 
-_METHODS = frozenset({"forward", "_conv_forward", "_check_input_dim"})
+METHODS = ("forward", "_conv_forward", "_check_input_dim")
 """What a ``forward`` is made of, in torch's modules; any of them can be assigned to a module or to its class."""
 
 _seen: dict[type, list[Any]] = {}
@@ -269,7 +269,7 @@ def is_everywhere(size: Any, number: int) -> bool:
 
 def methods_of(kind: Any) -> list[Any]:
     """What a class's ``forward`` is made of."""
-    return [getattr(kind, name, None) for name in ("forward", "_conv_forward", "_check_input_dim")]
+    return [getattr(kind, name, None) for name in METHODS]
 
 
 for _kind in (

@@ -113,6 +113,16 @@ def fallback_reasons(x: Tensor, standing: list[str], dtype: torch.dtype, groups:
     return reasons + standing
 
 
+def meets(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is nothing to be said against ``x`` meeting ``weight``: their devices, their dtypes, autocast."""
+    device, dtype = x.device, x.dtype
+    if weight.device != device:
+        return False
+    if device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(device.type):
+        return dtype == weight.dtype
+    return autocasts(x) and not context_reasons(x) and not dtype_reasons(x, weight.dtype)
+
+
 def dtype_reasons(x: Tensor, dtype: torch.dtype) -> list[str]:
     """Why weights of ``dtype`` cannot meet ``x`` under autocast; without it they must be the same, or it is an error."""
     if autocasts(x) and x.dtype != dtype and (dtype != torch.float32 or x.dtype == torch.float64):
@@ -130,6 +140,19 @@ def context_reasons(x: Tensor) -> list[str]:
     ):
         reasons.append(f"autocast to {torch.get_autocast_dtype(x.device.type)} of an input in {x.dtype}")
     return reasons
+
+
+def is_calm() -> bool:
+    """Whether nothing records, follows, counts or changes single operators: then there are no :func:`surroundings_reasons`."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.onnx.is_in_onnx_export()
+        or module_hooks._has_any_global_hook()
+    )
 
 
 def surroundings_reasons() -> list[str]:

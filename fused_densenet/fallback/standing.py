@@ -1,9 +1,10 @@
 """What a module's structure says, worked out once and kept for as long as nothing that it depends on has changed.
 
 Between two calls a user may hook, patch, replace or prune anything inside a module, and nothing tells of it. So every call
-looks: at lists of objects and of plain values, compared as wholes, which costs a tenth of working the structure out again.
+looks, at every attribute of every module inside; in C++ (``csrc/watch.cpp``) where that was compiled.
 """
 
+import ctypes
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
@@ -12,80 +13,125 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .anatomy import CONVS, HOOKS, NORMS, methods_of, own_class
+from ..backends import extension
+from .anatomy import CONVS, HOOKS, METHODS, SWITCHES, own_class
 
 Plan = TypeVar("Plan")
 
-_NORM = operator.itemgetter("training", "eps", "momentum", "track_running_stats")
-_CONV = operator.itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_SHAPE, _DEVICE = operator.attrgetter("shape"), operator.attrgetter("device")
+_NAMES = (*METHODS, *SWITCHES, "__call__")
+_SHAPE, _WEIGHT = operator.attrgetter("shape"), operator.itemgetter("weight")
 
 
 class Standing(Generic[Plan]):
     """A plan, and everything that it depends on: a module's class and children, and all that is inside them.
 
+    The values of tensors are none of that, nor which tensors they are.
+
     Attributes:
         plan: what was worked out; not the module itself, whose life must not depend on it.
-        device: where all parameters are; None where they are on several or there are none.
+        one_device: whether all parameters and buffers are on one device, but for what was moved in place since.
     """
 
     def __init__(self, plan: Plan, module: nn.Module, inside: Iterable[nn.Module]) -> None:
         self.plan = plan
-        self._modules = list(dict.fromkeys(inside))
-        self._kinds = list(dict.fromkeys([own_class(module), *map(type, self._modules)]))
-        attributes = [module.__dict__ for module in self._modules]
-        self._attributes = attributes
-        self._norms = [module.__dict__ for module in self._modules if type(module) in NORMS]
-        self._convs = [module.__dict__ for module in self._modules if type(module) in CONVS]
-        plain = (*NORMS, *CONVS, nn.ReLU)
-        self._others = [module.__dict__ for module in self._modules if type(module) not in plain]
-        self._parents = [module.__dict__["_modules"], *[held["_modules"] for held in attributes if held["_modules"]]]
-        self._empty = [held[name] for held in attributes for name in HOOKS]
-        self._empty += [held["_modules"] for held in attributes if not held["_modules"]]
-        self._parameters = [held["_parameters"] for held in attributes if held["_parameters"]]
-        self._buffers = [held["_buffers"] for held in attributes if held["_buffers"]]
-        self._held = [list(held.values()) for held in (*self._others, *self._parents)]  # what lives keeps its id
-        self._hooked = any(self._empty)  # nothing tells of the end of that
-        self._seen = self._look()
-        devices = self._seen[-1]
-        self.device: torch.device | None = next(iter(devices)) if len(devices) == 1 else None
+        modules = list(dict.fromkeys(inside))
+        attributes = [inner.__dict__ for inner in modules]
+        held = [module.__dict__["_modules"], *attributes]
+        held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
+        tensors = [of_one[name] for of_one in attributes for name in ("_parameters", "_buffers") if of_one[name]]
+        kinds = dict.fromkeys([own_class(module), *map(type, modules)])
+        methods = [(kind, name) for kind in kinds for name in _NAMES if hasattr(kind, name)]
+        self._is_as_it_was = _watch(held, tensors, modules, methods)
+        self._tensors = tensors
+        self._look_at_tensors()
+        kernels = [
+            of_one["_parameters"] for of_one, inner in zip(attributes, modules, strict=True) if type(inner) in CONVS
+        ]
+        self._kernels = [of_one for of_one in kernels if of_one.get("weight") is not None]
+        self._shapes = self._look_at_shapes()
 
     def holds(self) -> bool:
-        """Whether all is as it was, but for the values of tensors."""
-        return not self._hooked and not any(self._empty) and self._look() == self._seen
+        """Whether all is as it was."""
+        if not self._is_as_it_was() or self._look_at_shapes() != self._shapes:
+            return False
+        if not self._has_the_same_tensors():
+            self._look_at_tensors()
+        return True
 
-    def _look(self) -> list[Any]:
-        parameters = [t for held in self._parameters for t in held.values() if t is not None]
+    def _look_at_tensors(self) -> None:
+        self._has_the_same_tensors = _watch(self._tensors, [], [], [])
+        self.one_device = len({t.device for of_one in self._tensors for t in of_one.values() if t is not None}) < 2
+
+    def _look_at_shapes(self) -> list[torch.Size]:
+        return list(map(_SHAPE, map(_WEIGHT, self._kernels)))
+
+
+def _watch(
+    held: list[dict[str, Any]],
+    tensors: list[dict[str, Any]],
+    objects: list[Any],
+    methods: list[tuple[type, str]],
+) -> Callable[[], bool]:
+    """What tells whether these are as they are now.
+
+    The keys and values of the dicts ``held``; the keys of the dicts ``tensors``, and which of them are None; the classes of
+    ``objects``; attributes of classes.
+    """
+    if extension.cpu is not None:
+        return _Watch(extension.cpu, held, tensors, objects, methods).holds
+
+    def look() -> list[Any]:
         return [
-            list(map(type, self._modules)),
-            list(map(len, self._attributes)),
-            list(map(_NORM, self._norms)),
-            list(map(_CONV, self._convs)),
-            [list(map(id, held.values())) for held in self._others],
-            [list(map(id, held.values())) for held in self._parents],
-            [list(held) for held in self._parents],
-            [methods_of(kind) for kind in self._kinds],
-            [t is None for held in self._buffers for t in held.values()],
-            list(map(_SHAPE, parameters)),
-            set(map(_DEVICE, parameters)),
+            [[*map(id, of_one), *map(id, of_one.values())] for of_one in held],
+            [[(key, value is None) for key, value in of_one.items()] for of_one in tensors],
+            [*map(type, objects)],
+            [getattr(kind, name, None) for kind, name in methods],
         ]
+
+    seen, kept = look(), [[*of_one.values()] for of_one in held]  # what lives keeps its id
+    return lambda: bool(kept) and look() == seen
+
+
+class _Watch:
+    """The same in C++."""
+
+    def __init__(self, library: ctypes.CDLL, *watched: list[Any]) -> None:
+        python = ctypes.PyDLL(library._name)
+        begin, self._holds, self._end = (
+            getattr(python, f"fused_densenet_watch{name}") for name in ("", "_holds", "_end")
+        )
+        begin.restype, begin.argtypes = ctypes.c_void_p, [ctypes.py_object] * 6
+        self._holds.restype, self._holds.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+        self._end.restype, self._end.argtypes = None, [ctypes.c_void_p]
+        held, tensors, objects, methods = watched
+        owners, names = ([pair[i] for pair in methods] for i in range(2))
+        self._watch = begin(held, tensors, objects, owners, names, None)
+
+    def __del__(self) -> None:
+        self._end(self._watch)
+
+    def holds(self) -> bool:
+        return self._holds(self._watch)
 
 
 _standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()
 
 
-def standing_of(
-    module: nn.Module, work_out: Callable[[], tuple[Plan, Iterable[nn.Module]]]
-) -> tuple[Plan, torch.device | None]:
+def standing_of(module: nn.Module, work_out: Callable[[], tuple[Plan, Iterable[nn.Module]]]) -> tuple[Plan, bool]:
     """What was worked out of ``module`` and still holds, or what ``work_out`` says now: a plan, and what it looked at.
 
-    And where all parameters are; None where they are on several devices, or something records, which looks for itself.
+    And whether all its tensors are known to be on one device.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return work_out()[0], None
+        return work_out()[0], False
     kind, known = _standing.get(module, (None, None))
     if known is None or kind is not type(module) or not known.holds():
         plan, inside = work_out()
         known = Standing(plan, module, inside)
         _standing[module] = type(module), known
-    return known.plan, known.device
+    return known.plan, known.one_device
+
+
+def forget(module: nn.Module) -> None:
+    """What was worked out of ``module``, because of something that is not looked at."""
+    _standing.pop(module, None)

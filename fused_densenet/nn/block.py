@@ -1,7 +1,8 @@
 """``FusedDenseBlock``: torchvision's dense block by signature, state_dict and result; one fused operator inside."""
 
 import re
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,19 +10,15 @@ from torch import Tensor, nn
 from ..fallback.anatomy import LayerParts, is_memory_efficient, structure_reasons, take_apart
 from ..fallback.checks import check_block_arguments, check_image, check_parameters
 from ..fallback.reasons import (
-    announce,
-    autocasts,
     fallback_reasons,
+    meets,
     statistics_groups,
     structure_and_hook_reasons,
-    transform_reasons,
     uses_batch_stats,
 )
 from ..fallback.recomputation import concatenated, recomputed
-from ..fallback.recording import exports_operators, one_call, refuse_script
-from ..fallback.standing import standing_of
 from ..ops.functional import NormReluConv, Parameters, run_block
-from ..ops.subclasses import on_plain
+from .gate import Gate
 from .passage import Passage, passes_on
 from .running import RunningStatistics
 
@@ -76,7 +73,7 @@ class FusedDenseLayer(nn.Module):
         return out
 
 
-class FusedDenseBlock(nn.ModuleDict):
+class FusedDenseBlock(Gate, nn.ModuleDict):
     """A dense block in one preallocated buffer; a drop-in for torchvision's ``_DenseBlock``.
 
     Equivalent to::
@@ -105,6 +102,7 @@ class FusedDenseBlock(nn.ModuleDict):
     """
 
     _version = 2
+    gate_name = "FusedDenseBlock"
     layer_class: type[nn.Module] | None = FusedDenseLayer
 
     def __init__(
@@ -156,65 +154,36 @@ class FusedDenseBlock(nn.ModuleDict):
     def forward(self, init_features: Tensor) -> Tensor:
         return self.pass_on(init_features, Passage())
 
-    def pass_on(self, init_features: Tensor, passage: Passage) -> Tensor:
-        """``forward(init_features)``, told what is known of ``init_features``, and telling it of the result."""
+    def _fused(self, x: Tensor, plan: "BlockPlan", passage: Passage) -> Tensor:
+        (group,) = plan.groups() or {None}
+        out, moments = run_block(
+            x,
+            plan.parameters(),
+            plan.eps,
+            plan.batch_stats,
+            len(plan.layers[0].stages),
+            plan.layers[0].drop_rate,
+            plan.layers[0].drops_channels,
+            plan.memory_efficient,
+            group,
+            passage.layout or torch.contiguous_format,
+        )
         passage.statistics = None
-        if isinstance(init_features, torch.fx.Proxy):
-            return one_call(self, init_features)
-        if exports_operators():
-            return self._operator_by_operator(init_features)
-        if torch.jit.is_tracing():  # to which sizes are tensors
-            announce(transform_reasons())
-            return passage.through_operators(self._operator_by_operator, init_features)
-        plan, device = standing_of(self, self._work_out)
-        self._check(init_features, plan)
-        groups: set[str | None] = statistics_groups(plan.layers) if plan.synchronised else {None}
-        if reasons := fallback_reasons(init_features, plan.reasons, plan.dtype, groups):
-            announce(reasons)
-            return passage.through_operators(self._operator_by_operator, init_features)
-        (group,) = groups or {None}
-        if init_features.numel() == 0 and group is None:
-            return self._operator_by_operator(init_features)
-        if not plan.fits(init_features, device):
-            modules = [named for parts in plan.layers for named in parts.modules.items()]
-            check_parameters(init_features, "init_features", modules, plan.dtype, plan.norms)
-        memory_efficient = torch.is_grad_enabled() and self.memory_efficient
-        first = plan.layers[0]
+        if moments is not None and plan.running is not None:
+            plan.running.update(moments, x)
+            passage.statistics = moments.result
+        return out
 
-        def fused(x: Tensor) -> Tensor:
-            out, moments = run_block(
-                x,
-                plan.parameters(),
-                plan.eps,
-                plan.batch_stats,
-                len(first.stages),
-                first.drop_rate,
-                first.drops_channels,
-                memory_efficient,
-                group,
-                passage.layout or torch.contiguous_format,
-            )
-            if moments is not None and plan.running is not None:
-                plan.running.update(moments, x)
-                passage.statistics = moments.result
-            return out
-
-        return on_plain(init_features, fused)
-
-    def _work_out(self) -> tuple["BlockPlan", list[nn.Module]]:
+    def work_out(self) -> tuple["BlockPlan", list[nn.Module]]:
         layers = self.parts()
         reasons = structure_and_hook_reasons(layers, self.layer_class)
-        return BlockPlan.of(layers, reasons), list(self.modules())[1:]
+        return BlockPlan.of(layers, reasons, self.memory_efficient), list(self.modules())[1:]
 
     def parts(self) -> list[LayerParts]:
         """Its layers, taken apart."""
         return [take_apart(layer, name) for name, layer in self._modules.items() if layer is not None]
 
-    def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
-        """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
-        plan, _ = standing_of(self, self._work_out)
-        if x is None:
-            return plan.reasons
+    def _reasons_for(self, x: Tensor, plan: "BlockPlan") -> list[str]:
         return fallback_reasons(x, plan.reasons, plan.dtype, statistics_groups(plan.layers))
 
     def _check(self, x: Any, plan: "BlockPlan") -> None:
@@ -227,8 +196,12 @@ class FusedDenseBlock(nn.ModuleDict):
                 return
         check_image(x, "init_features", self.num_input_features, self.spatial_dims)
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script()
+    def _check_parameters(self, x: Tensor, plan: "BlockPlan") -> bool:
+        if x.numel() == 0 and not any(plan.groups()):
+            return False
+        modules = [named for parts in plan.layers for named in parts.modules.items()]
+        check_parameters(x, "init_features", modules, plan.dtype, plan.norms)
+        return True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes the keys of torchvision's first checkpoints (``norm.1`` for ``norm1``) as well."""
@@ -247,60 +220,75 @@ class FusedDenseBlock(nn.ModuleDict):
         return torch.cat(features, dim=1)
 
 
-class BlockPlan(NamedTuple):
-    """What the layers of a block say, in the order of execution; the last four only where there are no ``reasons``.
+@dataclass
+class BlockPlan:
+    """What the layers of a block say, in the order of execution; all but the first two only where there are no ``reasons``.
 
     Attributes:
         layers: the layers, taken apart.
         reasons: why they cannot run fused, whatever the input.
         norms: their norms; the block's convolutions are ``convs``.
         eps, batch_stats: of the norms.
-        synchronised: whether one of them may take its statistics over the ranks of a group.
         running: their running statistics.
+        synchronised: whether one of the norms may take its statistics over the ranks of a group.
+        memory_efficient: bottlenecks are computed again in backward.
     """
 
     layers: list[LayerParts]
     reasons: list[str]
-    norms: list[Any]
-    convs: list[Any]
-    eps: list[float]
-    batch_stats: list[bool]
-    synchronised: bool
-    running: RunningStatistics | None
+    norms: list[Any] = field(default_factory=list)
+    convs: list[Any] = field(default_factory=list)
+    eps: list[float] = field(default_factory=list)
+    batch_stats: list[bool] = field(default_factory=list)
+    running: RunningStatistics | None = None
+    synchronised: bool = True
+    memory_efficient: bool = False
 
     @classmethod
-    def of(cls, layers: list[LayerParts], reasons: list[str]) -> "BlockPlan":
+    def of(cls, layers: list[LayerParts], reasons: list[str], memory_efficient: bool) -> "BlockPlan":
+        if reasons:
+            return cls(layers, reasons)
         stages = [stage for parts in layers for stage in parts.stages]
         norms, convs = [stage.norm for stage in stages], [stage.conv for stage in stages]
-        if reasons:
-            return cls(layers, reasons, norms, convs, [], [], True, None)
-        batch_stats = [uses_batch_stats(norm) for norm in norms]
+        eps, batch_stats = [norm.eps for norm in norms], [uses_batch_stats(norm) for norm in norms]
         synchronised = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-        return cls(
-            layers, reasons, norms, convs, [n.eps for n in norms], batch_stats, synchronised, RunningStatistics(norms)
-        )
+        running = RunningStatistics(norms)
+        return cls(layers, reasons, norms, convs, eps, batch_stats, running, synchronised, memory_efficient)
+
+    def __post_init__(self) -> None:
+        self._weights = [conv._parameters for conv in self.convs]
+        self._affine = [norm._parameters for norm in self.norms]
+        frozen = [norm._buffers for norm, batch in zip(self.norms, self.batch_stats, strict=True) if not batch]
+        self._frozen = [(held, name) for held in frozen for name in ("running_mean", "running_var")]
+        self._any_batch_stats = any(self.batch_stats)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the first convolution; float32 where there are ``reasons``, and it does not matter."""
         return torch.float32 if self.reasons else self.convs[0].weight.dtype
 
-    def fits(self, x: Tensor, device: torch.device | None) -> bool:
-        """Whether there is nothing to be said against ``x``, given where all parameters are."""
-        enough = x.numel() > x.shape[1] or not any(self.batch_stats)
-        return x.device == device and (x.dtype == self.dtype or autocasts(x)) and enough
+    def groups(self) -> set[str | None]:
+        """The process groups over which the norms take batch statistics; None for this process alone."""
+        return statistics_groups(self.layers) if self.synchronised else {None}
+
+    def fits(self, x: Any) -> bool:
+        if self.reasons or self.synchronised or not isinstance(x, Tensor):
+            return False
+        weight, shape = self.convs[0].weight, x.shape
+        read = len(shape) == weight.dim() and shape[1] == weight.shape[1]
+        enough = x.numel() > (shape[1] if self._any_batch_stats else 0)
+        return read and enough and meets(x, weight)
 
     def parameters(self) -> Parameters:
-        weights = [conv._parameters.get("weight") for conv in self.convs]
-        gammas, betas = ([norm._parameters.get(name) for norm in self.norms] for name in ("weight", "bias"))
-        for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-            if weights[i] is None:  # a replica of nn.DataParallel, whose parameters are plain attributes
-                weights[i] = conv.weight
-            if gammas[i] is None or betas[i] is None:
-                gammas[i], betas[i] = affine_of(norm, weights[i])
-        frozen = [norm._buffers for norm, batch in zip(self.norms, self.batch_stats, strict=True) if not batch]
-        running = [held[name] for held in frozen for name in ("running_mean", "running_var")]
-        return Parameters(weights, gammas, betas, running)
+        weights = [held.get("weight") for held in self._weights]
+        gammas, betas = ([held.get(name) for held in self._affine] for name in ("weight", "bias"))
+        if any(t is None for t in (*weights, *gammas, *betas)):
+            for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
+                if weights[i] is None:  # a replica of nn.DataParallel, whose parameters are plain attributes
+                    weights[i] = conv.weight
+                if gammas[i] is None or betas[i] is None:
+                    gammas[i], betas[i] = affine_of(norm, weights[i])
+        return Parameters(weights, gammas, betas, [held[name] for held, name in self._frozen])
 
 
 def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:

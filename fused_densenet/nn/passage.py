@@ -7,13 +7,13 @@ knows that nothing has touched a block's result when the next module reads it: t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from ..fallback.anatomy import CONVS, has_hooks, interceptions
+from ..fallback.reasons import is_calm
 from ..ops.statistics import BatchStatistics
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -25,6 +25,7 @@ _ANY_LAYOUT = (
 """Modules whose result holds the same values, in the layout of their input, whatever that is."""
 _CALL = nn.Module.__call__
 _FORWARDS: list[Callable[..., Any]] = []
+Kind = Literal["bare", "convolution", "any layout", "other"]
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
@@ -45,18 +46,26 @@ class Passage:
 
     layout: torch.memory_format | None = None
     statistics: BatchStatistics | None = None
+    _calm: bool | None = None
 
-    def through(self, module: nn.Module, x: Tensor) -> Tensor:
-        """``module(x)``: told what is known of ``x`` where nobody else follows or replaces what it does."""
-        if _is_bare(module):
+    def is_calm(self) -> bool:
+        """:func:`~..fallback.reasons.is_calm`, asked again only after a module that may have changed it."""
+        if self._calm is None:
+            self._calm = is_calm()
+        return self._calm
+
+    def through(self, module: nn.Module, x: Tensor, kind: Kind | None = None) -> Tensor:
+        """``module(x)``, of :func:`kind_of`: told what is known of ``x`` where nobody else follows or replaces what it does."""
+        kind = kind or kind_of(module)
+        if kind == "bare" and self.is_calm():
             out: Tensor = module.pass_on(x, self)  # type: ignore[operator]
             return out
         self.statistics = None
         if self.layout is None:
+            self._calm = None
             return module(x)
         # What a compiler asks of a norm's channels-last strides limits the sizes that its graph is for.
-        known = CONVS if torch.compiler.is_compiling() else _ANY_LAYOUT
-        if type(module) not in known or interceptions([("", module)]):
+        if kind in ("bare", "other") or (kind == "any layout" and torch.compiler.is_compiling()):
             return self.through_operators(module, x)
         out = module(x)
         self.convolved(module)
@@ -65,7 +74,7 @@ class Passage:
 
     def through_operators(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function(x)``, to which ``x`` has the layout that it would have if no module ran fused."""
-        self.statistics = None
+        self.statistics = self._calm = None
         out = function(self.arranged(x))
         self._look_at(out)
         return out
@@ -90,16 +99,19 @@ class Passage:
         return x.contiguous(memory_format=self.layout)
 
 
-def _is_bare(module: Any) -> bool:
-    """Whether calling a module is the same as calling its ``pass_on``."""
-    return (
+def kind_of(module: Any) -> Kind:
+    """What calling a module means: the same as calling its ``pass_on``, or one of torch's operators alone, or anything."""
+    if (
         any(type(module).forward is forward for forward in _FORWARDS)
         and "forward" not in module.__dict__
         and type(module).__call__ is _CALL
         and module._compiled_call_impl is None
         and not has_hooks(module)
-        and not module_hooks._has_any_global_hook()
-    )
+    ):
+        return "bare"
+    if type(module) not in _ANY_LAYOUT or interceptions([("", module)]):
+        return "other"
+    return "convolution" if type(module) in CONVS else "any layout"
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ twice. Computing again is told from the Python frames above the module: every ot
 pass, a tensor hook's or a custom Function's, is one of its own.
 """
 
+import operator
 import sys
 from collections.abc import Sequence
 from types import FrameType
@@ -43,13 +44,14 @@ class RunningStatistics:
             unbiased: Any = pixels / max(pixels - 1, 1)
             if self._ordinary and not compiling and torch._C._len_torch_dispatch_stack() == 0:
                 kernels = BACKENDS[choose(x.device, x.dtype)]
-                lists = [[held[name] for held in self._buffers] for name in _BUFFERS]
-                kinds = {(t.dtype, t.device) for t in (*lists[0], *lists[1])}
-                if any(device != x.device for _, device in kinds):
+                lists = [list(map(name, self._buffers)) for name in _OF_BUFFERS]
+                devices = {*map(_DEVICE, lists[0]), *map(_DEVICE, lists[1])}
+                if devices != {x.device}:
                     raise ValueError(
-                        f"running statistics: expected them on {x.device}, where the input is, got {kinds}"
+                        f"running statistics: expected them on {x.device}, where the input is, got {devices}"
                     )
-                if hasattr(kernels, "update_running") and kinds == {(moments.stats.dtype, x.device)}:
+                dtypes = {*map(_DTYPE, lists[0]), *map(_DTYPE, lists[1])}
+                if hasattr(kernels, "update_running") and dtypes == {moments.stats.dtype}:
                     kernels.update_running(moments.stats, moments.bottleneck_stats, *lists, self._momenta, unbiased)
                     return
         else:
@@ -68,6 +70,8 @@ class RunningStatistics:
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_OF_BUFFERS = [operator.itemgetter(name) for name in _BUFFERS]
+_DEVICE, _DTYPE = operator.attrgetter("device"), operator.attrgetter("dtype")
 
 
 def _is_ordinary(norm: Any) -> bool:

@@ -18,7 +18,7 @@ from ..fallback.anatomy import (
     replacements,
     widths_of,
 )
-from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
+from ..fallback.reasons import announce, context_reasons, meets, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
 from ..fallback.standing import standing_of
 from ..ops.ranks import sync_group
@@ -26,7 +26,7 @@ from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
 from ..ops.stem import Arguments, stem
 from ..ops.subclasses import on_plain
 from .block import affine_of
-from .passage import Passage, channels_last, layout_of
+from .passage import Kind, Passage, channels_last, kind_of, layout_of
 from .running import RunningStatistics
 
 _MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -57,33 +57,32 @@ class FusedFeatures(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy) or exports_operators():
             return super().forward(input)
-        plan, _ = standing_of(self, self._work_out)
-        if reasons := surroundings_reasons():  # every module needs to be called
-            if any(plan.runs):
+        plan, _ = standing_of(self, self.work_out)
+        passage = Passage(layout_of(input))
+        if not passage.is_calm() and (reasons := surroundings_reasons()):  # every module needs to be called
+            if any(step.run for step in plan.steps):
                 announce(reasons, type(self).__name__)
             return super().forward(input)
-        passage = Passage(layout_of(input))
         x, i = channels_last(input) if plan.channels_last else input, 0
-        while i < len(plan.modules):
-            run = plan.runs[i]
-            if run is not None and _fits(x, run):
-                reasons = context_reasons(x) + plan.reasons[i]
+        while i < len(plan.steps):
+            step = plan.steps[i]
+            if step.run is not None and _fits(x, step.run):
+                reasons = step.reasons if passage.is_calm() and meets(x, x) else context_reasons(x) + step.reasons
                 if not reasons:
-                    x = on_plain(x, functools.partial(_fused, run=run, passage=passage))
-                    i += len(run.modules)
+                    x = on_plain(x, functools.partial(_fused, run=step.run, passage=passage))
+                    i += len(step.run.modules)
                     continue
                 announce(reasons, type(self).__name__)
-            x = passage.through(plan.modules[i][1], x)
+            x = passage.through(step.module, x, step.kind)
             i += 1
         return passage.arranged(x)
 
-    def _work_out(self) -> tuple["FeaturesPlan", list[nn.Module]]:
+    def work_out(self) -> tuple["FeaturesPlan", list[nn.Module]]:
         modules = self._present()
-        runs = [run_at(modules, i) for i in range(len(modules))]
-        reasons = [[] if run is None else run.interceptions() for run in runs]
-        plan = FeaturesPlan(modules, runs, reasons, _for_the_run(modules))
-        ours = [module for run in runs if run is not None for _, module in run.modules]
-        return plan, [part for module in (*ours, *[m for _, m in modules[:1]]) for part in module.modules()]
+        steps = [Step(module, kind_of(module), run_at(modules, i)) for i, (_, module) in enumerate(modules)]
+        inside = [module for step in steps if step.run is not None for _, module in step.run.modules]
+        looked_at = [step.module for step in steps] + [part for module in inside for part in module.modules()]
+        return FeaturesPlan(steps, _for_the_run(modules)), looked_at
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()
@@ -102,20 +101,25 @@ class FusedFeatures(nn.Sequential):
         return [(name, module) for name, module in self._modules.items() if module is not None]
 
 
+class Step:
+    """A module of a sequence: what calling it means to a passage, and the run that begins with it, or None.
+
+    ``reasons`` say why that run cannot run fused, whatever the input.
+    """
+
+    def __init__(self, module: nn.Module, kind: Kind, run: Run | None) -> None:
+        self.module, self.kind, self.run = module, kind, run
+        self.reasons = [] if run is None else run.interceptions()
+
+
 class FeaturesPlan(NamedTuple):
     """What a sequence of modules says.
 
-    Attributes:
-        modules: by name, in order.
-        runs: for each of them the run that begins with it, or None.
-        reasons: for each of them why its run cannot run fused, whatever the input.
-        channels_last: whether the input goes to a convolution before a run: in another layout the run would copy the
-            feature maps, many times more than the image.
+    ``channels_last``: its input goes to a convolution before a run, which in another layout would copy the feature maps,
+    many times more than the image.
     """
 
-    modules: list[tuple[str, nn.Module]]
-    runs: list[Run | None]
-    reasons: list[list[str]]
+    steps: list[Step]
     channels_last: bool
 
 

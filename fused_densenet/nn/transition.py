@@ -2,7 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,14 @@ from torch import Tensor, nn
 from ..backends import choose
 from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons, take_stage, widths_of
 from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
-from ..fallback.reasons import announce, autocasts, context_reasons, dtype_reasons, transform_reasons
-from ..fallback.recording import exports_operators, one_call, refuse_script
-from ..fallback.standing import standing_of
+from ..fallback.reasons import autocasts, context_reasons, dtype_reasons, meets
 from ..ops.functional import NormReluConv
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, statistics_of
-from ..ops.subclasses import on_plain
 from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
+from .gate import Gate
 from .passage import Passage, passes_on
 from .running import RunningStatistics
 
@@ -48,12 +47,34 @@ class TransitionParts(NamedTuple):
             reasons.append(f"pool is no average pooling of window and stride 2: {self.pool}")
         return reasons
 
-    def fallback_reasons(self, x: Tensor, standing: list[str]) -> list[str]:
-        """Why it cannot run fused on ``x``, given why it cannot on any input; empty if it can."""
-        return context_reasons(x) + (standing or dtype_reasons(x, self.stage.conv.weight.dtype))
+
+@dataclass
+class TransitionPlan:
+    """What the modules of a transition say.
+
+    Attributes:
+        parts: the modules, taken apart.
+        structure: why they cannot run fused as they are.
+        reasons: those, and what follows or replaces one of them.
+        running: the running statistics of the norm, where there is no reason in ``structure``.
+    """
+
+    parts: TransitionParts
+    structure: list[str]
+    reasons: list[str]
+    running: RunningStatistics | None
+
+    def fits(self, x: Any) -> bool:
+        if self.reasons or not isinstance(x, Tensor):
+            return False
+        norm, weight, shape = self.parts.stage.norm, self.parts.stage.conv.weight, x.shape
+        read = len(shape) == weight.dim() and shape[1] == weight.shape[1]
+        large = self.parts.pool is None or min(shape[2:]) > 1
+        alone = not isinstance(norm, nn.SyncBatchNorm)
+        return read and large and alone and x.numel() > shape[1] and meets(x, weight)
 
 
-class FusedTransition(nn.Sequential):
+class FusedTransition(Gate, nn.Sequential):
     """BN-ReLU-conv1 and 2^d average pooling in one operator; a drop-in for torchvision's ``_Transition``.
 
     Equivalent to ``pool(conv(relu(norm(x))))`` (arXiv 1608.06993, section 3, "pooling layers"), with the same children,
@@ -75,6 +96,8 @@ class FusedTransition(nn.Sequential):
         ValueError, TypeError: a bad argument or input; raised before anything is written.
     """
 
+    gate_name = "FusedTransition"
+
     def __init__(
         self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2, pool: bool = True
     ) -> None:
@@ -93,42 +116,16 @@ class FusedTransition(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         return self.pass_on(input, Passage())
 
-    def pass_on(self, input: Tensor, passage: Passage) -> Tensor:
-        """``forward(input)``, told what is known of ``input``, and telling it of the result."""
-        if isinstance(input, torch.fx.Proxy):
-            return one_call(self, input)
-        if exports_operators():
-            return self._operator_by_operator(input)
-        if torch.jit.is_tracing():  # to which sizes are tensors
-            announce(transform_reasons(), "FusedTransition")
-            return passage.through_operators(self._operator_by_operator, input)
-        (parts, structure, standing, running), _ = standing_of(self, self._work_out)
-        conv, norm, pool = parts.stage.conv, parts.stage.norm, parts.pool is not None
-        if not structure:
-            check_image(input, "input", conv.weight.shape[1], conv.weight.dim() - 2)
-        if reasons := parts.fallback_reasons(input, standing):
-            announce(reasons, "FusedTransition")
-            return passage.through_operators(self._operator_by_operator, input)
-        if pool and min(input.shape[2:]) < 2:
-            raise ValueError(f"input: expected sizes of at least 2 to pool, got shape {tuple(input.shape)}")
-        check_parameters(input, "input", parts.modules.items(), conv.weight.dtype, [norm])
-        group = sync_group(norm)
-        if input.numel() == 0 and group is None:
-            return self._operator_by_operator(input)
-        convolution = norm_relu_conv_of(norm, conv)
-
-        def fused(x: Tensor) -> Tensor:
-            out, statistics = transition(x, convolution, pool=pool, group=group, statistics=passage.statistics)
-            passage.statistics = None
-            passage.convolved(conv, parts.pool)
-            if convolution.batch_stats:
-                running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
-            return out
-
-        return on_plain(input, fused)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script()
+    def _fused(self, x: Tensor, plan: "TransitionPlan", passage: Passage) -> Tensor:
+        stage, pool = plan.parts.stage, plan.parts.pool
+        convolution = norm_relu_conv_of(stage.norm, stage.conv)
+        group, known = sync_group(stage.norm), passage.statistics
+        out, statistics = transition(x, convolution, pool=pool is not None, group=group, statistics=known)
+        passage.statistics = None
+        passage.convolved(stage.conv, pool)
+        if convolution.batch_stats and plan.running is not None:
+            plan.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
+        return out
 
     def parts(self) -> TransitionParts:
         """Its modules, taken apart."""
@@ -137,18 +134,27 @@ class FusedTransition(nn.Sequential):
         unknown = [f"{name} is no part of a transition" for name in modules if name not in _NAMES]
         return TransitionParts(modules, take_stage(modules), None if isinstance(pool, nn.Identity) else pool, unknown)
 
-    def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
-        """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
-        (parts, _, standing, _), _ = standing_of(self, self._work_out)
-        return standing if x is None else parts.fallback_reasons(x, standing)
-
-    def _work_out(self) -> tuple[tuple[TransitionParts, list[str], list[str], Any], list[nn.Module]]:
-        """Its parts, why they cannot run fused, with what is in the way of them otherwise, and the running statistics."""
+    def work_out(self) -> tuple["TransitionPlan", list[nn.Module]]:
         parts = self.parts()
         structure = parts.structure_reasons()
-        standing = structure + replacements(parts.modules.items())
+        reasons = structure + replacements(parts.modules.items())
         running = None if structure else RunningStatistics([parts.stage.norm])
-        return (parts, structure, standing, running), list(self.modules())[1:]
+        return TransitionPlan(parts, structure, reasons, running), list(self.modules())[1:]
+
+    def _reasons_for(self, x: Tensor, plan: "TransitionPlan") -> list[str]:
+        return context_reasons(x) + (plan.reasons or dtype_reasons(x, plan.parts.stage.conv.weight.dtype))
+
+    def _check(self, x: Any, plan: "TransitionPlan") -> None:
+        if not plan.structure:
+            weight = plan.parts.stage.conv.weight
+            check_image(x, "input", weight.shape[1], weight.dim() - 2)
+
+    def _check_parameters(self, x: Tensor, plan: "TransitionPlan") -> bool:
+        norm = plan.parts.stage.norm
+        if plan.parts.pool is not None and min(x.shape[2:]) < 2:
+            raise ValueError(f"input: expected sizes of at least 2 to pool, got shape {tuple(x.shape)}")
+        check_parameters(x, "input", plan.parts.modules.items(), plan.parts.stage.conv.weight.dtype, [norm])
+        return x.numel() > 0 or sync_group(norm) is not None
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:
         return super().forward(x)

@@ -6,8 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "problem.h"
 
@@ -185,16 +187,54 @@ inline void* like_weight(const Argument& t, const Argument& weight, const Argume
   return affine(t, data, data.channels());
 }
 
+// All of `rest` are there, or none, as `first` is.
+inline void check_together(const Argument& first, std::initializer_list<const Argument*> rest) {
+  for (const Argument* one : rest) {
+    if (one->given == first.given) continue;
+    const Argument &there = first.given ? first : *one, &missing = first.given ? *one : first;
+    refuse<WrongValue>(missing, "expected a tensor beside ", there.name, ", got None");
+  }
+}
+
+// Of an activation for negative numbers.
+inline double slope_of(double slope, const char* name) {
+  if (!(slope >= 0 && slope <= 1)) {
+    throw WrongValue(std::string(name) + ": expected a number from 0 to 1, got " + std::to_string(slope));
+  }
+  return slope;
+}
+
 inline Norm norm(const Argument& mean, const Argument& var, const Argument& weight, const Argument& bias, double eps,
-                 const Argument& x) {
+                 double slope, const Argument& x) {
+  check_together(mean, {&var, &weight, &bias});
+  if (!mean.given) return {};
   const int64_t c = x.channels();
   return {vector(mean, x, c),           vector(var, x, c), affine(weight, x, c),
-          like_weight(bias, weight, x), is_narrow(weight), eps};
+          like_weight(bias, weight, x), is_narrow(weight), eps,
+          slope_of(slope, "slope")};
+}
+
+// Of a stem.
+inline Norm norm_of_relu(const Norm& norm, const Argument& mean) {
+  if (!norm.given()) refuse<WrongValue>(mean, "expected a tensor, got None");
+  if (norm.negative_slope != 0) throw WrongValue("slope: expected 0, got " + std::to_string(norm.negative_slope));
+  return norm;
+}
+
+// The convolution's, of x, to `channels`.
+inline Bias bias_of(const Argument& bias, const Argument& x, int64_t channels) {
+  if (!bias.given) return {nullptr, false};
+  return {affine(bias, x, channels), is_narrow(bias)};
 }
 
 // `weight` is the norm's.
 inline Owed owed(const Argument& dweight, const Argument& dbias, const Argument& correction, const Argument& pixels,
                  const Argument& weight, const Argument& x) {
+  check_together(weight, {&dweight, &dbias});
+  if (!weight.given) {
+    if (correction.given) refuse<WrongValue>(correction, "expected None without a norm, got a tensor");
+    return {};
+  }
   const bool given = correction.given;
   return {like_weight(dweight, weight, x), like_weight(dbias, weight, x),
           given ? row(correction, 0, x, x.channels()) : nullptr, given ? row(correction, 1, x, x.channels()) : nullptr,
@@ -255,16 +295,28 @@ inline bool check_maxima(const Argument& result, const Argument& x) {
 }
 
 inline Gradient gradient(const Argument& stored, const Argument& value, const Argument& mean,
-                         const Argument& correction, const Argument& like, int64_t channels, const Shape& image) {
+                         const Argument& correction, double slope, const Argument& like, int64_t channels,
+                         const Shape& image) {
   check_image(stored, like, channels, image);
+  if (slope_of(slope, "value_slope") != 1) {
+    if (mean.given) refuse<WrongValue>(mean, "expected None beside a value_slope that is not 1, got a tensor");
+    if (correction.given) refuse<WrongValue>(correction, "expected None without value_mean, got a tensor");
+    if (!value.given) refuse<WrongValue>(value, "expected a tensor beside a value_slope that is not 1, got None");
+    check_image(value, like, channels, image);
+    return {pixels(stored), pixels(value), nullptr, nullptr, nullptr, slope};
+  }
   if (value.given != mean.given || value.given != correction.given) {
     const Argument& missing = value.given ? (mean.given ? correction : mean) : value;
     refuse<WrongValue>(missing, "expected value, value_mean and value_correction, all of them or none, got None");
   }
-  if (!value.given) return {pixels(stored), {nullptr, 0}, nullptr, nullptr, nullptr};
+  if (!value.given) return {pixels(stored), {nullptr, 0}, nullptr, nullptr, nullptr, 1};
   check_image(value, like, channels, image);
-  return {pixels(stored), pixels(value), vector(mean, like, channels), row(correction, 0, like, channels),
-          row(correction, 1, like, channels)};
+  return {pixels(stored),
+          pixels(value),
+          vector(mean, like, channels),
+          row(correction, 0, like, channels),
+          row(correction, 1, like, channels),
+          1};
 }
 
 }  // namespace fused_densenet

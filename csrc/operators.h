@@ -31,38 +31,46 @@ struct Operators {
   }
 
   static void place_backward(const Tensor& stored, const Optional& value, const Optional& value_mean,
-                             const Optional& value_correction, const Tensor& out_) {
+                             const Optional& value_correction, double value_slope, const Tensor& out_) {
     const Argument out = argument(out_, "out");
     check_data(out, out);
     Binding::check(out);
     const Shape image = image_of(out);
-    const PlaceBackward problem{
-        image, gradient_of(argument(stored, "stored"), value, value_mean, value_correction, out, out.channels(), image),
-        strided(out)};
+    const PlaceBackward problem{image,
+                                gradient_of(argument(stored, "stored"), value, value_mean, value_correction,
+                                            value_slope, out, out.channels(), image),
+                                strided(out)};
     Binding::run(problem, out, false);
   }
 
-  static void norm_relu_conv(const Tensor& x_, const Tensor& mean, const Tensor& var, const Tensor& gamma,
-                             const Tensor& beta, double eps, const Tensor& weight_, const Tensor& out_,
-                             const Optional& out_mean, const Optional& out_var, bool tf32) {
+  static void norm_relu_conv(const Tensor& x_, const Optional& mean, const Optional& var, const Optional& gamma,
+                             const Optional& beta, double eps, double slope, const Tensor& weight_, const Tensor& out_,
+                             const Optional& out_mean, const Optional& out_var, const Optional& bias, double out_slope,
+                             bool tf32) {
     const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), out = argument(out_, "out");
     check_data(x, x);
     Binding::check(x);
     const Weight w = weight_of(weight, x);
     const Shape shape = shape_of(x, weight, out);
     check_image(out, x, weight.sizes[0], shape);
-    const Forward problem{
-        shape, pixels(x),   norm_of(mean, var, gamma, beta, eps, x),
-        w,     pixels(out), moments(argument(out_mean, "out_mean"), argument(out_var, "out_var"), out)};
+    const Forward problem{shape,
+                          pixels(x),
+                          norm_of(mean, var, gamma, beta, eps, slope, x),
+                          w,
+                          pixels(out),
+                          moments(argument(out_mean, "out_mean"), argument(out_var, "out_var"), out),
+                          bias_of(argument(bias, "bias"), x, weight.sizes[0]),
+                          slope_of(out_slope, "out_slope")};
     Binding::run(problem, x, tf32);
   }
 
   static void norm_relu_conv_backward(const Tensor& stored_, const Optional& value, const Optional& value_mean,
-                                      const Optional& value_correction, const Tensor& x_, const Tensor& mean,
-                                      const Tensor& var, const Tensor& gamma, const Tensor& beta, double eps,
-                                      const Tensor& weight_, const Tensor& dx_, bool accumulate,
-                                      const Optional& dweight_, const Tensor& dgamma, const Tensor& dbeta,
-                                      const Optional& correction, const Optional& count, bool tf32) {
+                                      const Optional& value_correction, double value_slope, const Tensor& x_,
+                                      const Optional& mean, const Optional& var, const Optional& gamma,
+                                      const Optional& beta, double eps, double slope, const Tensor& weight_,
+                                      const Tensor& dx_, bool accumulate, const Optional& dweight_,
+                                      const Optional& dgamma, const Optional& dbeta, const Optional& correction,
+                                      const Optional& count, const Optional& dbias, bool tf32) {
     const Argument x = argument(x_, "x"), weight = argument(weight_, "weight"), stored = argument(stored_, "stored");
     const Argument dx = argument(dx_, "dx"), dweight = argument(dweight_, "dweight");
     check_data(x, x);
@@ -70,61 +78,67 @@ struct Operators {
     const Weight w = weight_of(weight, x);
     check_image(dx, x, x.channels(), image_of(x));
     const Shape shape = shape_of(x, weight, stored);
-    const Backward problem{shape,
-                           gradient_of(stored, value, value_mean, value_correction, x, weight.sizes[0], shape),
-                           pixels(x),
-                           norm_of(mean, var, gamma, beta, eps, x),
-                           w,
-                           pixels(dx),
-                           accumulate,
-                           dweight.given ? weight_gradient_of(dweight, weight, x) : Weight{},
-                           owed_of(dgamma, dbeta, correction, count, gamma, x)};
+    const Backward problem{
+        shape,
+        gradient_of(stored, value, value_mean, value_correction, value_slope, x, weight.sizes[0], shape),
+        pixels(x),
+        norm_of(mean, var, gamma, beta, eps, slope, x),
+        w,
+        pixels(dx),
+        accumulate,
+        dweight.given ? weight_gradient_of(dweight, weight, x) : Weight{},
+        owed_of(dgamma, dbeta, correction, count, gamma, x),
+        bias_of(argument(dbias, "dbias"), x, weight.sizes[0])};
     Binding::run(problem, x, tf32);
   }
 
-  static void norm_relu_pool(const Tensor& x_, const Tensor& mean, const Tensor& var, const Tensor& gamma,
-                             const Tensor& beta, double eps, const Tensor& out_) {
+  static void norm_relu_pool(const Tensor& x_, const Optional& mean, const Optional& var, const Optional& gamma,
+                             const Optional& beta, double eps, double slope, const Tensor& out_) {
     const Argument x = argument(x_, "x"), out = argument(out_, "out");
     check_data(x, x);
     Binding::check(x);
     const bool pools = check_maxima(out, x);
-    const NormReluPool problem{image_of(x), pools, pixels(x), norm_of(mean, var, gamma, beta, eps, x), pixels(out)};
+    const Norm norm = norm_of_relu(norm_of(mean, var, gamma, beta, eps, slope, x), argument(mean, "mean"));
+    const NormReluPool problem{image_of(x), pools, pixels(x), norm, pixels(out)};
     Binding::run(problem, x, false);
   }
 
-  static void norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& mean, const Tensor& var,
-                                      const Tensor& gamma, const Tensor& beta, double eps, const Tensor& dx_,
-                                      const Tensor& dgamma, const Tensor& dbeta, const Optional& correction,
-                                      const Optional& count) {
+  static void norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Optional& mean, const Optional& var,
+                                      const Optional& gamma, const Optional& beta, double eps, double slope,
+                                      const Tensor& dx_, const Optional& dgamma, const Optional& dbeta,
+                                      const Optional& correction, const Optional& count) {
     const Argument x = argument(x_, "x"), grad = argument(grad_, "grad"), dx = argument(dx_, "dx");
     check_data(x, x);
     Binding::check(x);
     check_image(dx, x, x.channels(), image_of(x));
     const bool pools = check_maxima(grad, x);
+    const Norm norm = norm_of_relu(norm_of(mean, var, gamma, beta, eps, slope, x), argument(mean, "mean"));
     const NormReluPoolBackward problem{image_of(x),
                                        pools,
                                        pixels(grad),
                                        pixels(x),
-                                       norm_of(mean, var, gamma, beta, eps, x),
+                                       norm,
                                        pixels(dx),
                                        owed_of(dgamma, dbeta, correction, count, gamma, x)};
     Binding::run(problem, x, false);
   }
 
  private:
-  static Norm norm_of(const Tensor& mean, const Tensor& var, const Tensor& gamma, const Tensor& beta, double eps,
-                      const Argument& x) {
-    return norm(argument(mean, "mean"), argument(var, "var"), argument(gamma, "gamma"), argument(beta, "beta"), eps, x);
+  static Norm norm_of(const Optional& mean, const Optional& var, const Optional& gamma, const Optional& beta,
+                      double eps, double slope, const Argument& x) {
+    return norm(argument(mean, "mean"), argument(var, "var"), argument(gamma, "gamma"), argument(beta, "beta"), eps,
+                slope, x);
   }
 
   static Gradient gradient_of(const Argument& stored, const Optional& value, const Optional& mean,
-                              const Optional& correction, const Argument& like, int64_t channels, const Shape& image) {
+                              const Optional& correction, double slope, const Argument& like, int64_t channels,
+                              const Shape& image) {
     return gradient(stored, argument(value, "value"), argument(mean, "value_mean"),
-                    argument(correction, "value_correction"), like, channels, image);
+                    argument(correction, "value_correction"), slope, like, channels, image);
   }
 
-  static Owed owed_of(const Tensor& dgamma, const Tensor& dbeta, const Optional& correction, const Optional& pixels,
-                      const Tensor& gamma, const Argument& x) {
+  static Owed owed_of(const Optional& dgamma, const Optional& dbeta, const Optional& correction, const Optional& pixels,
+                      const Optional& gamma, const Argument& x) {
     return owed(argument(dgamma, "dgamma"), argument(dbeta, "dbeta"), argument(correction, "correction"),
                 argument(pixels, "pixels"), argument(gamma, "gamma"), x);
   }

@@ -28,19 +28,28 @@ struct Pixels {
   int64_t ld;
 };
 
-// (x - mean) * scale + bias with scale = weight / sqrt(var + eps), one entry per channel. Mean and variance are in the
-// accumulation type, weight and bias in that or, where `narrow`, in the data's.
+// leaky((x - mean) * scale + bias) with scale = weight / sqrt(var + eps), one entry per channel; leaky(z) is z where
+// z > 0, else negative_slope * z. Mean and variance are in the accumulation type, weight and bias in that or, where
+// `narrow`, in the data's. All are null where there is no norm: x itself.
 struct Norm {
   const void *mean, *var, *weight, *bias;
   bool narrow;
-  double eps;
+  double eps, negative_slope;
+  bool given() const { return mean != nullptr; }
 };
 
-// g = stored + (slope * (value - mean) + constant), one entry per channel in the accumulation type; g = stored where
-// `mean` is null.
+// g = stored + (slope * (value - mean) + constant), one entry per channel in the accumulation type. Where `mean` is
+// null, g = stored; or, where there is a value, stored * (value > 0 ? 1 : negative_slope).
 struct Gradient {
   Pixels stored, value;
   const void *mean, *constant, *slope;
+  double negative_slope;
+};
+
+// A convolution's bias or its gradient, in the accumulation type or, where `narrow`, in the data's; null for none.
+struct Bias {
+  void* data;
+  bool narrow;
 };
 
 // Where a norm's gradients go (of its weight's type), and what its statistics, taken of `pixels` values (as many as x
@@ -72,6 +81,8 @@ struct Forward {
   Weight weight;
   Pixels out;
   Moments moments;
+  Bias bias;
+  double negative_slope;  // of what is stored, 1 for none
 };
 
 struct Backward {
@@ -83,7 +94,8 @@ struct Backward {
   Pixels dx;
   bool accumulate;
   Weight dweight;  // data is null where it is not needed
-  Owed owed;
+  Owed owed;       // null where there is no norm
+  Bias dbias;
 };
 
 // The activations of x, or their maxima over windows of 3, stride 2, one pixel of padding.

@@ -46,6 +46,8 @@ class Decoder {
     return *code_++;
   }
 
+  double number() { return std::bit_cast<double>(next()); }
+
   const Argument& operand(int64_t number) const {
     if (number < 0 || number >= static_cast<int64_t>(operands_.size())) {
       throw WrongValue("program: there is no operand " + std::to_string(number));
@@ -125,25 +127,27 @@ class Decoder {
 
   struct NormViews {
     View mean, var, weight, bias;
-    double eps;
-    Norm on(const Argument& x) const { return norm(mean, var, weight, bias, eps, x); }
+    double eps, slope;
+    Norm on(const Argument& x) const { return norm(mean, var, weight, bias, eps, slope, x); }
   };
 
   NormViews norm_views() {
     View mean = vector(), var = vector(), weight = vector(), bias = vector();
-    return {mean, var, weight, bias, std::bit_cast<double>(next())};
+    const double eps = number(), slope = number();
+    return {mean, var, weight, bias, eps, slope};
   }
 
   struct GradientViews {
     View stored, value, mean, correction;
+    double slope;
     Gradient on(const Argument& like, int64_t channels, const Shape& image) const {
-      return gradient(stored, value, mean, correction, like, channels, image);
+      return gradient(stored, value, mean, correction, slope, like, channels, image);
     }
   };
 
   GradientViews gradient_views() {
     View stored = image(), value = image(), mean = vector(), correction = vector();
-    return {stored, value, mean, correction};
+    return {stored, value, mean, correction, number()};
   }
 
   Owed owed_to(const NormViews& norm, const Argument& x) {
@@ -170,12 +174,15 @@ class Decoder {
       case 2: {
         const View x = image();
         const NormViews norm = norm_views();
-        const View w = weight(), out = image(), mean = vector(), var = vector();
+        const View w = weight(), out = image(), mean = vector(), var = vector(), bias = vector();
+        const double slope = slope_of(number(), "out_slope");
         check_data(x, operand(0));
         const Weight kernel = weight_of(w, x);
         const Shape shape = shape_of(x, w, out);
         check_image(out, x, w.sizes[0], shape);
-        return Forward{shape, pixels(x), norm.on(x), kernel, pixels(out), moments(mean, var, out)};
+        return Forward{
+            shape, pixels(x), norm.on(x), kernel, pixels(out), moments(mean, var, out), bias_of(bias, x, w.sizes[0]),
+            slope};
       }
       case 3: {
         const GradientViews grad = gradient_views();
@@ -189,11 +196,12 @@ class Decoder {
         check_image(dx, x, x.channels(), image_of(x));
         const Shape shape = shape_of(x, w, grad.stored);
         const Owed owed = owed_to(norm, x);
+        const View dbias = vector();
         return Backward{shape,      grad.on(x, w.sizes[0], shape),
                         pixels(x),  norm.on(x),
                         kernel,     pixels(dx),
                         accumulate, dweight.given ? weight_gradient_of(dweight, w, x) : Weight{},
-                        owed};
+                        owed,       bias_of(dbias, x, w.sizes[0])};
       }
       case 4: {
         const View x = image();
@@ -201,7 +209,7 @@ class Decoder {
         const View out = image();
         check_data(x, operand(0));
         const bool pools = check_maxima(out, x);
-        return NormReluPool{image_of(x), pools, pixels(x), norm.on(x), pixels(out)};
+        return NormReluPool{image_of(x), pools, pixels(x), norm_of_relu(norm.on(x), norm.mean), pixels(out)};
       }
       case 5: {
         const View grad = image(), x = image();
@@ -211,7 +219,8 @@ class Decoder {
         check_image(dx, x, x.channels(), image_of(x));
         const bool pools = check_maxima(grad, x);
         const Owed owed = owed_to(norm, x);
-        return NormReluPoolBackward{image_of(x), pools, pixels(grad), pixels(x), norm.on(x), pixels(dx), owed};
+        const Norm of_relu = norm_of_relu(norm.on(x), norm.mean);
+        return NormReluPoolBackward{image_of(x), pools, pixels(grad), pixels(x), of_relu, pixels(dx), owed};
       }
       default:
         throw WrongValue("program: expected the number of a function");

@@ -3,28 +3,32 @@
 Data is ``(N, D, H, W, C)``, sizes that a network does not have equal to 1, channel stride 1, the same stride between
 any two neighbouring pixels; a slice of channels of a wider buffer is such a tensor. A convolution weight is
 ``(K, C, kd, kh, kw)`` in any strides, in the data's dtype or in float32, with odd kernel sizes and "same" zero padding.
-Vectors have one entry per channel and stride 1, in float32 (float64 for float64 data); a norm's weight and bias, and
-their gradients, may be in the data's dtype.
+Vectors have one entry per channel and stride 1, in float32 (float64 for float64 data); a norm's weight and bias, a
+convolution's bias, and their gradients, may be in the data's dtype. ``leaky(z, slope)`` is ``z`` where ``z > 0``, else
+``slope * z``, with a slope from 0 to 1; of slope 0 it is ReLU exactly, an infinity included.
 
 ``place(x, out, mean, var)``
     ``out = x`` for any strides of ``x``; the mean and biased variance per channel of ``out`` go to ``mean`` and ``var``
     unless they are None. Where ``out`` is None nothing is copied and the moments are those of ``x``.
 ``place_backward(grad, out)``
     ``out = g``, the loaded gradient, in any strides of ``out``; ``out`` may be ``grad.stored`` itself.
-``norm_relu_conv(x, norm, weight, out, mean, var)``
-    ``out = conv(a, weight)`` with ``a = relu((x - norm.mean) * scale + norm.bias)``, ``scale`` that of :class:`Norm`, zero
-    padding after the ReLU; ``mean`` and ``var`` as above, of the values as stored.
-``norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed)``
-    With ``dz`` the gradient of the loss by ReLU's input: ``dx = scale * dz``, or ``dx += scale * dz`` where
-    ``accumulate``; ``dweight`` (skipped if None) the weight's gradient; ``owed`` (:class:`Owed`) the norm's.
+``norm_relu_conv(x, norm, weight, out, mean, var, bias=None, negative_slope=1.0)``
+    ``out = leaky(conv(a, weight) + bias, negative_slope)`` with ``a = leaky((x - norm.mean) * scale + norm.bias,
+    norm.negative_slope)``, ``scale`` that of :class:`Norm`, zero padding after the activation; ``a = x`` where ``norm`` is
+    None. ``mean`` and ``var`` as above, of the values as stored.
+``norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed, dbias=None)``
+    With ``dz`` the gradient of the loss by the activation's input: ``dx = scale * dz``, or ``dx += scale * dz`` where
+    ``accumulate``; ``dweight`` (skipped if None) the weight's gradient; ``owed`` (:class:`Owed`) the norm's; ``dbias``
+    (skipped if None) the bias's, the sum of ``g`` over the pixels. Where ``norm`` is None, ``owed`` is, too, and
+    ``scale`` is 1.
 
 A convolution of kernel size 1 also pools, where ``out`` (in backward: ``grad``) has the sizes of :func:`pooled` of
 ``x``'s and not ``x``'s own: then ``a`` is averaged over windows of two in every dimension before it is multiplied,
-``a[p] = mean of relu(...) over x[2p], x[2p + 1]``, so that a convolution and the average pooling that follows it, which
+``a[p] = mean of leaky(...) over x[2p], x[2p + 1]``, so that a convolution and the average pooling that follows it, which
 commute, cost a pooled convolution. ``dx`` and all sums are over all pixels of ``x``; a last pixel that an odd size
 leaves without a window has ``dz = 0``.
 
-Two more serve a network's stem:
+Two more serve a network's stem; the norm's ``negative_slope`` is 0 there:
 
 ``norm_relu_pool(x, norm, out)``
     ``out`` the activations ``a`` of ``x``, as above; or, where ``out`` has other sizes than ``x``, their maxima over
@@ -46,7 +50,8 @@ from torch import Tensor
 class Norm(NamedTuple):
     """Batch normalisation: ``(x - mean) * scale + bias`` with ``scale = weight / sqrt(var + eps)``, vectors per channel.
 
-    arXiv 1502.03167, algorithm 1; the fields as ``nn.BatchNorm`` has them, the variance biased.
+    arXiv 1502.03167, algorithm 1; the fields as ``nn.BatchNorm`` has them, the variance biased. And the slope of the
+    activation that follows it for negative numbers.
     """
 
     mean: Tensor
@@ -54,20 +59,23 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
+    negative_slope: float = 0.0
 
 
 class Gradient(NamedTuple):
     """A gradient as it is loaded: ``g = stored + (correction[1] * (value - mean) + correction[0])``.
 
     ``stored`` is the accumulated gradient of the activation ``value``, ``mean`` a vector, ``correction`` ``(2, C)`` what
-    the batch statistics of every reader still owe (batch normalisation's backward, deferred). The last three are None
-    where nothing is owed: ``g = stored``.
+    the batch statistics of every reader still owe (batch normalisation's backward, deferred). These three are None
+    where nothing is owed: ``g = stored``. Where ``value`` was stored behind an activation of ``negative_slope`` instead,
+    ``mean`` and ``correction`` are None and ``g = stored * (1 where value > 0, else negative_slope)``.
     """
 
     stored: Tensor
     value: Tensor | None = None
     mean: Tensor | None = None
     correction: Tensor | None = None
+    negative_slope: float = 1.0
 
 
 class Owed(NamedTuple):
@@ -86,6 +94,11 @@ class Owed(NamedTuple):
     dbias: Tensor
     correction: Tensor | None = None
     pixels: Tensor | None = None
+
+
+def is_plain(norm: Norm | None, bias: Tensor | None = None, negative_slope: float = 1.0) -> bool:
+    """Whether a call is of a norm, a ReLU and a convolution alone: no bias, no other activation, no norm left out."""
+    return norm is not None and norm.negative_slope == 0 and bias is None and negative_slope == 1
 
 
 def pooled(sizes: Sequence[int]) -> tuple[int, ...]:

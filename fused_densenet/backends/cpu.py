@@ -42,21 +42,34 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
     torch.ops.fused_densenet.place_backward(*grad, out)
 
 
-def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
-    torch.ops.fused_densenet.norm_relu_conv(x, *norm, weight, out, mean, var)
+def norm_relu_conv(
+    x: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bias: Tensor | None = None,
+    negative_slope: float = 1.0,
+) -> None:
+    terms = extension.NO_NORM if norm is None else norm
+    torch.ops.fused_densenet.norm_relu_conv(x, *terms, weight, out, mean, var, bias, negative_slope)
 
 
 def norm_relu_conv_backward(
     grad: Gradient,
     x: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     weight: Tensor,
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    owed: Owed,
+    owed: Owed | None,
+    dbias: Tensor | None = None,
 ) -> None:
-    torch.ops.fused_densenet.norm_relu_conv_backward(*grad, x, *norm, weight, dx, accumulate, dweight, *owed)
+    terms = extension.NO_NORM if norm is None else norm
+    debts = extension.NO_OWED if owed is None else owed
+    torch.ops.fused_densenet.norm_relu_conv_backward(*grad, x, *terms, weight, dx, accumulate, dweight, *debts, dbias)
 
 
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:

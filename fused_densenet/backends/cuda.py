@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import choice, eager, extension, triton
-from .contract import Gradient, Norm, Owed, uses_tf32
+from .contract import Gradient, Norm, Owed, is_plain, uses_tf32
 
 MINIMUM_CAPABILITY = (7, 5)
 
@@ -80,37 +80,51 @@ def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None
 
 
 def place_backward(grad: Gradient, out: Tensor) -> None:
-    other = _other(out, "place_backward", out.shape)
+    other = _other(out, "place_backward", out.shape) if grad.negative_slope == 1 else eager
     if other is not None:
         other.place_backward(grad, out)
     else:
         _operators.place_backward.default(*grad, out)
 
 
-def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+def norm_relu_conv(
+    x: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bias: Tensor | None = None,
+    negative_slope: float = 1.0,
+) -> None:
     other = _other(x, "norm_relu_conv", x.shape, weight.shape, out.shape)
-    if other is not None:
+    if norm is None or not is_plain(norm, bias, negative_slope):
+        eager.norm_relu_conv(x, norm, weight, out, mean, var, bias, negative_slope)
+    elif other is not None:
         other.norm_relu_conv(x, norm, weight, out, mean, var)
     else:
-        _operators.norm_relu_conv.default(x, *norm, weight, out, mean, var, uses_tf32(x))
+        _operators.norm_relu_conv.default(x, *norm, weight, out, mean, var, None, 1.0, uses_tf32(x))
 
 
 def norm_relu_conv_backward(
     grad: Gradient,
     x: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     weight: Tensor,
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    owed: Owed,
+    owed: Owed | None,
+    dbias: Tensor | None = None,
 ) -> None:
     other = _other(x, "norm_relu_conv_backward", x.shape, weight.shape, grad.stored.shape)
-    if other is not None:
+    if norm is None or owed is None or not is_plain(norm, dbias, grad.negative_slope):
+        eager.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
+    elif other is not None:
         other.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed)
     else:
         _operators.norm_relu_conv_backward.default(
-            *grad, x, *norm, weight, dx, accumulate, dweight, *owed, uses_tf32(x)
+            *grad, x, *norm, weight, dx, accumulate, dweight, *owed, None, uses_tf32(x)
         )
 
 

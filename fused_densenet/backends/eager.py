@@ -36,26 +36,42 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
     out.copy_(_load(grad))
 
 
-def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+def norm_relu_conv(
+    x: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bias: Tensor | None = None,
+    negative_slope: float = 1.0,
+) -> None:
     dtype = _product_dtype(x)
     a = _average(_activation(x, norm), out.shape).to(x.dtype)
-    out.copy_(_channels_last(_convolve(a.to(dtype), weight.to(x.dtype).to(dtype))))
+    product = _channels_last(_convolve(a.to(dtype), weight.to(x.dtype).to(dtype)))
+    if bias is not None:
+        product = product.to(accumulate_dtype(x.dtype)) + bias
+    out.copy_(product if negative_slope == 1 else _leaky(product, negative_slope))
     _moments(out, mean, var)
 
 
 def norm_relu_conv_backward(
     grad: Gradient,
     x: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     weight: Tensor,
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    owed: Owed,
+    owed: Owed | None,
+    dbias: Tensor | None = None,
 ) -> None:
     dtype = _product_dtype(x)
     a = _activation(x, norm)
-    g = _load(grad).to(x.dtype)
+    loaded = _load(grad)
+    if dbias is not None:
+        dbias.copy_(loaded.to(accumulate_dtype(x.dtype)).sum(_PIXELS))
+    g = loaded.to(x.dtype)
     da, dw, _ = torch.ops.aten.convolution_backward(
         _channels_first(g.to(dtype)),
         _channels_first(_average(a, g.shape).to(x.dtype).to(dtype)),
@@ -71,9 +87,11 @@ def norm_relu_conv_backward(
     )
     if dweight is not None:
         dweight.copy_(dw)
-    dz = _spread(_channels_last(da).to(a.dtype), a.shape).masked_fill_(a <= 0, 0)
-    _settle(dz.sum(_PIXELS), (dz * (x - norm.mean)).sum(_PIXELS), x, norm, accumulate, owed)
-    dz *= _scale(norm)
+    dz = _spread(_channels_last(da).to(a.dtype), a.shape)
+    if norm is not None and owed is not None:
+        dz = _masked(dz, a, norm.negative_slope)
+        _settle(dz.sum(_PIXELS), (dz * (x - norm.mean)).sum(_PIXELS), x, norm, accumulate, owed)
+        dz *= _scale(norm)
     dx.copy_(dx + dz if accumulate else dz)
 
 
@@ -128,8 +146,20 @@ def _window(image: Tensor) -> tuple[list[int], list[int], list[int]]:
     return [3 if p else 1 for p in pooled], [2 if p else 1 for p in pooled], [int(p) for p in pooled]
 
 
-def _activation(x: Tensor, norm: Norm) -> Tensor:
-    return ((x - norm.mean) * _scale(norm) + norm.bias.to(norm.var.dtype)).relu_()
+def _activation(x: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return x.to(accumulate_dtype(x.dtype))
+    return _leaky((x - norm.mean) * _scale(norm) + norm.bias.to(norm.var.dtype), norm.negative_slope)
+
+
+def _leaky(z: Tensor, slope: float) -> Tensor:
+    """In place."""
+    return z.relu_() if slope == 0 else F.leaky_relu_(z, slope)
+
+
+def _masked(g: Tensor, a: Tensor, slope: float) -> Tensor:
+    """A gradient before an activation of ``slope`` whose result, or what has its sign, is ``a``."""
+    return g.masked_fill(a <= 0, 0) if slope == 0 else torch.where(a > 0, g, slope * g)
 
 
 def _average(a: Tensor, shape: Sequence[int]) -> Tensor:
@@ -150,6 +180,8 @@ def _spread(da: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _load(grad: Gradient) -> Tensor:
+    if grad.value is not None and grad.negative_slope != 1:
+        return _masked(grad.stored, grad.value, grad.negative_slope)
     if grad.value is None or grad.mean is None or grad.correction is None:
         return grad.stored
     return grad.stored + (grad.correction[1] * (grad.value - grad.mean) + grad.correction[0])

@@ -19,17 +19,21 @@ REBUILD = "run `pip install --no-build-isolation --no-deps -e .` in a checkout o
 COMPILER = "g++ 11.3 or newer"
 NVCC = "nvcc of CUDA 12.8 or newer"
 
-_GRADIENT = "Tensor stored, Tensor? value, Tensor? value_mean, Tensor? value_correction"
-_NORM = "Tensor mean, Tensor var, Tensor gamma, Tensor beta, float eps"
-_OWED = "Tensor(d!) dgamma, Tensor(e!) dbeta, Tensor(f!)? correction, Tensor? pixels"
+_GRADIENT = "Tensor stored, Tensor? value, Tensor? value_mean, Tensor? value_correction, float value_slope"
+_NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, float slope"
+_OWED = "Tensor(d!)? dgamma, Tensor(e!)? dbeta, Tensor(f!)? correction, Tensor? pixels"
+
+NO_NORM = (None, None, None, None, 0.0, 0.0)
+NO_OWED = (None, None, None, None)
+"""What an operator is given for a norm, and for what it is owed, where there is none."""
 
 SCHEMAS = (
     "place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()",
     f"place_backward({_GRADIENT}, Tensor(a!) out) -> ()",
     f"norm_relu_conv(Tensor x, {_NORM}, Tensor weight, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var, "
-    "bool tf32=False) -> ()",
+    "Tensor? bias=None, float out_slope=1.0, bool tf32=False) -> ()",
     f"norm_relu_conv_backward({_GRADIENT}, Tensor x, {_NORM}, Tensor weight, Tensor(a!) dx, bool accumulate, "
-    f"Tensor(b!)? dweight, {_OWED}, bool tf32=False) -> ()",
+    f"Tensor(b!)? dweight, {_OWED}, Tensor(g!)? dbias=None, bool tf32=False) -> ()",
     f"norm_relu_pool(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
     f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
     "run_program(Tensor program, Tensor(a!)[] operands) -> ()",

@@ -179,24 +179,26 @@ def _encode(program: Program, lengths: Sequence[int]) -> Tensor | None:
 _KINDS: dict[str, tuple[Any, ...]] = {
     "place": (Image, Image, Vector, Vector),
     "place_backward": (Gradient, Image),
-    "norm_relu_conv": (Image, Norm, Weight, Image, Vector, Vector),
-    "norm_relu_conv_backward": (Gradient, Image, Norm, Weight, Image, bool, Weight, Owed),
+    "norm_relu_conv": (Image, Norm, Weight, Image, Vector, Vector, Vector, float),
+    "norm_relu_conv_backward": (Gradient, Image, Norm, Weight, Image, bool, Weight, Owed, Vector),
     "norm_relu_pool": (Image, Norm, Image),
     "norm_relu_pool_backward": (Image, Image, Norm, Image, Owed),
 }
 """Of the arguments of a function."""
 
 _PARTS: dict[Any, tuple[Any, ...]] = {
-    Norm: (Vector, Vector, Vector, Vector, float),
-    Gradient: (Image, Image, Vector, Vector),
+    Norm: (Vector, Vector, Vector, Vector, float, float),
+    Gradient: (Image, Image, Vector, Vector, float),
     Owed: (Vector, Vector, Vector, Vector),
 }
+_NOTHING: dict[Any, tuple[Any, ...]] = {Norm: extension.NO_NORM, Owed: extension.NO_OWED}
 
 
 def _numbers(kind: Any, argument: Any, slots: Mapping[str, int]) -> Iterable[int]:
     """An argument as numbers, the first the number of its operand; -1 where it is None."""
     if kind in _PARTS:
-        return [n for part, a in zip(_PARTS[kind], argument, strict=True) for n in _numbers(part, a, slots)]
+        parts = _NOTHING[kind] if argument is None else argument
+        return [n for part, a in zip(_PARTS[kind], parts, strict=True) for n in _numbers(part, a, slots)]
     if kind is bool:
         return [int(argument)]
     if kind is float:

@@ -140,16 +140,16 @@ def forward(structure: Structure) -> Program:
         source, moments = Image("buffer", 0, width), names.moments(0, width)
         if s.per_layer == 2:
             y, y_moments = names.bottleneck(layer)
-            program.norm_relu_conv(source, names.norm(i, moments), Weight("weight", i), y, *taken(y_moments))
+            program.norm_relu_conv(source, names.norm(i, moments), Weight("weight", i), y, *taken(y_moments), None, 1.0)
             merge(y_moments)
             source, moments, i = y, y_moments, i + 1
         end = width + s.growth_rate
         new, new_moments = Image("buffer", width, end), names.moments(width, end)
         convolve = (source, names.norm(i, moments), Weight("weight", i), new)
         if s.keep_scale is None:
-            program.norm_relu_conv(*convolve, *taken(new_moments))
+            program.norm_relu_conv(*convolve, *taken(new_moments), None, 1.0)
         else:
-            program.norm_relu_conv(*convolve, None, None)
+            program.norm_relu_conv(*convolve, None, None, None, 1.0)
             program.drop(new, _mask(s, layer), s.keep_scale)
             if wanted:
                 program.place(new, None, *new_moments)
@@ -201,7 +201,7 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
         if s.per_layer == 2:
             y, y_moments = names.bottleneck(layer)
             if not s.keep_bottleneck:
-                program.norm_relu_conv(source, norm, Weight("weight", i), y, None, None)
+                program.norm_relu_conv(source, norm, Weight("weight", i), y, None, None, None, 1.0)
             dy, own = Image("dbottleneck", 0, s.width), Vector("own_correction", 0, 0, s.width, s.width)
             program.norm_relu_conv_backward(
                 grad,
@@ -212,6 +212,7 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
                 False,
                 dweights[i + 1],
                 names.owed(i + 1, own),
+                None,
             )
             grad = Gradient(dy)  # type: ignore[arg-type]
             if s.batch_stats[i + 1]:
@@ -228,6 +229,7 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
             True,
             dweights[i],
             names.owed(i, correction),
+            None,
         )
         end = width
     program.place_backward(load(0, end, False), Image("dx", 0, end))

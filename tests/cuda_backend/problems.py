@@ -33,6 +33,7 @@ class Norm(ctypes.Structure):
         *((name, _pointer) for name in ("mean", "var", "weight", "bias")),
         ("narrow", ctypes.c_bool),
         ("eps", ctypes.c_double),
+        ("negative_slope", ctypes.c_double),
     ]
 
 
@@ -40,7 +41,12 @@ class Gradient(ctypes.Structure):
     _fields_ = [
         *((name, Pixels) for name in ("stored", "value")),
         *((name, _pointer) for name in ("mean", "constant", "slope")),
+        ("negative_slope", ctypes.c_double),
     ]
+
+
+class Bias(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("narrow", ctypes.c_bool)]
 
 
 class Owed(ctypes.Structure):
@@ -67,6 +73,8 @@ class Forward(ctypes.Structure):
         ("weight", Weight),
         ("out", Pixels),
         ("moments", Moments),
+        ("bias", Bias),
+        ("negative_slope", ctypes.c_double),
     ]
 
 
@@ -81,6 +89,7 @@ class Backward(ctypes.Structure):
         ("accumulate", ctypes.c_bool),
         ("dweight", Weight),
         ("owed", Owed),
+        ("dbias", Bias),
     ]
 
 
@@ -141,7 +150,15 @@ def norm_relu_pool_backward(
 
 
 def forward(
-    at: Arena, x: Tensor, norm: NormTensors, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
+    at: Arena,
+    x: Tensor,
+    norm: NormTensors | None,
+    weight: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bias: Tensor | None = None,
+    negative_slope: float = 1.0,
 ) -> Forward:
     return Forward(
         _shape(x, weight.shape[0], weight, out),
@@ -150,6 +167,8 @@ def forward(
         _weight(at, weight),
         _pixels(at, out),
         _moments(at, mean, var),
+        _bias(at, bias, x),
+        negative_slope,
     )
 
 
@@ -157,12 +176,13 @@ def backward(
     at: Arena,
     grad: LoadedGradient,
     x: Tensor,
-    norm: NormTensors,
+    norm: NormTensors | None,
     weight: Tensor,
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    owed: OwedTensors,
+    owed: OwedTensors | None,
+    dbias: Tensor | None = None,
 ) -> Backward:
     return Backward(
         _shape(x, weight.shape[0], weight, grad.stored),
@@ -173,7 +193,8 @@ def backward(
         _pixels(at, dx),
         accumulate,
         Weight() if dweight is None else _weight(at, dweight),
-        _owed(at, owed),
+        Owed() if owed is None else _owed(at, owed),
+        _bias(at, dbias, x),
     )
 
 
@@ -198,15 +219,20 @@ def _strided(at: Arena, image: Tensor) -> Strided:
 
 
 def _gradient(at: Arena, grad: LoadedGradient) -> Gradient:
-    if grad.value is None or grad.correction is None:
-        return Gradient(_pixels(at, grad.stored))
-    rows = (at.address(row) for row in grad.correction)
-    return Gradient(_pixels(at, grad.stored), _pixels(at, grad.value), at.address(grad.mean), *rows)
+    value = Pixels() if grad.value is None else _pixels(at, grad.value)
+    rows = (None, None) if grad.correction is None else (at.address(row) for row in grad.correction)
+    return Gradient(_pixels(at, grad.stored), value, at.address(grad.mean), *rows, grad.negative_slope)
 
 
-def _norm(at: Arena, norm: NormTensors, x: Tensor) -> Norm:
+def _norm(at: Arena, norm: NormTensors | None, x: Tensor) -> Norm:
+    if norm is None:
+        return Norm()
     narrow = norm.weight.dtype == x.dtype != torch.float32
-    return Norm(*map(at.address, norm[:4]), narrow, norm.eps)
+    return Norm(*map(at.address, norm[:4]), narrow, norm.eps, norm.negative_slope)
+
+
+def _bias(at: Arena, bias: Tensor | None, x: Tensor) -> Bias:
+    return Bias() if bias is None else Bias(at.address(bias), bias.dtype == x.dtype != torch.float32)
 
 
 def _owed(at: Arena, owed: OwedTensors) -> Owed:

@@ -8,7 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..contract import Gradient, Norm, Owed, uses_tf32
+from .. import eager
+from ..contract import Gradient, Norm, Owed, is_plain, uses_tf32
 from . import plans, tuning
 from .affine import Affine, Loaded, affine, loaded
 from .plans import Backward, Forward, Problem
@@ -31,6 +32,9 @@ def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None
 
 
 def place_backward(grad: Gradient, out: Tensor) -> None:
+    if grad.negative_slope != 1:
+        eager.place_backward(grad, out)
+        return
     if not out.numel():
         return
     terms = loaded(grad)
@@ -46,7 +50,19 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
         launch(*terms, out)
 
 
-def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+def norm_relu_conv(
+    x: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bias: Tensor | None = None,
+    negative_slope: float = 1.0,
+) -> None:
+    if norm is None or not is_plain(norm, bias, negative_slope):
+        eager.norm_relu_conv(x, norm, weight, out, mean, var, bias, negative_slope)
+        return
     if not out.numel():
         return
     problem = _problem(x, out, weight, x.data_ptr() | out.data_ptr())
@@ -66,13 +82,17 @@ def norm_relu_conv(x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Ten
 def norm_relu_conv_backward(
     grad: Gradient,
     x: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     weight: Tensor,
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
-    owed: Owed,
+    owed: Owed | None,
+    dbias: Tensor | None = None,
 ) -> None:
+    if norm is None or owed is None or not is_plain(norm, dbias, grad.negative_slope):
+        eager.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
+        return
     terms = loaded(grad)
     stored = terms.stored
     sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device=x.device)

@@ -65,9 +65,9 @@ def test_bad_arguments() -> None:
         torch.ones(4, 4),
     )
     cpu, norm = BACKENDS["cpu"], Norm(*vectors, 1e-5)
-    with pytest.raises(ValueError, match="slope: expected a number from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"slope: expected a number from 0 to 1, got 1.5"):
         cpu.norm_relu_conv(x, norm._replace(negative_slope=1.5), weight, out, None, None)
-    with pytest.raises(ValueError, match="out_slope: expected a number from 0 to 1, got -0.5"):
+    with pytest.raises(ValueError, match=r"out_slope: expected a number from 0 to 1, got -0.5"):
         cpu.norm_relu_conv(x, norm, weight, out, None, None, None, -0.5)
     with pytest.raises(ValueError, match="bias: expected 3 entries"):
         cpu.norm_relu_conv(x, norm, weight, out, None, None, torch.ones(4))
@@ -78,7 +78,7 @@ def test_bad_arguments() -> None:
         cpu.norm_relu_conv_backward(Gradient(out), x, norm, weight, torch.empty_like(x), False, None, None)
     with pytest.raises(ValueError, match="value: expected a tensor beside a value_slope that is not 1, got None"):
         cpu.place_backward(Gradient(out, negative_slope=0.5), out)
-    with pytest.raises(ValueError, match="slope: expected 0, got 0.5"):
+    with pytest.raises(ValueError, match=r"slope: expected 0, got 0.5"):
         cpu.norm_relu_pool(x, norm._replace(negative_slope=0.5), x.clone())
     with pytest.raises(ValueError, match="mean: expected a tensor, got None"):
         cpu.norm_relu_pool(x, extension.NO_NORM, x.clone())

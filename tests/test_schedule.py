@@ -119,8 +119,8 @@ def test_gradcheck_sees_a_missing_debt(kind: str, monkeypatch: pytest.MonkeyPatc
     whole = eager.norm_relu_conv_backward
 
     def without_debt(*arguments: Any) -> None:
-        *others, owed = arguments
-        whole(*others, owed._replace(correction=torch.zeros_like(owed.correction)))
+        *others, owed, dbias = arguments
+        whole(*others, owed._replace(correction=torch.zeros_like(owed.correction)), dbias)
 
     monkeypatch.setattr(eager, "norm_relu_conv_backward", without_debt)
     case = Case(kind)

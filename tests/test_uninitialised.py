@@ -29,7 +29,7 @@ def test_unwritten_channel_is_seen(backend: str, monkeypatch: pytest.MonkeyPatch
     module = BACKENDS[backend]
     whole = module.norm_relu_conv
 
-    def without_last_channel(x: Any, norm: Any, weight: Any, out: Any, mean: Any, var: Any) -> None:
+    def without_last_channel(x: Any, norm: Any, weight: Any, out: Any, mean: Any, var: Any, *_: Any) -> None:
         whole(x, norm, weight[:-1], out[..., :-1], mean[:-1], var[:-1])
 
     monkeypatch.delattr(module, "run_program", raising=False)
@@ -43,8 +43,8 @@ def test_unwritten_sum_is_seen(backend: str, monkeypatch: pytest.MonkeyPatch) ->
     whole = module.norm_relu_conv_backward
 
     def without_a_sum(*args: Any) -> None:
-        *others, owed = args
-        whole(*others, owed._replace(correction=torch.empty_like(owed.correction)))
+        *others, owed, dbias = args
+        whole(*others, owed._replace(correction=torch.empty_like(owed.correction)), dbias)
 
     monkeypatch.delattr(module, "run_program", raising=False)
     assert _input_gradient().isfinite().all()

@@ -27,7 +27,8 @@ class BackwardKernel {
     parts_ = parts_of(grid_, threads);
     Arena& arena = arena_;
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
-    partial_ = arena.take<A>(2 * grid_.count() * f.shape.in);
+    partial_ = arena.take<A>(norm_.given() ? 2 * grid_.count() * f.shape.in : 0);
+    partial_dbias_ = arena.take<A>(needs_dbias() ? grid_.count() * f.shape.out : 0);
     dweight_size_ = needs_dweight() ? packed_.taps * f.shape.in * ld_dweight_ : 0;
     dweight_ = arena.take<A>(dweight_size_ * parts_);
     for_parts_ = arena.used();
@@ -58,7 +59,10 @@ class BackwardKernel {
       const Range boxes = split(grid_.count(), parts_, part);
       for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
     });
-    settle(partial_, grid_.count(), f_.shape.in, norm_, f_.owed, f_.shape.pixels(), f_.accumulate, parallel);
+    if (needs_dbias()) write_dbias<T>(partial_dbias_, grid_.count(), f_.shape.out, f_.dbias);
+    if (norm_.given()) {
+      settle(partial_, grid_.count(), f_.shape.in, norm_, f_.owed, f_.shape.pixels(), f_.accumulate, parallel);
+    }
     if (!needs_dweight()) return;
     if (f_.dweight.is_float)
       write_dweight<A, float>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
@@ -70,6 +74,7 @@ class BackwardKernel {
   static constexpr int64_t kWidth = Layout<P, Reduce::pixels>::panel;
 
   bool needs_dweight() const { return f_.dweight.data != nullptr; }
+  bool needs_dbias() const { return f_.dbias.data != nullptr; }
   bool pools() const { return windows_.count > 1; }
 
   template <class X>
@@ -82,19 +87,21 @@ class BackwardKernel {
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t padded = (b.size[0] + 2 * grid_.margin[0]) * height * width;
     load_gradient(b, part, padded, width);
+    if (needs_dbias()) sum_gradient(b, partial_dbias_ + i * f_.shape.out);
     if (pools()) windows_.first_pixels(b.begin[2], b.size[2], of_part(first_pixels_, part));
     for (int64_t c = 0; c < f_.shape.in; c += kBlock) {
       const int64_t channels = least(kBlock, f_.shape.in - c);
       Prefetch prefetch = next_operands(b, i, end, c);
       if (needs_dweight()) {
-        const Activation<T> activation(f_.x, norm_);
-        if (pools()) {
-          const int64_t* first_pixels = of_part(first_pixels_, part);
-          load_activation(PooledActivation<T>(activation, windows_, first_pixels, b.begin[2]), b, part, c, channels,
-                          width);
-        } else {
-          load_activation(activation, b, part, c, channels, width);
-        }
+        with_activation<T>(f_.x, norm_, [&](const auto& activation) {
+          if (pools()) {
+            const int64_t* first_pixels = of_part(first_pixels_, part);
+            load_activation(PooledActivation(activation, windows_, first_pixels, b.begin[2]), b, part, c, channels,
+                            width);
+          } else {
+            load_activation(activation, b, part, c, channels, width);
+          }
+        });
         if (packed_.winograd)
           weight_gradient_by_patches(b, part, c, channels, height * width * kBlock, prefetch);
         else
@@ -104,7 +111,9 @@ class BackwardKernel {
         data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
       else
         data_gradient(b, part, c, channels, height, width, padded, prefetch);
-      store_data_gradient(b, part, c, channels, partial_ + 2 * i * f_.shape.in);
+      with_activation<T>(f_.x, norm_, [&](const auto& activation) {
+        store_data_gradient(activation, b, part, c, channels, partial_ + 2 * i * f_.shape.in);
+      });
     }
   }
 
@@ -192,6 +201,19 @@ class BackwardKernel {
     }
   }
 
+  // Of a box without its margin, which its neighbours sum.
+  void sum_gradient(const Box& b, A* sums) const {
+    const LoadedGradient<T> gradient(f_.grad);
+    for (int64_t c = 0; c < f_.shape.out; c += V::size) {
+      const int n = static_cast<int>(least(V::size, f_.shape.out - c));
+      V sum = V::zero();
+      for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
+        for (int64_t w = 0; w < b.size[2]; ++w) sum += gradient.at(first + w, c, n);
+      });
+      store(sums + c, sum, n);
+    }
+  }
+
   int64_t row_elements(const Box& b) const { return ceil_div(b.size[2], P::pair); }
 
   template <class S>
@@ -275,27 +297,31 @@ class BackwardKernel {
     }
   }
 
-  void store_data_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, A* sums) const {
-    const Activation<T> activation(f_.x, norm_);
+  template <Form form>
+  void store_data_gradient(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c,
+                           int64_t channels, A* sums) const {
     const V share = V::all(A(1) / static_cast<A>(windows_.count));
     T* dx = static_cast<T*>(f_.dx.data);
     for (int64_t j = 0; j < channels; j += V::size) {
       const int n = static_cast<int>(least(V::size, channels - j));
-      const V scale = load(activation.scale + c + j, n);
+      const V scale = activation.norm ? load(activation.scale + c + j, n) : V::all(1);
       V sum = V::zero(), sum_centered = V::zero();
       const A* from = of_part(result_, part) + j;
       const auto column = [&](int lanes) {  // a constant for whole vectors
         for_each_pixel(b, part, [&](int64_t pixel, int64_t row) {
-          const V centered = activation.centered(pixel, c + j, lanes);
-          const V dz =
-              where_positive(activation.before_relu(centered, c + j, lanes), load(from + row * kBlock) * share);
-          sum += dz;
-          sum_centered = fma(dz, centered, sum_centered);
+          V dz = load(from + row * kBlock) * share;
+          if constexpr (form != Form::no_norm) {
+            const V centered = activation.centered(pixel, c + j, lanes);
+            dz = activation.gradient(activation.before(centered, c + j, lanes), dz);
+            sum += dz;
+            sum_centered = fma(dz, centered, sum_centered);
+          }
           T* p = dx + pixel * f_.dx.ld + c + j;
           store(p, f_.accumulate ? fma(scale, dz, load(p, lanes)) : scale * dz, lanes);
         });
       };
       n == V::size ? column(V::size) : column(n);
+      if constexpr (form == Form::no_norm) continue;
       store(sums + c + j, sum, n);
       store(sums + f_.shape.in + c + j, sum_centered, n);
     }
@@ -324,7 +350,7 @@ class BackwardKernel {
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *grad_, *grad_by_pixel_, *activation_, *patches_;
-  A *partial_, *dweight_, *result_, *products_;
+  A *partial_, *partial_dbias_, *dweight_, *result_, *products_;
   Step *steps_, *row_steps_;
   int64_t* first_pixels_;
   size_t for_parts_, part_bytes_;

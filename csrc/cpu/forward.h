@@ -1,4 +1,4 @@
-// Forward: out = conv(relu(norm(x)), W), and the moments of out.
+// Forward: out = conv(leaky(norm(x)), W), perhaps a bias and an activation, and the moments of out.
 //
 // A box's activations are computed once into scratch memory (zeros outside the image), all taps read them there. A
 // kernel of size 1 may pool: then a box is one of pooled pixels, and windows are averaged on the way to scratch memory.
@@ -25,6 +25,7 @@ class ForwardKernel {
     Arena& arena = arena_;
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
+    bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
     operand_ = arena.take<E>(blocks_ * grid_.padded_pixels() * kBlock);
     result_ = arena.take<A>(grid_.pixels() * ldc_);
@@ -40,6 +41,7 @@ class ForwardKernel {
 
   void run(const Parallel& parallel) const {
     norm_.make();
+    if (finishes()) read_bias<T>(f_.bias, f_.shape.out, bias_);
     if (f_.weight.is_float)
       packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
     else
@@ -61,6 +63,7 @@ class ForwardKernel {
 
  private:
   bool pools() const { return windows_.count > 1; }
+  bool finishes() const { return f_.bias.data != nullptr || f_.negative_slope != 1; }
 
   template <class X>
   X* of_part(X* p, int64_t part) const {
@@ -70,16 +73,17 @@ class ForwardKernel {
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
     A* result = of_part(result_, part);
-    const Activation<T> activation(f_.x, norm_);
     const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
-    if (pools()) {
-      int64_t* first_pixels = of_part(first_pixels_, part);
-      windows_.first_pixels(b.begin[2], b.size[2], first_pixels);
-      load_operand(PooledActivation<T>(activation, windows_, first_pixels, b.begin[2]), b, part, width, block_size);
-    } else {
-      load_operand(activation, b, part, width, block_size);
-    }
+    with_activation<T>(f_.x, norm_, [&](const auto& activation) {
+      if (pools()) {
+        int64_t* first_pixels = of_part(first_pixels_, part);
+        windows_.first_pixels(b.begin[2], b.size[2], first_pixels);
+        load_operand(PooledActivation(activation, windows_, first_pixels, b.begin[2]), b, part, width, block_size);
+      } else {
+        load_operand(activation, b, part, width, block_size);
+      }
+    });
     Prefetch prefetch;
     if (i + 1 < end) {
       const int64_t next = grid_.pixel(grid_.at(i + 1), 0, 0, 0);
@@ -97,7 +101,7 @@ class ForwardKernel {
       for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) { f(first, b.size[2]); });
     };
     store_with_moments<T>(result, ldc_, b.size[0] * b.size[1] * b.size[2], f_.shape.out, static_cast<T*>(f_.out.data),
-                          f_.out.ld, runs, mean, m2);
+                          f_.out.ld, runs, mean, m2, {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)});
   }
 
   template <class S>
@@ -157,7 +161,7 @@ class ForwardKernel {
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *operand_, *patches_;
-  A *partial_, *result_, *products_;
+  A *partial_, *bias_, *result_, *products_;
   Step* steps_;
   int64_t* first_pixels_;
   size_t for_parts_, part_bytes_;

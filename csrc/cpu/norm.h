@@ -13,7 +13,10 @@ class NormVectors {
   using A = Accumulate<T>;
 
   NormVectors(const Norm& norm, int64_t channels, Arena& arena)
-      : norm_(norm), channels_(channels), scale_(arena.take<A>(channels)), shift_(arena.take<A>(channels)) {}
+      : norm_(norm),
+        channels_(norm.given() ? channels : 0),
+        scale_(arena.take<A>(channels_)),
+        shift_(arena.take<A>(channels_)) {}
 
   void make() const {
     const A eps = static_cast<A>(norm_.eps);
@@ -23,6 +26,8 @@ class NormVectors {
     }
   }
 
+  bool given() const { return norm_.given(); }
+  A slope() const { return static_cast<A>(norm_.negative_slope); }
   const A* mean() const { return static_cast<const A*>(norm_.mean); }
   const A* scale() const { return scale_; }
   const A* shift() const { return shift_; }
@@ -46,6 +51,31 @@ class NormVectors {
   int64_t channels_;
   A *scale_, *shift_;
 };
+
+// A bias as numbers of the accumulation type; zeros where there is none.
+template <class T>
+void read_bias(const Bias& bias, int64_t channels, Accumulate<T>* out) {
+  using A = Accumulate<T>;
+  for (int64_t c = 0; c < channels; ++c) {
+    out[c] = bias.data == nullptr ? A(0)
+             : bias.narrow        ? as_number(static_cast<const T*>(bias.data) + c)
+                                  : static_cast<const A*>(bias.data)[c];
+  }
+}
+
+// Partial sums [tile][channels] of the gradient to that of a bias.
+template <class T>
+void write_dbias(const Accumulate<T>* partial, int64_t tiles, int64_t channels, const Bias& dbias) {
+  using A = Accumulate<T>;
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t t = 0; t < tiles; ++t) sum += static_cast<double>(partial[t * channels + c]);
+    if (dbias.narrow)
+      store_number(static_cast<T*>(dbias.data) + c, static_cast<A>(sum));
+    else
+      static_cast<A*>(dbias.data)[c] = static_cast<A>(sum);
+  }
+}
 
 // Partial sums [tile][2][channels] of dz and dz * (x - mean) to what the norm is owed, of statistics of `pixels`
 // values.

@@ -2,20 +2,48 @@
 
 namespace fused_densenet::FD_ISA {
 
-template <class T>
-struct Activation {  // relu((x - mean) * scale + shift)
+enum class Form { relu, leaky, no_norm };
+
+template <class T, Form F = Form::relu>
+struct Activation {  // leaky((x - mean) * scale + shift), or x
+  using Number = T;
   using V = Vec<Accumulate<T>>;
+  static constexpr bool norm = F != Form::no_norm;
   const T* x;
   int64_t ld;
   const Accumulate<T>*mean, *scale, *shift;
+  V slope;
 
   Activation(const Pixels& p, const NormVectors<T>& n)
-      : x(static_cast<const T*>(p.data)), ld(p.ld), mean(n.mean()), scale(n.scale()), shift(n.shift()) {}
+      : x(static_cast<const T*>(p.data)),
+        ld(p.ld),
+        mean(n.mean()),
+        scale(n.scale()),
+        shift(n.shift()),
+        slope(V::all(n.slope())) {}
 
   V centered(int64_t pixel, int64_t c, int n) const { return load(x + pixel * ld + c, n) - load(mean + c, n); }
-  V before_relu(V centered, int64_t c, int n) const { return fma(centered, load(scale + c, n), load(shift + c, n)); }
-  V at(int64_t pixel, int64_t c, int n) const { return relu(before_relu(centered(pixel, c, n), c, n)); }
+  V before(V centered, int64_t c, int n) const { return fma(centered, load(scale + c, n), load(shift + c, n)); }
+  V at(int64_t pixel, int64_t c, int n) const {
+    if constexpr (F == Form::no_norm) return load(x + pixel * ld + c, n);
+    const V z = before(centered(pixel, c, n), c, n);
+    return F == Form::leaky ? leaky(z, slope) : relu(z);
+  }
+  V gradient(V before, V da) const {  // by what is `before` the activation
+    return F == Form::leaky ? where_positive(before, da, slope * da) : where_positive(before, da);
+  }
 };
+
+// Calls f(activation) with the one that x and its norm ask for.
+template <class T, class Function>
+void with_activation(const Pixels& x, const NormVectors<T>& norm, Function f) {
+  if (!norm.given())
+    f(Activation<T, Form::no_norm>(x, norm));
+  else if (norm.slope() != 0)
+    f(Activation<T, Form::leaky>(x, norm));
+  else
+    f(Activation<T>(x, norm));
+}
 
 // Offsets of `count` neighbouring pixels from `first` in a tensor of other strides; `s` has the image's sizes.
 inline void pixel_offsets(const Shape& s, const int64_t* stride, int64_t first, int64_t count, int64_t* offsets) {
@@ -56,21 +84,22 @@ struct Windows {
   }
 };
 
-template <class T>
+template <class Pixel>
 struct PooledActivation {  // the average of a window's activations
-  using V = Vec<Accumulate<T>>;
-  const Activation<T> activation;
+  using A = Accumulate<typename Pixel::Number>;
+  using V = Vec<A>;
+  const Pixel activation;
   const Windows& windows;
   const int64_t* first_pixels;  // of the pooled pixels from `begin` on
   int64_t begin;
   V share;
 
-  PooledActivation(const Activation<T>& activation, const Windows& windows, const int64_t* first_pixels, int64_t begin)
+  PooledActivation(const Pixel& activation, const Windows& windows, const int64_t* first_pixels, int64_t begin)
       : activation(activation),
         windows(windows),
         first_pixels(first_pixels),
         begin(begin),
-        share(V::all(Accumulate<T>(1) / static_cast<Accumulate<T>>(windows.count))) {}
+        share(V::all(A(1) / static_cast<A>(windows.count))) {}
 
   V at(int64_t pixel, int64_t c, int n) const {
     const int64_t first = first_pixels[pixel - begin];
@@ -81,12 +110,13 @@ struct PooledActivation {  // the average of a window's activations
 };
 
 template <class T>
-struct LoadedGradient {  // stored + (slope * (value - mean) + constant)
+struct LoadedGradient {  // stored + (slope * (value - mean) + constant), or that of an activation by its result
   using A = Accumulate<T>;
   using V = Vec<A>;
   const T *stored, *value;
   int64_t ld_stored, ld_value;
   const A *mean, *constant, *slope;
+  V negative;
 
   explicit LoadedGradient(const Gradient& g)
       : stored(static_cast<const T*>(g.stored.data)),
@@ -95,13 +125,15 @@ struct LoadedGradient {  // stored + (slope * (value - mean) + constant)
         ld_value(g.value.ld),
         mean(static_cast<const A*>(g.mean)),
         constant(static_cast<const A*>(g.constant)),
-        slope(static_cast<const A*>(g.slope)) {}
+        slope(static_cast<const A*>(g.slope)),
+        negative(V::all(static_cast<A>(g.negative_slope))) {}
 
   V at(int64_t pixel, int64_t c, int n) const {
     const V d = load(stored + pixel * ld_stored + c, n);
-    if (mean == nullptr) return d;
-    return d +
-           fma(load(slope + c, n), load(value + pixel * ld_value + c, n) - load(mean + c, n), load(constant + c, n));
+    if (value == nullptr) return d;
+    const V v = load(value + pixel * ld_value + c, n);
+    if (mean == nullptr) return where_positive(v, d, negative * d);
+    return d + fma(load(slope + c, n), v - load(mean + c, n), load(constant + c, n));
   }
 };
 

@@ -2,18 +2,38 @@
 
 namespace fused_densenet::FD_ISA {
 
+// What is stored of a number: the number itself, or leaky(number + bias) where there is a bias or an activation.
+template <class A>
+struct Epilogue {
+  const A* bias;  // null for none of it
+  A slope;
+  struct Column {
+    Vec<A> bias, slope;
+    bool is_relu;
+    Vec<A> operator()(Vec<A> x) const {
+      x += bias;
+      return is_relu ? relu(x) : leaky(x, slope);
+    }
+  };
+  Column column(int64_t c, int n) const { return {load(bias + c, n), Vec<A>::all(slope), slope == 0}; }
+};
+
 // Stores a tile of numbers c[row][ldc] as `columns` channels of out and takes, of the values as stored, mean and the
 // sum of squared deviations per channel, unless `mean` is null; with a null `out` nothing is stored. `runs(f)` calls
 // f(pixel, count) for each run of neighbouring pixels that the rows are, in their order.
 template <class T, class F>
 void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t columns, T* out, int64_t ld, F runs,
-                        Accumulate<T>* mean, Accumulate<T>* m2) {
+                        Accumulate<T>* mean, Accumulate<T>* m2, const Epilogue<Accumulate<T>>& epilogue = {}) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   for (int64_t j = 0; j < columns; j += V::size) {
     const int n = static_cast<int>(least(V::size, columns - j));
     V sum = V::zero();
     A* from = c + j;
+    if (epilogue.bias != nullptr) {
+      const auto finish = epilogue.column(j, n);
+      for (int64_t r = 0; r < rows; ++r) store(from + r * ldc, finish(load(from + r * ldc)));
+    }
     const auto column = [&](int lanes) {  // a constant for whole vectors
       runs([&](int64_t pixel, int64_t count) {
         if (out == nullptr) {

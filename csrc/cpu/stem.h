@@ -149,7 +149,7 @@ class NormReluPoolBackwardKernel {
         const V centered = activation.centered(first + i, c + j, lanes(j));
         T* p = dx + i * f_.dx.ld + j;
         const V dz = f_.pools ? load(p, lanes(j))
-                              : where_positive(activation.before_relu(centered, c + j, lanes(j)),
+                              : where_positive(activation.before(centered, c + j, lanes(j)),
                                                load(grad + (first + i) * f_.grad.ld + j, lanes(j)));
         sum += dz;
         sum_centered = fma(dz, centered, sum_centered);

@@ -95,17 +95,23 @@ inline VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline VecF relu(VecF x) { return {_mm512_max_ps(_mm512_setzero_ps(), x.v)}; }  // of a NaN: the NaN
+inline VecF larger(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }  // where one is a NaN: b
 inline VecF where_positive(VecF pre, VecF x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(pre.v, _mm512_setzero_ps(), _CMP_NLE_UQ), x.v)};
+}
+inline VecF where_positive(VecF pre, VecF x, VecF otherwise) {
+  return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(pre.v, _mm512_setzero_ps(), _CMP_NLE_UQ), x.v)};
 }
 inline VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline VecD operator*(VecD a, VecD b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-inline VecD relu(VecD x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }
+inline VecD larger(VecD a, VecD b) { return {_mm512_max_pd(a.v, b.v)}; }
 inline VecD where_positive(VecD pre, VecD x) {
   return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(pre.v, _mm512_setzero_pd(), _CMP_NLE_UQ), x.v)};
+}
+inline VecD where_positive(VecD pre, VecD x, VecD otherwise) {
+  return {_mm512_mask_mov_pd(otherwise.v, _mm512_cmp_pd_mask(pre.v, _mm512_setzero_pd(), _CMP_NLE_UQ), x.v)};
 }
 
 #elif defined(FD_AVX2)
@@ -178,17 +184,23 @@ inline VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline VecF relu(VecF x) { return {_mm256_max_ps(_mm256_setzero_ps(), x.v)}; }  // of a NaN: the NaN
+inline VecF larger(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }  // where one is a NaN: b
 inline VecF where_positive(VecF pre, VecF x) {
   return {_mm256_and_ps(_mm256_cmp_ps(pre.v, _mm256_setzero_ps(), _CMP_NLE_UQ), x.v)};
+}
+inline VecF where_positive(VecF pre, VecF x, VecF otherwise) {
+  return {_mm256_blendv_ps(otherwise.v, x.v, _mm256_cmp_ps(pre.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
 }
 inline VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
 inline VecD operator*(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
 inline VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-inline VecD relu(VecD x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
+inline VecD larger(VecD a, VecD b) { return {_mm256_max_pd(a.v, b.v)}; }
 inline VecD where_positive(VecD pre, VecD x) {
   return {_mm256_and_pd(_mm256_cmp_pd(pre.v, _mm256_setzero_pd(), _CMP_NLE_UQ), x.v)};
+}
+inline VecD where_positive(VecD pre, VecD x, VecD otherwise) {
+  return {_mm256_blendv_pd(otherwise.v, x.v, _mm256_cmp_pd(pre.v, _mm256_setzero_pd(), _CMP_NLE_UQ))};
 }
 
 #else
@@ -200,6 +212,15 @@ inline VecD where_positive(VecD pre, VecD x) {
 template <class V>
 inline V& operator+=(V& a, V b) {
   return a = a + b;
+}
+template <class V>
+inline V relu(V x) {
+  return larger(V::zero(), x);
+}
+// z where z > 0, else slope * z, for slopes of more than 0 and at most 1.
+template <class V>
+inline V leaky(V z, V slope) {
+  return larger(slope * z, z);
 }
 
 // Storage types load into, and store from, vectors of their accumulation type.

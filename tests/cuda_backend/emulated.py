@@ -16,6 +16,7 @@ import torch
 from arena import Arena
 from torch import Tensor
 
+from fused_densenet.backends import extension
 from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 ARITHMETIC = {"bf16": 0, "f16": 1, "tf32": 2, "f32": 3}
@@ -133,13 +134,21 @@ class Emulated:
         )
 
     def norm_relu_conv(
-        self, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor | None, var: Tensor | None
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        weight: Tensor,
+        out: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        bias: Tensor | None = None,
+        negative_slope: float = 1.0,
     ) -> None:
         self._run(
             "forward",
-            lambda at: problems.forward(at, x, norm, weight, out, mean, var),
+            lambda at: problems.forward(at, x, norm, weight, out, mean, var, bias, negative_slope),
             x,
-            [x, *norm[:4], weight],
+            _present(x, *(norm or ()), weight, bias),
             _present(out, mean, var),
         )
 
@@ -147,21 +156,23 @@ class Emulated:
         self,
         grad: Gradient,
         x: Tensor,
-        norm: Norm,
+        norm: Norm | None,
         weight: Tensor,
         dx: Tensor,
         accumulate: bool,
         dweight: Tensor | None,
-        owed: Owed,
+        owed: Owed | None,
+        dbias: Tensor | None = None,
     ) -> None:
-        arguments = (grad, x, norm, weight, dx, accumulate, dweight, owed)
+        arguments = (grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
+        dgamma, dbeta, correction, pixels = owed or extension.NO_OWED
         self._run(
             "backward",
             lambda at: problems.backward(at, *arguments),
             x,
-            [*_present(*grad, owed.pixels), x, *norm[:4], weight],
-            _present(dx, dweight, owed.dweight, owed.dbias, owed.correction),
-            kept=_present(dx, owed.correction) if accumulate else [],
+            _present(*grad, pixels, x, *(norm or ()), weight),
+            _present(dx, dweight, dgamma, dbeta, correction, dbias),
+            kept=_present(dx, correction) if accumulate else [],
         )
 
     def _arithmetics(self) -> dict[torch.dtype, str]:
@@ -196,5 +207,5 @@ class Emulated:
             arena.finish(before, results, name)
 
 
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
+def _present(*values: Tensor | float | None) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]

@@ -155,6 +155,9 @@ def test_a_transition_against_the_reference(backend: Any, sizes: tuple[int, ...]
     assert_same(actual, step(theirs.double(), x.double()), "float32 whole block")
 
 
+CONSTANTS = {"eps": 1e-5, "slope": 0.0, "value_slope": 1.0, "accumulate": False}
+
+
 def good() -> dict[str, Any]:
     """Arguments of the backward operator, which has those of the others too."""
     images = {name: torch.ones(2, 1, 3, 5, 4) for name in ("stored", "value")}
@@ -162,7 +165,7 @@ def good() -> dict[str, Any]:
     weights = {name: torch.ones(4, 6, 1, 3, 3) for name in ("weight", "dweight")}
     x = {name: torch.ones(2, 1, 3, 5, 6) for name in ("x", "dx")}
     owing = {"value_mean": torch.ones(4), "value_correction": torch.ones(2, 7)[:, 3:], "correction": torch.ones(2, 6)}
-    return {**images, **norm, **weights, **x, **owing, "pixels": torch.ones(1), "eps": 1e-5, "accumulate": False}
+    return {**images, **norm, **weights, **x, **owing, "pixels": torch.ones(1), **CONSTANTS}
 
 
 @pytest.mark.parametrize(
@@ -216,8 +219,8 @@ def test_an_empty_batch_launches_nothing() -> None:
 def test_opcheck(operators: Any) -> None:
     arguments = good()
     x, stored, out = arguments["x"], arguments["stored"], torch.empty(2, 1, 3, 5, 4)
-    gradient = {key: arguments[key] for key in ("stored", "value", "value_mean", "value_correction")}
-    norm = [arguments[key] for key in ("mean", "var", "gamma", "beta", "eps")]
+    gradient = {key: arguments[key] for key in ("stored", "value", "value_mean", "value_correction", "value_slope")}
+    norm = [arguments[key] for key in ("mean", "var", "gamma", "beta", "eps", "slope")]
     owed = [*torch.empty(2, 6), torch.ones(2, 9)[:, 3:], None]
     calls = {
         "place": ((x, torch.empty_like(x), torch.empty(6), torch.empty(6)), {}),

@@ -19,6 +19,9 @@
 
 #ifdef CUDA_HOST
 #define FD_DEVICE CPU
+#ifndef FD_MULTIPROCESSORS
+#define FD_MULTIPROCESSORS 4
+#endif
 #else
 #include <cuda_runtime_api.h>
 #define FD_LIBRARY fused_densenet
@@ -34,7 +37,7 @@ namespace {
 #ifdef CUDA_HOST
 struct Queue {
   explicit Queue(int) {}
-  Device device{4, 227 << 10, 90};
+  Device device{FD_MULTIPROCESSORS, 227 << 10, 90};
   void* stream = nullptr;
 };
 

@@ -22,11 +22,16 @@ def load(namespace: str, kernels: Sequence[Path]) -> Any:
 
 @functools.cache
 def _load(namespace: str, kernels: tuple[Path, ...]) -> Any:
-    binding = (building.CSRC / "cuda_binding.cpp", [*FLAGS, f"-DFD_LIBRARY={namespace}"])
-    library = building.build(kernels, link_flags=LINK, others=[binding])
+    library = build(namespace, kernels, 4)
     _libraries.append(define(namespace))
     torch.ops.load_library(library)
     return getattr(torch.ops, namespace)
+
+
+def build(namespace: str, kernels: Sequence[Path], multiprocessors: int) -> Path:
+    """The library, for a device of so many ``multiprocessors``."""
+    flags = [*FLAGS, f"-DFD_LIBRARY={namespace}", f"-DFD_MULTIPROCESSORS={multiprocessors}"]
+    return building.build(kernels, link_flags=LINK, others=[(building.CSRC / "cuda_binding.cpp", flags)])
 
 
 def define(namespace: str) -> torch.library.Library:

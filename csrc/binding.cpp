@@ -18,6 +18,7 @@
 #include "cpu/params.h"
 #include "operators.h"
 #include "program.h"
+#include "running.h"
 
 namespace fused_densenet {
 namespace {
@@ -73,7 +74,7 @@ struct Cpu {
   }
 
   // One workspace for all calls.
-  static void run_program(const Tensor& program, at::TensorList tensors) {
+  static void run_program(const Tensor& program, at::TensorList tensors, bool) {
     std::vector<Argument> operands;
     operands.reserve(tensors.size());
     for (const Tensor& t : tensors) operands.push_back(argument(t, "operand"));
@@ -128,72 +129,39 @@ struct Cpu {
   };
 };
 
-// The entries of a vector in any stride.
 template <class A>
-struct Entries {
-  A* data;
-  int64_t count, stride;
-  A& operator[](int64_t i) const { return data[i * stride]; }
-};
-
-template <class A>
-Entries<A> entries(const Tensor& t, const char* name) {
-  if (!t.device().is_cpu() || t.scalar_type() != c10::CppTypeToScalarType<A>::value || t.dim() > 1) {
-    throw WrongValue(std::string(name) + ": expected vectors of the CPU, of the moments' dtype");
-  }
-  return {t.mutable_data_ptr<A>(), t.numel(), t.dim() == 0 ? 1 : t.stride(0)};
-}
-
-// running += momentum * (batch - running) as torch.lerp rounds it; the mean and variance of norm i are the first
-// entries of the rows of `stats`, or, where `inside` is given and i odd, those of bottleneck i / 2.
-template <class A>
-void update_running_of(const Tensor& stats, const std::optional<Tensor>& inside, at::TensorList means,
-                       at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased) {
-  const int64_t row = stats.size(1), width = inside ? inside->size(2) : 0, layers = inside ? inside->size(1) : 0;
-  const A *of_buffer = stats.const_data_ptr<A>(), *of_bottlenecks = inside ? inside->const_data_ptr<A>() : nullptr;
-  struct Update {
-    const A* batch;
-    Entries<A> running;
-    A momentum, factor;
-  };
-  std::vector<Update> updates;
-  for (size_t i = 0; i < means.size(); ++i) {
-    const bool inner = inside && i % 2 == 1;
-    const int64_t layer = static_cast<int64_t>(i / 2), count = means[i].numel();
-    if (inner ? layer >= layers || count != width : count > row) {
-      throw WrongValue("means: expected as many entries as moments");
-    }
-    if (variances[i].numel() != count) throw WrongValue("vars: expected as many entries as means");
-    for (int64_t r = 0; r < 2; ++r) {
-      const A* batch = inner ? of_bottlenecks + (r * layers + layer) * width : of_buffer + r * row;
-      updates.push_back({batch, r == 0 ? entries<A>(means[i], "means") : entries<A>(variances[i], "vars"),
-                         static_cast<A>(momenta[i]), r == 0 ? A(1) : static_cast<A>(unbiased)});
-    }
-  }
-  std::vector<int64_t*> counters;
-  for (const Tensor& count : counts) counters.push_back(entries<int64_t>(count, "counts").data);
-  for (int64_t* counter : counters) ++*counter;
-  for (const Update& u : updates) {
-    for (int64_t c = 0; c < u.running.count; ++c) {
-      const A now = u.batch[c] * u.factor, change = now - u.running[c];
-      u.running[c] =
-          u.momentum < A(0.5) ? std::fma(u.momentum, change, u.running[c]) : std::fma(u.momentum - A(1), change, now);
-    }
+void update_running_of(const std::vector<RunningUpdate>& updates, A unbiased) {
+  for (const RunningUpdate& u : updates) ++*u.count;
+  for (const RunningUpdate& u : updates) {
+    const A momentum = static_cast<A>(u.momentum);
+    const auto update = [&](void* running, int64_t stride, const void* batch, A factor) {
+      for (int64_t c = 0; c < u.channels; ++c) {
+        A& entry = static_cast<A*>(running)[c * stride];
+        const A now = static_cast<const A*>(batch)[c] * factor, change = now - entry;
+        entry = momentum < A(0.5) ? std::fma(momentum, change, entry) : std::fma(momentum - A(1), change, now);
+      }
+    };
+    update(u.mean, u.mean_stride, u.batch_mean, A(1));
+    update(u.var, u.var_stride, u.batch_var, unbiased);
   }
 }
 
-void update_running(const Tensor& stats, const std::optional<Tensor>& inside, at::TensorList means,
+void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_, at::TensorList means,
                     at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased) {
-  if (stats.dim() != 2 || stats.size(0) != 2 || !stats.is_contiguous())
-    throw WrongValue("stats: expected shape (2, C)");
-  if (inside && (inside->dim() != 3 || !inside->is_contiguous() || inside->scalar_type() != stats.scalar_type())) {
-    throw WrongValue("inside: expected shape (2, layers, width), of the dtype of stats");
+  const auto arguments = [](at::TensorList tensors, const char* name) {
+    std::vector<Argument> result;
+    for (const Tensor& t : tensors) result.push_back(Cpu::argument(t, name));
+    return result;
+  };
+  const Argument stats = Cpu::argument(stats_, "stats"), inside = Operators<Cpu>::argument(inside_, "inside");
+  Cpu::check(stats);
+  const auto updates = running_updates(stats, inside, arguments(means, "means"), arguments(variances, "vars"),
+                                       arguments(counts, "counts"), momenta.data(), momenta.size());
+  if (stats.dtype == ScalarType::Double) {
+    update_running_of<double>(updates, unbiased);
+  } else {
+    update_running_of<float>(updates, static_cast<float>(unbiased));
   }
-  if (means.size() != variances.size() || means.size() != momenta.size()) {
-    throw WrongValue("vars: expected as many as means and momenta");
-  }
-  const auto update = stats.scalar_type() == at::kDouble ? update_running_of<double> : update_running_of<float>;
-  update(stats, inside, means, variances, counts, momenta, unbiased);
 }
 
 // An operator whose refusals are TypeError and ValueError in Python.

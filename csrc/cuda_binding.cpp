@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <mutex>
@@ -13,9 +14,13 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
+#include <vector>
 
 #include "cuda/launch.h"
 #include "operators.h"
+#include "program.h"
+#include "running.h"
 
 #ifdef CUDA_HOST
 #define FD_DEVICE CPU
@@ -135,6 +140,13 @@ struct Cuda {
     return {name, scalar_type(dtype), static_cast<DeviceType>(device), index, dim, sizes, strides, data, true};
   }
 
+  static std::vector<Argument> arguments(const std::vector<Tensor>& tensors, const char* name) {
+    std::vector<Argument> result;
+    result.reserve(tensors.size());
+    for (const Tensor& t : tensors) result.push_back(argument(t, name));
+    return result;
+  }
+
   static void check(const Argument& data) {
     if (data.device != DeviceType::FD_DEVICE) {
       refuse<WrongValue>(data, "expected a tensor of ", C10_STRINGIZE(FD_DEVICE), ", got one on ", On{data});
@@ -142,59 +154,138 @@ struct Cuda {
     arithmetic_of(data, false);
   }
 
-  static void run(const Place& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, place_workspace, place);
+  template <class Problem>
+  static void run(const Problem& problem, const Argument& data, bool tf32) {
+    if (problem.shape.pixels() == 0) return;
+    const Queue queue(data.device_index);
+    const Call<Problem> call{problem, arithmetic_of(data, tf32 && queue.device.capability >= 80), queue};
+    const Workspace workspace(data, call.bytes());
+    call.run(workspace.address());
   }
-  static void run(const PlaceBackward& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, place_backward_workspace, place_backward);
+
+  // One workspace for all calls, one device, one stream.
+  static void run_program(const Tensor& program, const std::vector<Tensor>& tensors, bool tf32) {
+    const std::vector<Argument> operands = arguments(tensors, "operand");
+    if (operands.empty()) throw WrongValue("operands: expected at least one tensor");
+    const Argument &data = operands[0], code = argument(program, "program");
+    check(data);
+    if (code.dtype != ScalarType::Long || code.device != DeviceType::CPU || code.dim != 1 || code.strides[0] != 1) {
+      throw WrongValue("program: expected a contiguous tensor of int64");
+    }
+    const auto problems = Decoder(static_cast<const int64_t*>(code.data), code.sizes[0], operands).problems();
+    const Queue queue(data.device_index);
+    const Arithmetic arithmetic = arithmetic_of(data, tf32 && queue.device.capability >= 80);
+    const auto each = [&](auto visit) {
+      for (const Problem& problem : problems) {
+        std::visit(
+            [&](const auto& p) {
+              if (p.shape.pixels() != 0) visit(Call{p, arithmetic, queue});
+            },
+            problem);
+      }
+    };
+    size_t bytes = 0;
+    each([&](const auto& call) { bytes = std::max(bytes, call.bytes()); });
+    const Workspace workspace(data, bytes);
+    each([&](const auto& call) { call.run(workspace.address()); });
   }
-  static void run(const Forward& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, forward_workspace, forward);
-  }
-  static void run(const Backward& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, backward_workspace, backward);
-  }
-  static void run(const NormReluPool& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, norm_relu_pool_workspace, norm_relu_pool);
-  }
-  static void run(const NormReluPoolBackward& problem, const Argument& data, bool tf32) {
-    run(problem, data, tf32, norm_relu_pool_backward_workspace, norm_relu_pool_backward);
+
+  static void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_,
+                             const std::vector<Tensor>& means, const std::vector<Tensor>& variances,
+                             const std::vector<Tensor>& counts, const std::vector<double>& momenta, double unbiased) {
+    const Argument stats = argument(stats_, "stats"), inside = Operators<Cuda>::argument(inside_, "inside");
+    check(stats);
+    if (stats.dtype != ScalarType::Float) refuse<WrongType>(stats, "expected float32, got ", stats.dtype);
+    const auto updates = running_updates(stats, inside, arguments(means, "means"), arguments(variances, "vars"),
+                                         arguments(counts, "counts"), momenta.data(), momenta.size());
+    const Queue queue(stats.device_index);
+    const RunningUpdates all{updates.data(), static_cast<int64_t>(updates.size()), unbiased};
+    succeed(fused_densenet::update_running(all, Arithmetic::f32, queue.device, nullptr, queue.stream));
   }
 
  private:
-  template <class Problem>
-  static void run(const Problem& problem, const Argument& data, bool tf32,
-                  size_t (*workspace)(const Problem&, Arithmetic, const Device&),
-                  int (*launch)(const Problem&, Arithmetic, const Device&, void*, void*)) {
-    if (problem.shape.pixels() == 0) return;
-    const Queue queue(data.device_index);
-    const Arithmetic arithmetic = arithmetic_of(data, tf32 && queue.device.capability >= 80);
-    const size_t bytes = workspace(problem, arithmetic, queue.device);
-    Tensor memory;
-    void* address = nullptr;
-    if (bytes > 0) {
-      memory = bytes_like(data, bytes + 256);
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(memory.get(), &address));
-      address = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(address) + 255) / 256 * 256);
-    }
-    const int error = launch(problem, arithmetic, queue.device, address, queue.stream);
+  static void succeed(int error) {
     if (error != 0) throw std::runtime_error("fused_densenet: " + describe(error));
   }
 
-  // From torch's allocator, so that it is ordered by the stream and belongs to a graph that is being captured.
-  static Tensor bytes_like(const Argument& data, size_t bytes) {
-    const int64_t size = static_cast<int64_t>(bytes), stride = 1;
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                    static_cast<int32_t>(data.device), data.device_index, &handle));
-    return Tensor(handle);
+  template <class Problem>
+  struct Call {
+    const Problem& problem;
+    Arithmetic arithmetic;
+    const Queue& queue;
+
+    size_t bytes() const { return entry(problem).workspace(problem, arithmetic, queue.device); }
+    void run(void* workspace) const {
+      succeed(entry(problem).launch(problem, arithmetic, queue.device, workspace, queue.stream));
+    }
+  };
+  template <class Problem>
+  Call(const Problem&, Arithmetic, const Queue&) -> Call<Problem>;
+
+  // Of a primitive, what csrc/cuda/launch.h offers.
+  template <class Problem>
+  struct Entry {
+    size_t (*workspace)(const Problem&, Arithmetic, const Device&);
+    int (*launch)(const Problem&, Arithmetic, const Device&, void*, void*);
+  };
+  static Entry<Place> entry(const Place&) { return {place_workspace, place}; }
+  static Entry<PlaceBackward> entry(const PlaceBackward&) { return {place_backward_workspace, place_backward}; }
+  static Entry<Forward> entry(const Forward&) { return {forward_workspace, forward}; }
+  static Entry<Backward> entry(const Backward&) { return {backward_workspace, backward}; }
+  static Entry<NormReluPool> entry(const NormReluPool&) { return {norm_relu_pool_workspace, norm_relu_pool}; }
+  static Entry<NormReluPoolBackward> entry(const NormReluPoolBackward&) {
+    return {norm_relu_pool_backward_workspace, norm_relu_pool_backward};
   }
+
+  // From torch's allocator, so that it is ordered by the stream and belongs to a graph that is being captured. Aligned
+  // to 256 bytes.
+  class Workspace {
+   public:
+    Workspace(const Argument& data, size_t bytes) {
+      if (bytes == 0) return;
+      const int64_t size = static_cast<int64_t>(bytes) + 256, stride = 1;
+      AtenTensorHandle handle = nullptr;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                      static_cast<int32_t>(data.device), data.device_index, &handle));
+      memory_.reset(handle);
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address_));
+      address_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(address_) + 255) / 256 * 256);
+    }
+    void* address() const { return address_; }
+
+   private:
+    Tensor memory_;
+    void* address_ = nullptr;
+  };
 };
+
+template <class T>
+T unboxed(StableIValue value);
+
+template <class T>
+std::vector<T> unboxed_list(StableIValue value) {
+  struct Delete {
+    void operator()(StableListOpaque* list) const { torch_delete_list(list); }
+  };
+  const std::unique_ptr<StableListOpaque, Delete> list(torch::stable::detail::to<StableListHandle>(value));
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list.get(), &size));
+  std::vector<T> elements;
+  elements.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue element = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list.get(), i, &element));
+    elements.push_back(unboxed<T>(element));
+  }
+  return elements;
+}
 
 template <class T>
 T unboxed(StableIValue value) {
   if constexpr (std::is_same_v<T, Cuda::Tensor>) {
     return Cuda::Tensor(torch::stable::detail::to<AtenTensorHandle>(value));
+  } else if constexpr (std::is_same_v<T, std::vector<Cuda::Tensor>> || std::is_same_v<T, std::vector<double>>) {
+    return unboxed_list<typename T::value_type>(value);
   } else if constexpr (std::is_same_v<T, std::optional<Cuda::Tensor>>) {
     const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
     return handle ? T(Cuda::Tensor(*handle)) : T();
@@ -246,6 +337,8 @@ STABLE_TORCH_LIBRARY_IMPL(FD_LIBRARY, FD_DEVICE, m) {
   m.impl("norm_relu_conv_backward", Boxed<&Operators::norm_relu_conv_backward>::call);
   m.impl("norm_relu_pool", Boxed<&Operators::norm_relu_pool>::call);
   m.impl("norm_relu_pool_backward", Boxed<&Operators::norm_relu_pool_backward>::call);
+  m.impl("run_program", Boxed<&Cuda::run_program>::call);
+  m.impl("update_running", Boxed<&Cuda::update_running>::call);
 }
 
 }  // namespace fused_densenet

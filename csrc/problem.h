@@ -135,4 +135,19 @@ struct PlaceBackward {
   Strided out;
 };
 
+// running += momentum * (batch - running) as torch.lerp rounds it, and one more batch is counted.
+struct RunningUpdate {
+  const void *batch_mean, *batch_var;
+  void *mean, *var;
+  int64_t* count;
+  int64_t channels, mean_stride, var_stride;
+  double momentum;
+};
+
+struct RunningUpdates {
+  const RunningUpdate* data;
+  int64_t count;
+  double factor;  // of the batch's variance
+};
+
 }  // namespace fused_densenet

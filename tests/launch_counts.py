@@ -2,16 +2,20 @@
 
 Kernels of ours are counted by who calls :func:`counted` (what a binding launches); calls of ATen by a dispatch mode, one
 launch each where they compute anything: views and uninitialised memory are none.
+
+``python tests/launch_counts.py`` writes what is found to ``launches.json``, what the tests expect.
 """
 
 import contextlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import report
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +30,7 @@ from fused_densenet.ops import operator, statistics
 
 EXPECTED = Path(__file__).with_name("launches.json")
 BATCH = 64
-_UNINITIALISED = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
+_UNINITIALISED = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "detach_"}
 
 
 class _Calls(TorchDispatchMode):
@@ -76,23 +80,27 @@ def count(backend: str, training: bool, counts: Counter[str], fused: Callable[..
 
 @contextlib.contextmanager
 def _as_on_a_gpu(backend: str) -> Iterator[None]:
+    """Under autocast to bfloat16, which tensors without data have not, and with the operators as they run on data."""
+    answers: list[tuple[Any, str, Any]] = [
+        (BACKENDS[backend], "unavailable", None),
+        (operator, "_is_plain", True),
+        (torch._C, "_len_torch_dispatch_stack", 0),
+        (torch, "get_autocast_dtype", torch.bfloat16),
+        (torch, "is_autocast_enabled", False),
+        *[(module, "autocasts", True) for module in (block, transition, reasons, checks)],
+    ]
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(BACKENDS[backend], "unavailable", lambda device, dtype: None))
-        stack.enter_context(mock.patch.object(operator, "_is_plain", lambda x: True))
-        stack.enter_context(mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0))
-        for module in (block, transition, reasons, checks):
-            if hasattr(module, "autocasts"):
-                stack.enter_context(mock.patch.object(module, "autocasts", lambda x: True))
-        stack.enter_context(mock.patch.object(torch, "get_autocast_dtype", lambda device: torch.bfloat16))
-        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda device: False))
+        for place, name, answer in answers:
+            stack.enter_context(mock.patch.object(place, name, return_value=answer))
         taken = statistics.channel_moments._init_fn
-        stack.enter_context(mock.patch.object(statistics, "channel_moments", taken))  # as it runs, not as it is fake
-        fills, torch.utils.deterministic.fill_uninitialized_memory = (
-            torch.utils.deterministic.fill_uninitialized_memory,
-            False,
-        )
+        stack.enter_context(mock.patch.object(statistics, "channel_moments", taken))
+        torch.utils.deterministic.fill_uninitialized_memory = False
         yield
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+KINDS = ("training", "inference")
 
 
 def table(counts: Mapping[str, int]) -> dict[str, int]:
@@ -100,6 +108,20 @@ def table(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items())) | {"all": sum(counts.values())}
 
 
-def expected(name: str) -> dict[str, int]:
-    found: dict[str, int] = json.loads(EXPECTED.read_text())[name]
-    return found
+def check(backend: str, kind: str, found: Mapping[str, int], most: int) -> None:
+    report.sections[f"{backend}: launches of DenseNet-121, {kind}"] += [f"{n:4} {name}" for name, n in found.items()]
+    assert found == json.loads(EXPECTED.read_text())[f"{backend} {kind}"], f"python {__file__} writes what is found"
+    assert found["all"] <= most
+
+
+if __name__ == "__main__":
+    sys.path += [str(EXPECTED.parent / folder) for folder in ("cuda_backend", "triton_backend")]
+    import counted_cuda
+    import counted_triton
+
+    tables = {
+        f"{backend} {kind}": module.count(kind)
+        for backend, module in (("cuda", counted_cuda), ("triton", counted_triton))
+        for kind in KINDS
+    }
+    EXPECTED.write_text(json.dumps(tables, indent=2) + "\n")

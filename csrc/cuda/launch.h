@@ -33,6 +33,9 @@ int norm_relu_pool(const NormReluPool&, Arithmetic, const Device&, void* workspa
 size_t norm_relu_pool_backward_workspace(const NormReluPoolBackward&, Arithmetic, const Device&);
 int norm_relu_pool_backward(const NormReluPoolBackward&, Arithmetic, const Device&, void* workspace, void* stream);
 
+size_t update_running_workspace(const RunningUpdates&, Arithmetic, const Device&);
+int update_running(const RunningUpdates&, Arithmetic, const Device&, void* workspace, void* stream);  // of float32
+
 size_t conv1x1_forward_workspace(const Forward&, Arithmetic, const Device&);
 int conv1x1_forward(const Forward&, Arithmetic, const Device&, void* workspace, void* stream);
 

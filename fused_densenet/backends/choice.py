@@ -62,12 +62,17 @@ def preferring(rows: Mapping[ShapeClass, tuple[str, ...]]) -> Iterator[None]:
             raise ValueError(f"rows: expected one or more of cuda, triton, eager for {shape_class}, got {names}")
     before = dict(TABLE)
     TABLE.update(rows)
-    _preferred.cache_clear()
+    _forget()
     try:
         yield
     finally:
         TABLE.update(before)
-        _preferred.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    _preferred.cache_clear()
+    only_cuda.cache_clear()
 
 
 def classify(
@@ -75,15 +80,20 @@ def classify(
 ) -> ShapeClass:
     """The class of a call, by the shapes of the contract: ``x`` (or the image placed), ``weight``, ``out`` (or grad)."""
     pixels = PIXELS[image[0] * image[1] * image[2] * image[3] >= FEW]
-    if not weight:
-        return ShapeClass(primitive, "", pixels)
-    largest = max(weight[2:])
+    return ShapeClass(primitive, _kernel(weight[2:], image[:4] != result[:4]), pixels)
+
+
+def _kernel(sizes: tuple[int, ...], pools: bool = False) -> str:
+    """One of :data:`KERNELS`."""
+    if not sizes:
+        return ""
+    largest = max(sizes)
     if largest == 1:
-        return ShapeClass(primitive, "1x1" if image[:4] == result[:4] else "pooled 1x1", pixels)
+        return "pooled 1x1" if pools else "1x1"
     if largest <= 3:
-        return ShapeClass(primitive, "3", pixels)
-    *outer, innermost = weight[2:]
-    return ShapeClass(primitive, "other" if math.prod(outer) * (innermost + 7) <= MOST_HALO else "large", pixels)
+        return "3"
+    *outer, innermost = sizes
+    return "other" if math.prod(outer) * (innermost + 7) <= MOST_HALO else "large"
 
 
 def backend(
@@ -96,6 +106,15 @@ def backend(
 ) -> str:
     """The name of the backend that runs a call on ``device``, for which ``cuda`` was chosen."""
     return _preferred(device, dtype, classify(primitive, image, weight, result))
+
+
+@functools.cache
+def only_cuda(
+    device: torch.device, dtype: torch.dtype, many: bool, kinds: frozenset[tuple[str, tuple[int, ...]]]
+) -> bool:
+    """Whether ``cuda`` runs all of a program's calls: functions with kernel sizes, of images of few pixels or ``many``."""
+    classes = [ShapeClass(function, _kernel(sizes), PIXELS[many]) for function, sizes in kinds]
+    return all(_preferred(device, dtype, shape_class) == "cuda" for shape_class in classes)
 
 
 @functools.cache

@@ -80,6 +80,13 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
     torch.ops.fused_densenet.norm_relu_pool_backward(grad, x, *norm, dx, *owed)
 
 
+def runs_program(
+    device: torch.device, dtype: torch.dtype, pixels: int, kinds: frozenset[tuple[str, tuple[int, ...]]]
+) -> bool:
+    """Whether it runs all calls of a program on images of so many ``pixels``: functions, kernel sizes."""
+    return True
+
+
 def run_program(code: Tensor, operands: list[Tensor]) -> None:
     """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them."""
     torch.ops.fused_densenet.run_program(code, operands)

@@ -144,5 +144,30 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
         _operators.norm_relu_pool_backward.default(grad, x, *norm, dx, *owed)
 
 
+def runs_program(
+    device: torch.device, dtype: torch.dtype, pixels: int, kinds: frozenset[tuple[str, tuple[int, ...]]]
+) -> bool:
+    """Whether the table leaves it all calls of a program on images of so many ``pixels``: functions, kernel sizes."""
+    return choice.only_cuda(device, dtype, pixels >= choice.FEW, kinds)
+
+
+def run_program(code: Tensor, operands: list[Tensor]) -> None:
+    """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them."""
+    _operators.run_program.default(code, operands, uses_tf32(operands[0]))
+
+
+def update_running(
+    stats: Tensor,
+    inside: Tensor | None,
+    means: list[Tensor],
+    variances: list[Tensor],
+    counts: list[Tensor],
+    momenta: list[float],
+    unbiased: float,
+) -> None:
+    """Of norms in the order of execution: counts and running statistics, by :class:`BatchMoments` of ``ops.statistics``."""
+    _operators.update_running.default(stats, inside, means, variances, counts, momenta, unbiased)
+
+
 def _other(x: Tensor, primitive: str, *shapes: tuple[int, ...]) -> ModuleType | None:
     return _OTHERS.get(choice.backend(x.device, x.dtype, primitive, *shapes))

@@ -36,12 +36,12 @@ SCHEMAS = (
     f"Tensor(b!)? dweight, {_OWED}, Tensor(g!)? dbias=None, bool tf32=False) -> ()",
     f"norm_relu_pool(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
     f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
-    "run_program(Tensor program, Tensor(a!)[] operands) -> ()",
+    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32=False) -> ()",
     "update_running(Tensor stats, Tensor? inside, Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counts, "
     "float[] momenta, float unbiased) -> ()",
 )
 """The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
-device (the last two the CPU's alone): defined below, once, so that the libraries load alone or together in any order.
+device: defined below, once, so that the libraries load alone or together in any order.
 ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes ignore it."""
 
 

@@ -6,6 +6,7 @@ function after the other, or whole by a compiled backend (``csrc/program.h``), w
 """
 
 import contextlib
+import functools
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,10 +45,11 @@ class Vector(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A convolution's weight, or where its gradient goes."""
+    """A convolution's weight of these kernel sizes, or where its gradient goes."""
 
     operand: str
     number: int
+    kernel: tuple[int, ...]
 
 
 class Call(NamedTuple):
@@ -77,6 +79,12 @@ class Program:
             raise AttributeError(function)
         return lambda *arguments: self.calls.append(Call(function, arguments))
 
+    @functools.cached_property
+    def kinds(self) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """What there is of calls: their functions, with the kernel sizes of a convolution."""
+        weights = [[a.kernel for a in arguments if isinstance(a, Weight)] for _, arguments in self.calls]
+        return frozenset((call.function, w[0] if w else ()) for call, w in zip(self.calls, weights, strict=True))
+
     def code(self, lengths: tuple[int, ...]) -> Tensor | None:
         """The calls as numbers for a compiled backend, operands numbered through lists of these ``lengths``.
 
@@ -91,8 +99,8 @@ def execute(program: Program, operands: Operands, backend: ModuleType, context: 
     """Runs ``program`` on tensors: whole where the backend can and no profiler wants to see the calls, else one by one."""
     lists = [operands[name] for name in program.operands]
     if context.group is None and hasattr(backend, "run_program") and not torch.autograd._profiler_enabled():
-        code = program.code(tuple([len(tensors) for tensors in lists]))
-        if code is not None:
+        x, code = lists[0][0], program.code(tuple([len(tensors) for tensors in lists]))
+        if code is not None and backend.runs_program(x.device, x.dtype, context.pixels, program.kinds):
             backend.run_program(code, [tensor for tensors in lists for tensor in tensors])
             return
     for function, arguments in program.calls:

@@ -92,6 +92,9 @@ class _Names:
         mean, var = (Vector("bottleneck_stats", 0, (row * s.layers + layer) * s.width, s.width) for row in range(2))
         return y, (mean, var)
 
+    def weight(self, i: int) -> Weight:
+        return Weight("weight", i, self.structure.weights[i][2:])
+
     def norm(self, i: int, moments: tuple[Vector, Vector]) -> Norm:
         mean, var = self._norms[i] or moments
         gamma, beta = (Vector(name, i, 0, self.structure.weights[i][1]) for name in ("gamma", "beta"))
@@ -140,12 +143,12 @@ def forward(structure: Structure) -> Program:
         source, moments = Image("buffer", 0, width), names.moments(0, width)
         if s.per_layer == 2:
             y, y_moments = names.bottleneck(layer)
-            program.norm_relu_conv(source, names.norm(i, moments), Weight("weight", i), y, *taken(y_moments), None, 1.0)
+            program.norm_relu_conv(source, names.norm(i, moments), names.weight(i), y, *taken(y_moments), None, 1.0)
             merge(y_moments)
             source, moments, i = y, y_moments, i + 1
         end = width + s.growth_rate
         new, new_moments = Image("buffer", width, end), names.moments(width, end)
-        convolve = (source, names.norm(i, moments), Weight("weight", i), new)
+        convolve = (source, names.norm(i, moments), names.weight(i), new)
         if s.keep_scale is None:
             program.norm_relu_conv(*convolve, *taken(new_moments), None, 1.0)
         else:
@@ -175,7 +178,10 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
         )
     )
     positions = iter(range(sum(weight_needed)))
-    dweights = [Weight("dweight", next(positions)) if needed else None for needed in weight_needed]
+    dweights = [
+        Weight("dweight", next(positions), shape[2:]) if needed else None
+        for needed, shape in zip(weight_needed, s.weights, strict=True)
+    ]
 
     def load(begin: int, end: int, last: bool) -> Gradient:
         stored = Image("gradient", begin, end)
@@ -201,13 +207,13 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
         if s.per_layer == 2:
             y, y_moments = names.bottleneck(layer)
             if not s.keep_bottleneck:
-                program.norm_relu_conv(source, norm, Weight("weight", i), y, None, None, None, 1.0)
+                program.norm_relu_conv(source, norm, names.weight(i), y, None, None, None, 1.0)
             dy, own = Image("dbottleneck", 0, s.width), Vector("own_correction", 0, 0, s.width, s.width)
             program.norm_relu_conv_backward(
                 grad,
                 y,
                 names.norm(i + 1, y_moments),
-                Weight("weight", i + 1),
+                names.weight(i + 1),
                 dy,
                 False,
                 dweights[i + 1],
@@ -224,7 +230,7 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
             grad,
             source,
             norm,
-            Weight("weight", i),
+            names.weight(i),
             Image("gradient", 0, width),
             True,
             dweights[i],

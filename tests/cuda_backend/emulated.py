@@ -133,6 +133,20 @@ class Emulated:
             _present(dx, owed.dweight, owed.dbias, owed.correction),
         )
 
+    def update_running(
+        self, batches: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], momenta: Sequence[float], factor: float
+    ) -> None:
+        """Arguments as of :func:`problems.update_running`."""
+        running = [tensor for kind in buffers for tensor in kind]
+        self._run(
+            "update_running",
+            lambda at: problems.update_running(at, batches, buffers, momenta, factor),
+            batches[0],
+            batches,
+            running,
+            running,
+        )
+
     def norm_relu_conv(
         self,
         x: Tensor,

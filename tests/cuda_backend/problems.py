@@ -1,6 +1,7 @@
 """The structs of csrc/problem.h and csrc/cuda/launch.h, filled from tensors that lie in an arena."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from arena import Arena
@@ -117,11 +118,24 @@ class NormReluPoolBackward(ctypes.Structure):
     ]
 
 
+class RunningUpdate(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("batch_mean", "batch_var", "mean", "var", "count")),
+        *((name, _i64) for name in ("channels", "mean_stride", "var_stride")),
+        ("momentum", ctypes.c_double),
+    ]
+
+
+class RunningUpdates(ctypes.Structure):
+    _fields_ = [("data", ctypes.POINTER(RunningUpdate)), ("count", _i64), ("factor", ctypes.c_double)]
+
+
 PROBLEMS = {
     "place": Place,
     "place_backward": PlaceBackward,
     "norm_relu_pool": NormReluPool,
     "norm_relu_pool_backward": NormReluPoolBackward,
+    "update_running": RunningUpdates,
     "forward": Forward,
     "backward": Backward,
 }
@@ -147,6 +161,19 @@ def norm_relu_pool_backward(
     pools = grad.shape != x.shape
     images = _pixels(at, grad), _pixels(at, x), _norm(at, norm, x), _pixels(at, dx)
     return NormReluPoolBackward(_stem_shape(x), pools, *images, _owed(at, owed))
+
+
+def update_running(
+    at: Arena, batches: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], momenta: Sequence[float], factor: float
+) -> RunningUpdates:
+    """``batches`` are ``(2, channels)``, ``buffers`` the means, variances and counts of the norms."""
+    updates = [
+        RunningUpdate(
+            *(at.address(t) for t in (*batch, mean, var, count)), len(mean), mean.stride(0), var.stride(0), momentum
+        )
+        for batch, mean, var, count, momentum in zip(batches, *buffers, momenta, strict=True)
+    ]
+    return RunningUpdates((RunningUpdate * len(updates))(*updates), len(updates), factor)
 
 
 def forward(

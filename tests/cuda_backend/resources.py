@@ -104,6 +104,13 @@ def _problems(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, ctypes.St
     for a in (x, pooled):
         yield "norm_relu_pool", problems.norm_relu_pool(at, x, norm, a)  # type: ignore[arg-type]
         yield "norm_relu_pool_backward", problems.norm_relu_pool_backward(at, a, x, norm, x, owed)  # type: ignore[arg-type]
+    buffers = [
+        vectors(layer.channels, 1),
+        vectors(layer.channels, 1),
+        [torch.empty((), dtype=torch.int64, device="meta")],
+    ]
+    batch = torch.empty(2, layer.channels, device="meta")
+    yield "update_running", problems.update_running(at, [batch], buffers, [0.1], 1.0)  # type: ignore[arg-type]
     yield "forward", problems.forward(at, x, norm, weight, out, *moments)  # type: ignore[arg-type]
     for accumulate in (False, True):
         arguments = (grad, x, norm, weight, x, accumulate, weight, owed)

@@ -1,5 +1,6 @@
 """The operators of csrc/cuda_binding.cpp, called through torch.ops over the kernels that the runner executes."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,46 @@ def test_a_block_in_16_bits(backend: Any, dtype: torch.dtype) -> None:
     mine, eager = step(ours, x.to(dtype), autocast=dtype), step(theirs, x.to(dtype), autocast=dtype)
     assert mine["output"].dtype == dtype
     assert_no_worse(mine, eager, step(theirs.double(), x.to(dtype).double()))
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True], ids=["kept", "recomputed"])
+def test_a_program_is_its_calls(backend: Any, memory_efficient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block whole, or call by call where the table leaves another backend some of it."""
+    x, block = bimodal(2, 16, 4, 5), FusedDenseBlock(2, 16, 2, 8, memory_efficient=memory_efficient)
+    runs: list[int] = []
+    whole = backend.run_program
+    monkeypatch.setattr(backend, "run_program", lambda code, operands: runs.append(1) or whole(code, operands))
+    at_once = step(copy.deepcopy(block), x)
+    assert len(runs) == 2  # forward, backward
+    monkeypatch.setattr(backend, "runs_program", lambda device, dtype, pixels, kinds: False)
+    one_by_one = step(block, x)
+    assert len(runs) == 2
+    for name, result in one_by_one.items():
+        assert torch.equal(at_once[name], result), name
+
+
+def test_another_backends_calls_are_not_in_a_program(backend: Any) -> None:
+    here, kinds = (torch.device("cpu"), torch.float32), frozenset({("place", ()), ("norm_relu_conv", (3, 3))})
+    assert backend.runs_program(*here, 100, kinds)
+    with choice.preferring({ShapeClass("norm_relu_conv", "3", "few"): ("eager",)}):
+        assert not backend.runs_program(*here, 100, kinds)
+        assert backend.runs_program(*here, choice.FEW, kinds)
+    assert not backend.runs_program(*here, 100, frozenset({("norm_relu_conv", (15, 15))}))
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (torch.tensor([9]), "expected the number of a function"),
+        (torch.tensor([0, 7, 0, 0, 4]), "there is no operand 7"),
+        (torch.tensor([0, 0, 0, 0, 9]), "expected 9 channels, got 4"),
+        (torch.tensor([0, 0, 0]), "expected more numbers"),
+        (torch.tensor([0.0]), "expected a contiguous tensor of int64"),
+    ],
+)
+def test_a_bad_program_is_refused(operators: Any, code: Tensor, said: str) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        operators.run_program(code, [torch.ones(2, 4, 3, 3)])
 
 
 @pytest.mark.parametrize("sizes", [(4, 5), (3, 4, 2)], ids=str)

@@ -1,7 +1,8 @@
 """Running statistics: torch's rules for what is counted, and that a batch counts once, wherever its forward pass runs."""
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from fused_densenet import FusedDenseBlock, FusedFeatures, FusedTransition, fuse, reference
+from fused_densenet.fallback.reasons import quiet
 
 Call = Callable[[Tensor], Tensor]
 
@@ -36,6 +38,23 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "transition": lambda: FusedTransition(4, 3).double(),
     "stem": lambda: FusedFeatures(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1)).double(),
 }
+
+UNFUSED: dict[str, Callable[[], nn.Module]] = {
+    "block": lambda: reference.DenseBlock(2, 4, 2, 4),
+    "transition": lambda: reference.Transition(4, 3),
+    "stem": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+}
+
+
+def pair(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A fused module and the unfused one with the same parameters, in float64."""
+    ours, theirs = MODULES[kind](), UNFUSED[kind]().double()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def norms_of(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
 
 
 def assert_counted_once(module: nn.Module, before: nn.Module, x: Tensor) -> None:
@@ -262,19 +281,15 @@ CHANGES = [without_running, without_count, untracked, cumulative, evaluating]
 @pytest.mark.parametrize("second", CHANGES)
 @pytest.mark.parametrize("first", CHANGES)
 @pytest.mark.parametrize("where", ["all norms", "one norm"])
-@pytest.mark.parametrize("kind", ["block", "transition"])
+@pytest.mark.parametrize("kind", MODULES)
 def test_rules_of_torchs_norm(
     kind: str, where: str, first: Callable[[Any], None], second: Callable[[Any], None]
 ) -> None:
-    ours = MODULES[kind]()
-    theirs = {"block": lambda: reference.DenseBlock(2, 4, 2, 4), "transition": lambda: reference.Transition(4, 3)}[
-        kind
-    ]()
-    theirs.double().load_state_dict(ours.state_dict())
+    ours, theirs = pair(kind)
     x = images().detach()
     for module in (ours, theirs):
         module(x)
-        norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+        norms = norms_of(module)
         for norm in norms if where == "all norms" else norms[:1]:
             first(norm), second(norm)
     for _ in range(2):
@@ -282,10 +297,46 @@ def test_rules_of_torchs_norm(
     assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")
 
 
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def outcome(module: nn.Module, x: Tensor) -> tuple[Tensor, str]:
+    """Its result, or the error."""
+    try:
+        return module(x), ""
+    except (RuntimeError, ValueError) as error:
+        return torch.empty(0), f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("missing", [names for n in range(4) for names in itertools.combinations(BUFFERS, n)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", MODULES)
+def test_missing_buffers(
+    kind: str, momentum: float | None, tracked: bool, training: bool, missing: Sequence[str]
+) -> None:
+    """Also the error that torch's norm raises, and what the norms before it have counted by then."""
+    ours, theirs = pair(kind)
+    x = images().detach()
+    for module in (ours, theirs):
+        module(x)
+        module.train(training)
+        last = norms_of(module)[-1]
+        last.momentum, last.track_running_stats = momentum, tracked
+        for name in missing:
+            setattr(last, name, None)
+    for _ in range(2):
+        with quiet():
+            (actual, error), (expected, their_error) = outcome(ours, x), outcome(theirs, x)
+        assert error == their_error
+        torch.testing.assert_close(actual, expected)
+    assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_shared_norm_counts_every_batch(momentum: float | None) -> None:
-    ours, theirs = block(), reference.DenseBlock(2, 4, 2, 4).double()
-    theirs.load_state_dict(ours.state_dict())
+    ours, theirs = pair("block")
     for module in (ours, theirs):
         norm: Any = module.get_submodule("denselayer1.norm2")
         norm.momentum = momentum

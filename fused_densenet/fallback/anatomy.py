@@ -160,10 +160,10 @@ def norm_relu_reasons(
     reasons = []
     if norm is None:
         reasons.append(f"{norm_name} is missing")
-    elif seen and isinstance(norm, NORMS):
-        pass
-    elif not is_batch_norm(norm):
+    elif not is_batch_norm(norm) and not (seen and isinstance(norm, NORMS)):
         reasons.append(f"{norm_name} is a {type(norm).__name__}")
+    elif (norm.running_mean is None) != (norm.running_var is None):
+        reasons.append(f"{norm_name} has only one of running_mean and running_var")
     elif type(norm._modules.get("drop", _IDENTITY)) is not nn.Identity:
         reasons.append(f"{norm_name} contains a {type(norm.drop).__name__}")
     if not activations:

@@ -11,23 +11,40 @@ import torch
 TESTS = pathlib.Path(__file__).parent / "test_cpu_primitives.py"
 REPORT = (
     "import torch; from fused_densenet.backends import cpu, extension; "
-    "print(cpu.instruction_set(extension.cpu, torch.float32))"
+    "print(*(cpu.instruction_set(extension.cpu, dtype) for dtype in (torch.float32, torch.bfloat16)))"
 )
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
+"""As torch names them, the least first."""
 
 
-@pytest.mark.parametrize(("capability", "instruction_set"), [("avx2", "avx2"), ("default", "portable")])
-def test_primitives_with(capability: str, instruction_set: str) -> None:
-    has_avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "HYPOTHESIS_PROFILE": "quick"}
-    reported = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=TESTS.parent.parent,
-    ).stdout.strip()
-    assert reported == (instruction_set if has_avx2 else "portable")
+def here(capability: str) -> tuple[str, str]:
+    """The instruction sets for float32 and bfloat16 that this machine has of a capability."""
+    if capability == "AVX512":
+        has_dot_products = torch.cpu._is_avx512_bf16_supported()
+        return "avx512", "avx512_bf16" if has_dot_products else "avx512"
+    name = {"DEFAULT": "portable", "AVX2": "avx2"}[capability]
+    return name, name
+
+
+def reported(environment: dict[str, str]) -> tuple[str, ...]:
+    command = [sys.executable, "-c", REPORT]
+    folder = TESTS.parent.parent
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=folder)
+    return tuple(run.stdout.split())
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_primitives_with(capability: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower(), "HYPOTHESIS_PROFILE": "quick"}
+    most = torch.backends.cpu.get_cpu_capability()
+    least = min(capability, most if most in CAPABILITIES else "DEFAULT", key=CAPABILITIES.index)
+    assert reported(environment) == here(least)
     command = [sys.executable, "-m", "pytest", "-q", "-k", "not eager and not same_bits", str(TESTS)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent.parent)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-1000:]
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="a processor without AMX")
+def test_bfloat16_runs_in_amx_tiles_where_the_system_lends_them() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    assert reported(environment) == (("avx512", "avx512_amx") if torch.cpu._init_amx() else here("AVX512"))

@@ -20,8 +20,9 @@ class BackwardKernel {
         packed_(f.shape, true),
         windows_(f.shape),
         grad_blocks_(ceil_div(packed_.row_elements(), kBlock)),
-        ld_dweight_(ceil_div(f.shape.out, kWidth) * kWidth),
-        pixel_blocks_(ceil_div(ld_dweight_, kBlock)) {
+        pixel_blocks_(ceil_div(f.shape.out, kBlock)),
+        dweight_rows_(round_up(f.shape.out, kWhole)),
+        ld_dweight_(round_up(f.shape.in, kWidth)) {
     const int64_t operands = grad_blocks_ + 1 + (P::pair == 2 ? pixel_blocks_ : 0);
     grid_ = plan_grid(f.shape, operands * kBlock * sizeof(E) + kBlock * sizeof(A), threads, packed_.winograd);
     parts_ = parts_of(grid_, threads);
@@ -29,13 +30,15 @@ class BackwardKernel {
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(norm_.given() ? 2 * grid_.count() * f.shape.in : 0);
     partial_dbias_ = arena.take<A>(needs_dbias() ? grid_.count() * f.shape.out : 0);
-    dweight_size_ = needs_dweight() ? packed_.taps * f.shape.in * ld_dweight_ : 0;
+    dweight_size_ = needs_dweight() ? packed_.taps * dweight_rows_ * ld_dweight_ : 0;
     dweight_ = arena.take<A>(dweight_size_ * parts_);
     for_parts_ = arena.used();
-    grad_ = arena.take<E>(grad_blocks_ * grid_.padded_pixels() * kBlock);
-    grad_by_pixel_ = arena.take<E>(P::pair == 2 ? pixel_blocks_ * grid_.pixels() * kBlock : 0);
-    activation_ = arena.take<E>(grid_.padded_pixels() * kBlock);
-    result_ = arena.take<A>(grid_.pixels() * kBlock);
+    grad_ = arena.take<E>((grad_blocks_ * grid_.padded_pixels() + kWhole - 1) * kBlock);
+    const int64_t pairs = kWhole > 1 ? grid_.box[0] * plane_pairs(grid_.box[1], grid_.box[2]) : grid_.pixels();
+    grad_by_pixel_ = arena.take<E>(P::pair == 2 ? pixel_blocks_ * pairs * kBlock : 0);
+    activation_size_ = (grid_.padded_pixels() + (kWhole > 1 ? 2 * kWhole : 0)) * kBlock;
+    activation_ = arena.take<E>(activation_size_);
+    result_ = arena.take<A>((result_pixels(grid_) + kWhole - 1) * kBlock);
     steps_ = arena.take<Step>(f.shape.taps() * grad_blocks_);
     product_ = {f.shape.out, kBlock};
     patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
@@ -55,7 +58,10 @@ class BackwardKernel {
       packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
     if (!f_.accumulate) clear_pixels_without_a_window(parallel);
     parallel_for(parallel, parts_, [&](int64_t part) {
+      const TileRegisters registers;
       std::memset(dweight_ + part * dweight_size_, 0, static_cast<size_t>(dweight_size_) * sizeof(A));
+      // Behind a box's last pixel: what is there meets gradients of zero.
+      if (kWhole > 1) std::memset(of_part(activation_, part), 0, static_cast<size_t>(activation_size_) * sizeof(E));
       const Range boxes = split(grid_.count(), parts_, part);
       for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
     });
@@ -65,9 +71,11 @@ class BackwardKernel {
     }
     if (!needs_dweight()) return;
     if (f_.dweight.is_float)
-      write_dweight<A, float>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
+      write_dweight<A, float>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, dweight_rows_, ld_dweight_,
+                              parallel);
     else
-      write_dweight<A, T>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, ld_dweight_, parallel);
+      write_dweight<A, T>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, dweight_rows_, ld_dweight_,
+                          parallel);
   }
 
  private:
@@ -84,7 +92,7 @@ class BackwardKernel {
 
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
-    const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
+    const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
     const int64_t padded = (b.size[0] + 2 * grid_.margin[0]) * height * width;
     load_gradient(b, part, padded, width);
     if (needs_dbias()) sum_gradient(b, partial_dbias_ + i * f_.shape.out);
@@ -128,12 +136,13 @@ class BackwardKernel {
                           least(kBlock, packed_.row_elements() - k * kBlock)};
       }
     }
+    const Runs runs(grid_, b);
     for (int64_t d = 0; d < b.size[0]; ++d) {
-      for (int64_t h = 0; h < b.size[1]; ++h) {
+      for (int64_t h = 0; h < runs.count; ++h) {
         multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
                                       weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
-                                      of_part(result_, part) + (d * b.size[1] + h) * b.size[2] * kBlock, kBlock,
-                                      b.size[2], channels, steps, count, false, prefetch);
+                                      of_part(result_, part) + (d * b.size[1] + h) * result_width(grid_, b) * kBlock,
+                                      kBlock, runs.pixels, channels, steps, count, false, prefetch);
       }
     }
   }
@@ -172,7 +181,7 @@ class BackwardKernel {
     prefetch.add(static_cast<const T*>(f_.dx.data) + from * f_.dx.ld + next, pixels, bytes, f_.dx.ld * sizeof(T));
     int64_t calls = packed_.winograd ? b.size[0] * product_.calls({b.size[1], b.size[2]})
                                      : b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock);
-    if (needs_dweight()) calls += packed_.taps * tiles_of<P, Reduce::pixels>(kBlock, f_.shape.out);
+    if (needs_dweight()) calls += packed_.taps * tiles_of<P, Reduce::pixels>(f_.shape.out, kBlock);
     prefetch.spread(calls);
     return prefetch;
   }
@@ -188,6 +197,17 @@ class BackwardKernel {
                            of_part(grad_, part) + (k * padded + row * width) * kBlock);
       }
     });
+#if defined(FD_AMX)
+    if (!needs_dweight()) return;
+    const int64_t pairs = plane_pairs(b.size[1], b.size[2]);
+    for (int64_t n = 0; n < f_.shape.out; n += kWhole) {
+      for (int64_t d = 0; d < b.size[0]; ++d) {
+        Loader::transposed_pairs(gradient, grid_.pixel(b, d, 0, 0), grid_.image[2], b.size[1], b.size[2], width, pairs,
+                                 n, static_cast<int>(least(kWhole, f_.shape.out - n)),
+                                 of_part(grad_by_pixel_, part) + (n * b.size[0] + d * kWhole) * pairs);
+      }
+    }
+#else
     if constexpr (P::pair == 2) {
       if (!needs_dweight()) return;
       const int64_t pixels = grid_.pixels();
@@ -199,6 +219,7 @@ class BackwardKernel {
         }
       });
     }
+#endif
   }
 
   // Of a box without its margin, which its neighbours sum.
@@ -215,6 +236,11 @@ class BackwardKernel {
   }
 
   int64_t row_elements(const Box& b) const { return ceil_div(b.size[2], P::pair); }
+
+  // Of a plane with the margins between its rows.
+  int64_t plane_pairs(int64_t height, int64_t width) const {
+    return round_up(ceil_div((height - 1) * grid_.padded_width(width) + width, 2), kWhole);
+  }
 
   template <class S>
   void load_activation(const S& source, const Box& b, int64_t part, int64_t c, int64_t channels, int64_t width) const {
@@ -242,9 +268,9 @@ class BackwardKernel {
                               gradients);
           const Step step{0, 0, tiles};
           for (int64_t i = 0; i < kPositions; ++i) {
-            A* dweight = dweight_ + part * dweight_size_ + (i * f_.shape.in + c) * ld_dweight_ + k * kBlock;
-            multiply<P, Reduce::pixels>(patches + i * tiles * kBlock, 1, gradients + i * tiles * kBlock, kWidth,
-                                        dweight, ld_dweight_, channels, count, &step, 1, true, prefetch);
+            A* dweight = dweight_ + part * dweight_size_ + (i * dweight_rows_ + k * kBlock) * ld_dweight_ + c;
+            multiply<P, Reduce::pixels>(gradients + i * tiles * kBlock, 1, patches + i * tiles * kBlock, kWidth,
+                                        dweight, ld_dweight_, count, channels, &step, 1, true, prefetch);
           }
         }
       }
@@ -253,26 +279,29 @@ class BackwardKernel {
 
   void weight_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t height, int64_t width,
                        Prefetch& prefetch) const {
-    const E* a = of_part(activation_, part);
-    const int64_t block_size =
-        (P::pair == 2 ? grid_.pixels() : (b.size[0] + 2 * grid_.margin[0]) * height * width) * kBlock;
+    const Runs runs(grid_, b);
+    const int64_t run_elements = kWhole > 1 ? plane_pairs(b.size[1], b.size[2]) : row_elements(b);
+    const bool with_margin = P::pair == 1;  // the gradient as it lies
+    const int64_t gradient_rows = with_margin ? (b.size[0] + 2 * grid_.margin[0]) * height * width
+                                              : (kWhole > 1 ? b.size[0] * run_elements : grid_.pixels());
     const E* gradient =
-        P::pair == 2 ? of_part(grad_by_pixel_, part) : of_part(grad_, part) + margin_pixels(height, width) * kBlock;
+        with_margin ? of_part(grad_, part) + margin_pixels(height, width) * kBlock : of_part(grad_by_pixel_, part);
     Step* steps = of_part(row_steps_, part);
+    int64_t count = 0;
     for (int64_t d = 0; d < b.size[0]; ++d) {
-      for (int64_t h = 0; h < b.size[1]; ++h) {
-        const int64_t row = d * b.size[1] + h, padded_row = d * height + h;
-        steps[row] = {padded_row * width * kBlock, (P::pair == 2 ? row * row_elements(b) : padded_row * width) * kBlock,
-                      row_elements(b)};
+      for (int64_t h = 0; h < runs.count; ++h, ++count) {
+        const int64_t padded = (d * height + h) * width * kBlock;
+        const int64_t a = with_margin ? padded : count * run_elements * (kWhole > 1 ? kWhole : kBlock);
+        steps[count] = {a, padded, run_elements};
       }
     }
     A* dweight = dweight_ + part * dweight_size_;
     for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
+      const E* activation = of_part(activation_, part) + tap_pixel(f_.shape, tap, height, width) * kBlock;
       for (int64_t k = 0; k < pixel_blocks_; ++k) {
-        multiply<P, Reduce::pixels>(a + tap_pixel(f_.shape, tap, height, width) * kBlock, 1, gradient + k * block_size,
-                                    kWidth, dweight + (tap * f_.shape.in + c) * ld_dweight_ + k * kBlock, ld_dweight_,
-                                    channels, least(kBlock, f_.shape.out - k * kBlock), steps, b.size[0] * b.size[1],
-                                    true, prefetch);
+        multiply<P, Reduce::pixels>(gradient + k * gradient_rows * kBlock, kWhole > 1 ? gradient_rows : 1, activation,
+                                    kWidth, dweight + (tap * dweight_rows_ + k * kBlock) * ld_dweight_ + c, ld_dweight_,
+                                    least(kBlock, f_.shape.out - k * kBlock), channels, steps, count, true, prefetch);
       }
     }
   }
@@ -285,9 +314,8 @@ class BackwardKernel {
   template <class F>
   void for_each_pixel(const Box& b, int64_t part, F f) const {
     if (!pools()) {
-      int64_t row = 0;
-      for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
-        for (int64_t w = 0; w < b.size[2]; ++w, ++row) f(first + w, row);
+      for_each_row(grid_, b, false, [&](int64_t row, int64_t first, int64_t, int64_t) {
+        for (int64_t w = 0; w < b.size[2]; ++w) f(first + w, row * result_width(grid_, b) + w);
       });
       return;
     }
@@ -346,7 +374,7 @@ class BackwardKernel {
   NormVectors<T> norm_;
   PackedWeight<P> packed_;
   Windows windows_;
-  int64_t grad_blocks_, ld_dweight_, pixel_blocks_, dweight_size_, parts_;
+  int64_t grad_blocks_, pixel_blocks_, dweight_rows_, ld_dweight_, dweight_size_, activation_size_, parts_;
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *grad_, *grad_by_pixel_, *activation_, *patches_;

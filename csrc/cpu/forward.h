@@ -27,8 +27,8 @@ class ForwardKernel {
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
-    operand_ = arena.take<E>(blocks_ * grid_.padded_pixels() * kBlock);
-    result_ = arena.take<A>(grid_.pixels() * ldc_);
+    operand_ = arena.take<E>((blocks_ * grid_.padded_pixels() + kWhole - 1) * kBlock);
+    result_ = arena.take<A>((result_pixels(grid_) + kWhole - 1) * ldc_);
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     steps_ = arena.take<Step>(f.shape.taps() * blocks_);
     product_ = {f.shape.in, f.shape.out};
@@ -47,6 +47,7 @@ class ForwardKernel {
     else
       packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
     parallel_for(parallel, parts_, [&](int64_t part) {
+      const TileRegisters registers;
       const Range boxes = split(grid_.count(), parts_, part);
       for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
     });
@@ -73,7 +74,7 @@ class ForwardKernel {
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
     A* result = of_part(result_, part);
-    const int64_t width = b.size[2] + 2 * grid_.margin[2], height = b.size[1] + 2 * grid_.margin[1];
+    const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
     with_activation<T>(f_.x, norm_, [&](const auto& activation) {
       if (pools()) {
@@ -98,7 +99,9 @@ class ForwardKernel {
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;
     A* m2 = wanted ? mean + f_.shape.out : nullptr;
     const auto runs = [&](auto f) {
-      for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) { f(first, b.size[2]); });
+      for_each_row(grid_, b, false, [&](int64_t row, int64_t first, int64_t, int64_t) {
+        f(first, b.size[2], row * result_width(grid_, b));
+      });
     };
     store_with_moments<T>(result, ldc_, b.size[0] * b.size[1] * b.size[2], f_.shape.out, static_cast<T*>(f_.out.data),
                           f_.out.ld, runs, mean, m2, {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)});
@@ -130,12 +133,14 @@ class ForwardKernel {
                           least(kBlock, packed_.row_elements() - k * kBlock)};
       }
     }
-    prefetch.spread(b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], f_.shape.out));
+    const Runs runs(grid_, b);
+    prefetch.spread(b.size[0] * runs.count * tiles_of<P, Reduce::channels>(runs.pixels, f_.shape.out));
     for (int64_t d = 0; d < b.size[0]; ++d) {
-      for (int64_t h = 0; h < b.size[1]; ++h) {
+      for (int64_t h = 0; h < runs.count; ++h) {
         multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
-                                      packed_.panel_size(), result + (d * b.size[1] + h) * b.size[2] * ldc_, ldc_,
-                                      b.size[2], f_.shape.out, steps, count, false, prefetch);
+                                      packed_.panel_size(),
+                                      result + (d * b.size[1] + h) * result_width(grid_, b) * ldc_, ldc_, runs.pixels,
+                                      f_.shape.out, steps, count, false, prefetch);
       }
     }
   }

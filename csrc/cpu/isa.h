@@ -14,6 +14,7 @@ FD_DECLARE(portable)
 FD_DECLARE(avx2)
 FD_DECLARE(avx512)
 FD_DECLARE(avx512_bf16)
+FD_DECLARE(avx512_amx)
 #endif
 #undef FD_DECLARE
 

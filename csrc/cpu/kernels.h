@@ -5,6 +5,7 @@
 // vec.h comes first: everything below is written in its vectors.
 #include "tile.h"
 // clang-format off
+#include "amx.h"
 #include "arena.h"
 #include "norm.h"
 #include "operands.h"

@@ -151,7 +151,9 @@ struct Grid {  // how an image is cut into boxes
   }
   int64_t count() const { return images * parts[0] * parts[1] * parts[2]; }
   int64_t pixels() const { return box[0] * box[1] * box[2]; }
-  int64_t padded(int i) const { return box[i] + 2 * margin[i]; }
+  int64_t padded(int i) const { return i == 2 ? padded_width(box[2]) : box[i] + 2 * margin[i]; }
+  // Where rows are multiplied as one with the margins between them, pairs of pixels begin anew in each.
+  int64_t padded_width(int64_t size) const { return round_up(size + 2 * margin[2], kWhole > 1 ? 2 : 1); }
   int64_t padded_pixels() const { return padded(0) * padded(1) * padded(2); }
   Box at(int64_t i) const {
     Box b;
@@ -258,6 +260,27 @@ struct Fill<Paired, S> {
       }
     }
   }
+#if defined(FD_AMX)
+  // `pairs` pairs of up to 16 channels as registers of A: of `height` rows that begin `image_width` pixels apart, as if
+  // `padded_width` pixels apart with zeros between and behind them.
+  static void transposed_pairs(const S& s, int64_t first, int64_t image_width, int64_t height, int64_t width,
+                               int64_t padded_width, int64_t pairs, int64_t c, int n, uint32_t* out) {
+    int64_t w = 0, h = 0;
+    for (int64_t begin = 0; begin < pairs; begin += kWhole, out += kWhole * kWhole) {
+      __m512i rows[kWhole];
+      for (int i = 0; i < kWhole; ++i) {
+        const bool inside = h < height && w < width;
+        const int64_t pixel = first + h * image_width + w;
+        const VecF a = inside ? s.at(pixel, c, n) : VecF::zero();
+        const VecF b = inside && w + 1 < width ? s.at(pixel + 1, c, n) : VecF::zero();
+        rows[i] = pair_pixels(a, b);
+        w += 2;
+        if (w >= padded_width) w = 0, ++h;
+      }
+      transpose(rows, out);
+    }
+  }
+#endif
 };
 #endif
 

@@ -58,7 +58,7 @@ class PlaceKernel {
       A* m2 = wanted ? mean + f_.shape.out : nullptr;
       store_with_moments<T>(
           numbers, kBlock, pixels, channels, f_.out.data == nullptr ? nullptr : static_cast<T*>(f_.out.data) + c,
-          f_.out.ld, [&](auto f) { f(i * kRun, pixels); }, mean, m2);
+          f_.out.ld, [&](auto f) { f(i * kRun, pixels, 0); }, mean, m2);
     }
   }
 

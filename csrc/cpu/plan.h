@@ -36,6 +36,18 @@ inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, 
   return g;
 }
 
+// The pixels of a plane that are multiplied together: each row by itself, or all of them with the margins between.
+struct Runs {
+  int64_t count, pixels;
+  Runs(const Grid& g, const Box& b)
+      : count(kWhole > 1 ? 1 : b.size[1]),
+        pixels(kWhole > 1 ? (b.size[1] - 1) * g.padded_width(b.size[2]) + b.size[2] : b.size[2]) {}
+};
+
+// From one row of results to the next.
+inline int64_t result_width(const Grid& g, const Box& b) { return kWhole > 1 ? g.padded_width(b.size[2]) : b.size[2]; }
+inline int64_t result_pixels(const Grid& g) { return g.box[0] * g.box[1] * (kWhole > 1 ? g.padded(2) : g.box[2]); }
+
 inline int64_t parts_of(const Grid& g, int threads) { return least(g.count(), threads); }
 
 }  // namespace fused_densenet::FD_ISA

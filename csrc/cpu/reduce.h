@@ -20,7 +20,7 @@ struct Epilogue {
 
 // Stores a tile of numbers c[row][ldc] as `columns` channels of out and takes, of the values as stored, mean and the
 // sum of squared deviations per channel, unless `mean` is null; with a null `out` nothing is stored. `runs(f)` calls
-// f(pixel, count) for each run of neighbouring pixels that the rows are, in their order.
+// f(pixel, count, row) for each run of neighbouring pixels, which begins at a row of c.
 template <class T, class F>
 void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t columns, T* out, int64_t ld, F runs,
                         Accumulate<T>* mean, Accumulate<T>* m2, const Epilogue<Accumulate<T>>& epilogue = {}) {
@@ -29,13 +29,16 @@ void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t col
   for (int64_t j = 0; j < columns; j += V::size) {
     const int n = static_cast<int>(least(V::size, columns - j));
     V sum = V::zero();
-    A* from = c + j;
     if (epilogue.bias != nullptr) {
       const auto finish = epilogue.column(j, n);
-      for (int64_t r = 0; r < rows; ++r) store(from + r * ldc, finish(load(from + r * ldc)));
+      runs([&](int64_t, int64_t count, int64_t row) {
+        A* p = c + row * ldc + j;
+        for (int64_t i = 0; i < count; ++i, p += ldc) store(p, finish(load(p)));
+      });
     }
     const auto column = [&](int lanes) {  // a constant for whole vectors
-      runs([&](int64_t pixel, int64_t count) {
+      runs([&](int64_t pixel, int64_t count, int64_t row) {
+        A* from = c + row * ldc + j;
         if (out == nullptr) {
           for (int64_t i = 0; i < count; ++i, from += ldc) sum += load(from);
           return;
@@ -58,11 +61,14 @@ void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t col
     const V share = V::all(A(1) / static_cast<A>(rows));
     const V average = sum * share;
     V squares = V::zero(), rest = V::zero();
-    for (int64_t r = 0; r < rows; ++r) {
-      const V d = load(c + r * ldc + j) - average;
-      squares = fma(d, d, squares);
-      rest += d;
-    }
+    runs([&](int64_t, int64_t count, int64_t row) {
+      const A* from = c + row * ldc + j;
+      for (int64_t i = 0; i < count; ++i, from += ldc) {
+        const V d = load(from) - average;
+        squares = fma(d, d, squares);
+        rest += d;
+      }
+    });
     store(mean + j, fma(rest, share, average), n);
     store(m2 + j, squares - rest * rest * share, n);
   }

@@ -7,10 +7,14 @@ namespace fused_densenet::FD_ISA {
 
 constexpr int kBlock = 64;  // elements from one row of an operand in scratch memory to the next
 
-#if defined(FD_AVX512)
-constexpr int kTileRows = 14;  // 14 x 2 accumulators, 2 vectors of B, 1 of A: 31 of 32 registers
+// Tiles come in multiples of kWhole rows, the reduction in multiples of kWhole elements: memory behind the last row can
+// be read and written, elements behind the last one are zero.
+#if defined(FD_AMX)
+constexpr int kTileRows = 32, kWhole = 16;  // amx.h
+#elif defined(FD_AVX512)
+constexpr int kTileRows = 14, kWhole = 1;  // 14 x 2 accumulators, 2 vectors of B, 1 of A: 31 of 32 registers
 #else
-constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 vectors of B, 1 of A: 15 of 16 registers
+constexpr int kTileRows = 6, kWhole = 1;  // 6 x 2 accumulators, 2 vectors of B, 1 of A: 15 of 16 registers
 #endif
 constexpr int kTileVectors = 2;
 
@@ -46,15 +50,15 @@ struct Step {
 };
 
 // How A and B lie in memory: reduction over channels (A's rows are pixels, B is a packed weight), or over pixels (A's
-// rows are channels; B holds the gradient, one block of channels a pixel).
+// rows are channels of the gradient; B holds the activations, one block of channels a pixel).
 enum class Reduce { channels, pixels };
 
 template <class P, Reduce R>
 struct Layout {
   static constexpr int panel = kTileVectors * Vec<typename P::Acc>::size;
   static constexpr int a_row = R == Reduce::channels ? kBlock : 1;
-  static constexpr int a_k = R == Reduce::channels ? 1 : P::pair * kBlock;
-  static constexpr int b_k = R == Reduce::channels ? panel : kBlock;
+  static constexpr int a_k = R == Reduce::channels ? 1 : kBlock;
+  static constexpr int b_k = R == Reduce::channels ? panel : P::pair * kBlock;
 };
 
 template <class P, Reduce R, int rows, int vectors>
@@ -116,6 +120,7 @@ struct Range {
 };
 inline Range split(int64_t count, int64_t parts, int64_t i) { return {count * i / parts, count * (i + 1) / parts}; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 

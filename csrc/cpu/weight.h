@@ -38,7 +38,7 @@ struct PackedWeight {
         taps(use_winograd<P>(s) ? kPositions : s.taps()),
         transposed(transposed),
         winograd(use_winograd<P>(s)) {}
-  int64_t row_elements() const { return ceil_div(rows, P::pair); }
+  int64_t row_elements() const { return round_up(ceil_div(rows, P::pair), kWhole); }
   int64_t panels() const { return ceil_div(columns, width); }
   int64_t panel_size() const { return taps * row_elements() * width; }
   int64_t bytes() const { return panels() * panel_size() * static_cast<int64_t>(sizeof(E)); }
@@ -85,7 +85,8 @@ struct PackedWeight {
       const int64_t tap_step = winograd ? width : row_elements() * width, row_step = winograd ? 9 * width : width;
       const auto take = [&](int64_t r, int64_t j, int64_t offset, int64_t tap) {
         const W* w = first + r * P::pair * row_stride + j * column_stride + offset;
-        target[tap * tap_step + (r - begin) * row_step + j] = element<T>(w, P::pair * r + 1 < rows ? row_stride : 0);
+        const bool inside = P::pair * r < rows, beside = P::pair * r + 1 < rows;
+        target[tap * tap_step + (r - begin) * row_step + j] = inside ? element<T>(w, beside ? row_stride : 0) : E{};
       };
       // Whatever lies together in memory, taps or else rows or columns, is read together.
       const int64_t inner = least(row_stride, column_stride);
@@ -127,52 +128,45 @@ struct PackedWeight {
   }
 };
 
-// The weight's gradient: `parts` partial sums [part][tap or position][in][ld], added in that order and written where
-// the module holds it.
+// The weight's gradient: `parts` partial sums [part][tap or position][rows][ld] of outputs x inputs, added in that
+// order and written where the module holds it.
 template <class A, class W>
-void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts, int64_t ld,
-                   const Parallel& parallel) {
+void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts, int64_t rows,
+                   int64_t ld, const Parallel& parallel) {
   using V = Vec<A>;
-  const int64_t terms = winograd ? kPositions : s.taps();
-  constexpr int64_t task_rows = 16;
-  parallel_for(parallel, ceil_div(s.in, task_rows), [&](int64_t task) {
-    const int64_t begin = task * task_rows, end = least(s.in, begin + task_rows);
-    const auto write = [&](int64_t tap, int64_t n, int64_t c, int64_t lanes, const A* numbers) {
-      W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out + c * dweight.stride_in + dweight.tap(s, tap);
-      for (int64_t j = 0; j < lanes; ++j) store_number(w + j * dweight.stride_out, numbers[j]);
-    };
-    for (int64_t n = 0; n < s.out; n += V::size) {
-      const int64_t lanes = least(V::size, s.out - n);
-      const auto sum_of_parts = [&](int64_t term, int64_t c) {
-        const A* p = partial + (term * s.in + c) * ld + n;
+  constexpr int64_t most_terms = 9;
+  const int64_t terms = winograd ? kPositions : s.taps(), taps = s.taps();
+  parallel_for(parallel, s.out, [&](int64_t n) {
+    for (int64_t c = 0; c < s.in; c += V::size) {
+      const int lanes = static_cast<int>(least(V::size, s.in - c));
+      W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out + c * dweight.stride_in;
+      const auto sum_of_parts = [&](int64_t term) {
+        const A* p = partial + (term * rows + n) * ld + c;
         V sum = load(p);
-        for (int64_t i = 1; i < parts; ++i) sum += load(p + i * terms * s.in * ld);
+        for (int64_t i = 1; i < parts; ++i) sum += load(p + i * terms * rows * ld);
         return sum;
       };
-      if (terms == 1) {
-        A block[task_rows][V::size];  // turned here, so that both sides are contiguous
-        for (int64_t c = begin; c < end; ++c) store(block[c - begin], sum_of_parts(0, c));
-        W* w = static_cast<W*>(dweight.data) + n * dweight.stride_out;
-        for (int64_t j = 0; j < lanes; ++j, w += dweight.stride_out) {
-          for (int64_t c = begin; c < end; ++c) store_number(w + c * dweight.stride_in, block[c - begin][j]);
+      if constexpr (sizeof(A) == sizeof(W) || sizeof(W) == 2) {
+        if (terms == 1 && dweight.stride_in == 1) {
+          store(w, sum_of_parts(0), lanes);
+          continue;
         }
-        continue;
       }
-      for (int64_t c = begin; c < end; ++c) {
-        A numbers[V::size];
+      A numbers[most_terms][V::size];
+      for (int64_t first = 0; first < taps; first += most_terms) {
+        const int64_t count = least(most_terms, taps - first);
+        int64_t offsets[most_terms];
+        for (int64_t i = 0; i < count; ++i) offsets[i] = dweight.tap(s, first + i);
         if (winograd) {
-          V u[kPositions], taps[9];
-          for (int64_t i = 0; i < kPositions; ++i) u[i] = sum_of_parts(i, c);
-          transform_dweight(u, taps);
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            store(numbers, taps[tap]);
-            write(tap, n, c, lanes, numbers);
-          }
+          V u[kPositions], sums[9];
+          for (int64_t i = 0; i < kPositions; ++i) u[i] = sum_of_parts(i);
+          transform_dweight(u, sums);
+          for (int64_t i = 0; i < 9; ++i) store(numbers[i], sums[i]);
         } else {
-          for (int64_t tap = 0; tap < s.taps(); ++tap) {
-            store(numbers, sum_of_parts(tap, c));
-            write(tap, n, c, lanes, numbers);
-          }
+          for (int64_t i = 0; i < count; ++i) store(numbers[i], sum_of_parts(first + i));
+        }
+        for (int64_t j = 0; j < lanes; ++j) {
+          for (int64_t i = 0; i < count; ++i) store_number(w + j * dweight.stride_in + offsets[i], numbers[i][j]);
         }
       }
     }

@@ -110,34 +110,6 @@ inline void multiply<Paired, Reduce::pixels>(const uint32_t* a, int64_t a_stride
                         ldc, rows, columns, steps, count, accumulate, prefetch);
 }
 
-// 16 rows of 16 elements.
-inline void transpose(const __m512i* rows, uint32_t* out) {
-  __m512i x[16], y[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    x[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    x[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    y[i] = _mm512_unpacklo_epi64(x[i], x[i + 2]);
-    y[i + 1] = _mm512_unpackhi_epi64(x[i], x[i + 2]);
-    y[i + 2] = _mm512_unpacklo_epi64(x[i + 1], x[i + 3]);
-    y[i + 3] = _mm512_unpackhi_epi64(x[i + 1], x[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i low01 = _mm512_shuffle_i32x4(y[i], y[4 + i], 0x88),
-                  high01 = _mm512_shuffle_i32x4(y[i], y[4 + i], 0xdd);
-    const __m512i low23 = _mm512_shuffle_i32x4(y[8 + i], y[12 + i], 0x88),
-                  high23 = _mm512_shuffle_i32x4(y[8 + i], y[12 + i], 0xdd);
-    _mm512_storeu_si512(out + 16 * i, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_storeu_si512(out + 16 * (i + 4), _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_storeu_si512(out + 16 * (i + 8), _mm512_shuffle_i32x4(low01, low23, 0xdd));
-    _mm512_storeu_si512(out + 16 * (i + 12), _mm512_shuffle_i32x4(high01, high23, 0xdd));
-  }
-}
-
 #else
 
 struct TileRegisters {

@@ -52,10 +52,7 @@ class BackwardKernel {
 
   void run(const Parallel& parallel) const {
     norm_.make();
-    if (f_.weight.is_float)
-      packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
-    else
-      packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
+    packed_.template pack<T>(f_.shape, f_.weight, weight_, parallel);
     if (!f_.accumulate) clear_pixels_without_a_window(parallel);
     parallel_for(parallel, parts_, [&](int64_t part) {
       const TileRegisters registers;
@@ -70,12 +67,7 @@ class BackwardKernel {
       settle(partial_, grid_.count(), f_.shape.in, norm_, f_.owed, f_.shape.pixels(), f_.accumulate, parallel);
     }
     if (!needs_dweight()) return;
-    if (f_.dweight.is_float)
-      write_dweight<A, float>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, dweight_rows_, ld_dweight_,
-                              parallel);
-    else
-      write_dweight<A, T>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, dweight_rows_, ld_dweight_,
-                          parallel);
+    write_dweight<T>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, dweight_rows_, ld_dweight_, parallel);
   }
 
  private:

@@ -42,10 +42,7 @@ class ForwardKernel {
   void run(const Parallel& parallel) const {
     norm_.make();
     if (finishes()) read_bias<T>(f_.bias, f_.shape.out, bias_);
-    if (f_.weight.is_float)
-      packed_.template pack<T, float>(f_.shape, f_.weight, weight_, parallel);
-    else
-      packed_.template pack<T, T>(f_.shape, f_.weight, weight_, parallel);
+    packed_.template pack<T>(f_.shape, f_.weight, weight_, parallel);
     parallel_for(parallel, parts_, [&](int64_t part) {
       const TileRegisters registers;
       const Range boxes = split(grid_.count(), parts_, part);

@@ -6,6 +6,7 @@
 #include "tile.h"
 // clang-format off
 #include "amx.h"
+#include "transpose.h"
 #include "arena.h"
 #include "norm.h"
 #include "operands.h"

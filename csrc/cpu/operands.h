@@ -267,17 +267,18 @@ struct Fill<Paired, S> {
                                int64_t padded_width, int64_t pairs, int64_t c, int n, uint32_t* out) {
     int64_t w = 0, h = 0;
     for (int64_t begin = 0; begin < pairs; begin += kWhole, out += kWhole * kWhole) {
-      __m512i rows[kWhole];
+      VecF rows[kWhole];
       for (int i = 0; i < kWhole; ++i) {
         const bool inside = h < height && w < width;
         const int64_t pixel = first + h * image_width + w;
         const VecF a = inside ? s.at(pixel, c, n) : VecF::zero();
         const VecF b = inside && w + 1 < width ? s.at(pixel + 1, c, n) : VecF::zero();
-        rows[i] = pair_pixels(a, b);
+        rows[i] = {_mm512_castsi512_ps(pair_pixels(a, b))};
         w += 2;
         if (w >= padded_width) w = 0, ++h;
       }
-      transpose(rows, out);
+      transpose(rows);
+      for (int i = 0; i < kWhole; ++i) _mm512_storeu_ps(out + kWhole * i, rows[i].v);
     }
   }
 #endif

@@ -41,6 +41,7 @@ struct Paired {
   static Operand broadcast(Element a) { return _mm512_set1_epi32(static_cast<int>(a)); }
   static Operand read(const Element* b) { return _mm512_loadu_si512(b); }
   static VecF multiply_add(Operand a, Operand b, VecF c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b)}; }
+  static void write(Element* to, VecF first, VecF second) { _mm512_storeu_si512(to, pair_pixels(first, second)); }
 };
 #endif
 

@@ -2,25 +2,27 @@
 
 namespace fused_densenet::FD_ISA {
 
-// The number that a convolution in type T reads from a weight held in float32 or in T.
+// Calls f with a null pointer to the type of a weight's numbers: float32, or the data's.
+template <class T, class F>
+void with_type_of(const Weight& weight, F f) {
+  if constexpr (sizeof(T) == 2) {
+    if (weight.is_float) return f(static_cast<float*>(nullptr));
+  }
+  f(static_cast<T*>(nullptr));
+}
+
+// The numbers that a convolution in type T reads from a weight's.
 template <class T, class W>
-Accumulate<T> rounded(const W* p) {
-  const Accumulate<T> x = as_number(p);
-  if constexpr (sizeof(T) == 2 && sizeof(W) == 4) {
-    T t;
-    store(&t, Vec<float>::all(x), 1);
-    return as_number(&t);
+Vec<Accumulate<T>> rounded(const W* p, int n) {
+  const Vec<Accumulate<T>> x = load(p, n);
+  if constexpr (sizeof(T) < sizeof(W)) {
+    T narrow[Vec<float>::size];
+    store(narrow, x, Vec<float>::size);
+    return load(narrow, Vec<float>::size);
   } else {
     return x;
   }
 }
-
-#if defined(FD_AVX512_BF16)
-inline uint32_t bf16_bits(const bf16* p) { return p->bits; }
-inline uint32_t bf16_bits(const float* p) {
-  return static_cast<uint32_t>(_mm256_extract_epi16(narrow(VecF::all(*p)), 0));
-}
-#endif
 
 // A weight in panels [panel][tap][row element][panel columns]. Forward multiplies by W[in][out]; the data gradient by
 // W[out][in] with the taps reversed. Winograd's 16 matrices take the place of 9 taps. Rows and columns beyond the
@@ -43,96 +45,123 @@ struct PackedWeight {
   int64_t panel_size() const { return taps * row_elements() * width; }
   int64_t bytes() const { return panels() * panel_size() * static_cast<int64_t>(sizeof(E)); }
 
-  // The number at w, with the one `beside` it in the next row where elements are pairs; no such row if that is 0.
-  template <class T, class W>
-  static E element(const W* w, int64_t beside) {
-    if constexpr (P::pair == 1) {
-      (void)beside;
-      return rounded<T>(w);
-    } else {
-      return bf16_bits(w) | (beside == 0 ? 0 : bf16_bits(w + beside) << 16);
-    }
-  }
-
-  // Calls f(offset, tap) for every tap, in the order in which the tiles read them.
-  template <class F>
-  void for_each_tap(const Shape& s, const Weight& weight, F f) const {
-    int64_t tap = transposed ? s.taps() - 1 : 0;
-    for (int64_t d = 0; d < s.kd; ++d) {
-      for (int64_t h = 0; h < s.kh; ++h) {
-        for (int64_t w = 0; w < s.kw; ++w, tap += transposed ? -1 : 1) {
-          f(d * weight.stride_tap[0] + h * weight.stride_tap[1] + w * weight.stride_tap[2], tap);
-        }
-      }
-    }
-  }
-
-  template <class T, class W>
+  template <class T>
   void pack(const Shape& s, const Weight& weight, E* out, const Parallel& parallel) const {
-    const int64_t row_stride = transposed ? weight.stride_out : weight.stride_in;
-    const int64_t column_stride = transposed ? weight.stride_in : weight.stride_out;
-    constexpr int64_t task_rows = 16;
-    const int64_t tasks = ceil_div(row_elements(), task_rows);
+    with_type_of<T>(weight, [&](auto* type) { pack_from<T>(type, s, weight, out, parallel); });
+  }
+
+ private:
+  using A = typename P::Acc;
+  using V = Vec<A>;
+  // Packed at once: numbers of a row and tap stand together.
+  static constexpr int64_t kRows = 16, kTaps = 9;
+  static constexpr int64_t kAhead = 256;  // bytes: lines lie too far apart for the processor to foresee them
+  using Numbers = A[kRows][kTaps][width];
+
+  template <class T, class W>
+  void pack_from(W*, const Shape& s, const Weight& weight, E* out, const Parallel& parallel) const {
+    constexpr int64_t task_elements = kRows / P::pair;
+    const int64_t tasks = ceil_div(row_elements(), task_elements);
     parallel_for(parallel, panels() * tasks, [&](int64_t task) {
-      const int64_t p = task / tasks;
-      const int64_t begin = task % tasks * task_rows;
-      const int64_t end = least(row_elements(), begin + task_rows);
-      const int64_t filled = least(width, columns - p * width);
-      const W* first = static_cast<const W*>(weight.data) + p * width * column_stride;
-      E* panel = out + p * panel_size();
-      E spatial[task_rows * 9 * width];
-      E* target = winograd ? spatial : panel + begin * width;
-      const int64_t tap_step = winograd ? width : row_elements() * width, row_step = winograd ? 9 * width : width;
-      const auto take = [&](int64_t r, int64_t j, int64_t offset, int64_t tap) {
-        const W* w = first + r * P::pair * row_stride + j * column_stride + offset;
-        const bool inside = P::pair * r < rows, beside = P::pair * r + 1 < rows;
-        target[tap * tap_step + (r - begin) * row_step + j] = inside ? element<T>(w, beside ? row_stride : 0) : E{};
-      };
-      // Whatever lies together in memory, taps or else rows or columns, is read together.
-      const int64_t inner = least(row_stride, column_stride);
-      if (s.taps() == 1 || inner < weight.stride_tap[2]) {
-        for_each_tap(s, weight, [&](int64_t offset, int64_t tap) {
-          if (row_stride < column_stride) {
-            for (int64_t j = 0; j < filled; ++j) {
-              for (int64_t r = begin; r < end; ++r) take(r, j, offset, tap);
-            }
-          } else {
-            for (int64_t r = begin; r < end; ++r) {
-              for (int64_t j = 0; j < filled; ++j) take(r, j, offset, tap);
-            }
-          }
-        });
-      } else {
-        for (int64_t r = begin; r < end; ++r) {
-          for (int64_t j = 0; j < filled; ++j) {
-            for_each_tap(s, weight, [&](int64_t offset, int64_t tap) { take(r, j, offset, tap); });
-          }
-        }
-      }
-      for (int64_t tap = 0; tap < s.taps() && filled < width; ++tap) {
-        for (int64_t r = begin; r < end; ++r) {
-          for (int64_t j = filled; j < width; ++j) target[tap * tap_step + (r - begin) * row_step + j] = E{};
-        }
-      }
-      if constexpr (P::pair == 1) {
-        if (!winograd) return;
-        for (int64_t r = begin; r < end; ++r) {
-          E positions[kPositions * width];
-          transform_weight(spatial + (r - begin) * 9 * width, width, positions);
-          for (int64_t i = 0; i < kPositions; ++i) {
-            std::memcpy(panel + (i * row_elements() + r) * width, positions + i * width, width * sizeof(E));
-          }
-        }
+      const int64_t p = task / tasks, begin = task % tasks * task_elements;
+      const int64_t elements = least(task_elements, row_elements() - begin);
+      alignas(64) Numbers numbers;
+      for (int64_t tap = 0; tap < s.taps(); tap += kTaps) {
+        const int64_t count = least(kTaps, s.taps() - tap);
+        read<T, W>(s, weight, begin * P::pair, p * width, tap, count, numbers);
+        write(numbers, elements, count, out + p * panel_size() + (tap * row_elements() + begin) * width);
       }
     });
   }
+
+  // Pairs are rounded when they are written.
+  template <class T, class W>
+  static V number(const W* p, int n) {
+    if constexpr (P::pair == 2)
+      return load(p, n);
+    else
+      return rounded<T>(p, n);
+  }
+
+  // kRows rows from `row`, the panel's columns from `column` and `count` taps from `tap`; zeros beyond the weight.
+  // Vectors go along what lies together in memory: columns, or else rows or taps, which are transposed.
+  template <class T, class W>
+  void read(const Shape& s, const Weight& weight, int64_t row, int64_t column, int64_t tap, int64_t count,
+            Numbers& numbers) const {
+    const int64_t row_stride = transposed ? weight.stride_out : weight.stride_in;
+    const int64_t column_stride = transposed ? weight.stride_in : weight.stride_out;
+    const int64_t present = least(kRows, rows - row);
+    const bool dense_taps = weight.stride_tap[2] == 1 && (s.kh == 1 || weight.stride_tap[1] == s.kw) &&
+                            (s.kd == 1 || weight.stride_tap[0] == s.kh * s.kw);
+    int64_t offsets[kTaps];
+    for (int64_t t = 0; t < count; ++t) {
+      offsets[t] = weight.tap(s, transposed ? s.taps() - 1 - tap - t : tap + t);
+    }
+    for (int64_t j = 0; j < width; j += V::size) {
+      const int64_t lanes = most(0, least(V::size, columns - column - j));
+      const W* from = static_cast<const W*>(weight.data) + row * row_stride + (column + j) * column_stride;
+      const auto across = [&](const W* first, int64_t length, V* x) {  // x[i]: number i of every column
+        for (int64_t i = 0; i < V::size; ++i) {
+          const W* p = first + i * column_stride;
+          x[i] = i < lanes ? number<T>(p, static_cast<int>(length)) : V::zero();
+          __builtin_prefetch(p + kAhead / sizeof(W));
+        }
+        transpose(x);
+      };
+      for (int64_t r = most(0, present); r < kRows; ++r) {
+        for (int64_t t = 0; t < count; ++t) store(numbers[r][t] + j, V::zero());
+      }
+      V x[V::size];
+      if (column_stride == 1) {
+        for (int64_t r = 0; r < present; ++r) {
+          for (int64_t t = 0; t < count; ++t) {
+            store(numbers[r][t] + j, number<T>(from + r * row_stride + offsets[t], static_cast<int>(lanes)));
+          }
+        }
+      } else if (row_stride == 1) {
+        for (int64_t t = 0; t < count; ++t) {
+          for (int64_t r = 0; r < present; r += V::size) {
+            const int64_t length = least(V::size, present - r);
+            across(from + r + offsets[t], length, x);
+            for (int64_t i = 0; i < length; ++i) store(numbers[r + i][t] + j, x[i]);
+          }
+        }
+      } else {
+        const int64_t together = dense_taps ? V::size : 1;
+        for (int64_t r = 0; r < present; ++r) {
+          for (int64_t t = 0; t < count; t += together) {
+            const int64_t length = least(together, count - t), last = transposed ? t + length - 1 : t;
+            across(from + r * row_stride + offsets[last], length, x);
+            for (int64_t i = 0; i < length; ++i) store(numbers[r][transposed ? last - i : t + i] + j, x[i]);
+          }
+        }
+      }
+    }
+  }
+
+  void write(const Numbers& numbers, int64_t elements, int64_t count, E* to) const {
+    const int64_t tap_size = row_elements() * width;
+    for (int64_t r = 0; r < elements; ++r, to += width) {
+      if constexpr (P::pair == 1) {
+        if (winograd) {
+          transform_weight(numbers[r][0], width, to, tap_size);
+          continue;
+        }
+        for (int64_t t = 0; t < count; ++t) std::memcpy(to + t * tap_size, numbers[r][t], sizeof(numbers[r][t]));
+      } else {
+        for (int64_t t = 0; t < count; ++t) {
+          for (int64_t j = 0; j < width; j += V::size) {
+            P::write(to + t * tap_size + j, load(numbers[2 * r][t] + j), load(numbers[2 * r + 1][t] + j));
+          }
+        }
+      }
+    }
+  }
 };
 
-// The weight's gradient: `parts` partial sums [part][tap or position][rows][ld] of outputs x inputs, added in that
-// order and written where the module holds it.
-template <class A, class W>
-void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts, int64_t rows,
-                   int64_t ld, const Parallel& parallel) {
+template <class W, class A>
+void write_dweight_to(W*, const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts,
+                      int64_t rows, int64_t ld, const Parallel& parallel) {
   using V = Vec<A>;
   constexpr int64_t most_terms = 9;
   const int64_t terms = winograd ? kPositions : s.taps(), taps = s.taps();
@@ -146,11 +175,9 @@ void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A
         for (int64_t i = 1; i < parts; ++i) sum += load(p + i * terms * rows * ld);
         return sum;
       };
-      if constexpr (sizeof(A) == sizeof(W) || sizeof(W) == 2) {
-        if (terms == 1 && dweight.stride_in == 1) {
-          store(w, sum_of_parts(0), lanes);
-          continue;
-        }
+      if (terms == 1 && dweight.stride_in == 1) {
+        store(w, sum_of_parts(0), lanes);
+        continue;
       }
       A numbers[most_terms][V::size];
       for (int64_t first = 0; first < taps; first += most_terms) {
@@ -171,6 +198,15 @@ void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A
       }
     }
   });
+}
+
+// The weight's gradient: `parts` partial sums [part][tap or position][rows][ld] of outputs x inputs, added in that
+// order and written where the module holds it.
+template <class T, class A = Accumulate<T>>
+void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts, int64_t rows,
+                   int64_t ld, const Parallel& parallel) {
+  with_type_of<T>(
+      dweight, [&](auto* type) { write_dweight_to(type, s, winograd, dweight, partial, parts, rows, ld, parallel); });
 }
 
 }  // namespace fused_densenet::FD_ISA

@@ -122,9 +122,9 @@ void transform_outputs(const TilePlane& plane, const A* m, int64_t first, int64_
   }
 }
 
-// A row of a weight, w[9][width] to u[16][width]: G w G'.
+// A row of a weight, w[9][width] to 16 rows of u, `step` apart: G w G'.
 template <class A>
-void transform_weight(const A* w, int64_t width, A* u) {
+void transform_weight(const A* w, int64_t width, A* u, int64_t step) {
   using V = Vec<A>;
   const V half = V::all(A(0.5));
   for (int64_t j = 0; j < width; j += V::size) {
@@ -140,11 +140,11 @@ void transform_weight(const A* w, int64_t width, A* u) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const V* r = rows[i];
-      A* to = u + 4 * i * width + j;
+      A* to = u + 4 * i * step + j;
       store(to, r[0]);
-      store(to + width, (r[0] + r[1] + r[2]) * half);
-      store(to + 2 * width, (r[0] - r[1] + r[2]) * half);
-      store(to + 3 * width, r[2]);
+      store(to + step, (r[0] + r[1] + r[2]) * half);
+      store(to + 2 * step, (r[0] - r[1] + r[2]) * half);
+      store(to + 3 * step, r[2]);
     }
   }
 }

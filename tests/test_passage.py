@@ -402,3 +402,43 @@ def test_no_copy_between_fused_neighbours(monkeypatch: pytest.MonkeyPatch) -> No
     copied.clear()
     ours.features(x.to(memory_format=torch.channels_last))
     assert copied == []
+
+
+def whole(network: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = network(x)
+    return out
+
+
+def one_by_one(network: nn.Module, x: Tensor) -> Tensor:
+    for child in network.children():
+        x = child(x)
+    return x
+
+
+@pytest.mark.parametrize("call", [whole, one_by_one])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["denseblock1", "transition1"])
+def test_backward_hook_and_one_image(
+    name: str, training: bool, register: str, call: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    """As for a map of class activations: a norm of torch's reads a view of what the hooked module returned."""
+    parts = OrderedDict[str, nn.Module](
+        denseblock1=peers.DenseBlock(2, 8, 2, 4, 0.0), transition1=peers.Transition(16, 8), norm=nn.BatchNorm2d(8)
+    )
+    if name == "denseblock1":
+        parts = OrderedDict(denseblock1=parts["denseblock1"], norm=nn.BatchNorm2d(16))
+    theirs = nn.Sequential(parts).double().train(training)
+    ours = fuse(copy.deepcopy(theirs))
+    results = []
+    for network in (ours, theirs):
+        seen: list[Tensor] = []
+        getattr(network.get_submodule(name), register)(
+            lambda module, *gradients, seen=seen: seen.append(gradients[-1][0])
+        )
+        x = torch.ones(1, 8, 6, 6, dtype=torch.float64).cumsum(3).cumsum(1).sin().requires_grad_()
+        call(network, x).contiguous().sin().sum().backward()
+        named = {key: parameter.grad for key, parameter in network.named_parameters()}
+        results.append({"seen": seen[0], "input": x.grad, **named})
+    for key, expected in results[1].items():
+        assert_largest(results[0][key], expected, "float64 whole block", key)

@@ -19,7 +19,7 @@ from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
 from ..fallback.standing import forget
 from ..nn.block import FusedDenseBlock
-from ..nn.passage import Passage, passes_on
+from ..nn.passage import Passage, alone, passes_on
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition, TransitionParts
 
@@ -103,7 +103,7 @@ def _forward(original: Any, fused: Any) -> Callable[..., Any]:
         if x is None:
             announce(OTHER_ARGUMENTS, fused.__name__)
             return original.forward(module, *args, **options)
-        return module.pass_on(x, Passage())
+        return alone(module, x)
 
     return passes_on(forward)
 

@@ -19,7 +19,7 @@ from ..fallback.reasons import (
 from ..fallback.recomputation import concatenated, recomputed
 from ..ops.functional import NormReluConv, Parameters, run_block
 from .gate import Gate
-from .passage import Passage, passes_on
+from .passage import Passage, alone, passes_on
 from .running import RunningStatistics
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -152,7 +152,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
 
     @passes_on
     def forward(self, init_features: Tensor) -> Tensor:
-        return self.pass_on(init_features, Passage())
+        return alone(self, init_features)
 
     def _fused(self, x: Tensor, plan: "BlockPlan", passage: Passage) -> Tensor:
         (group,) = plan.groups() or {None}

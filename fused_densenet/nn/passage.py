@@ -30,9 +30,20 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 def passes_on(forward: Forward) -> Forward:
-    """Marks a ``forward(self, x)`` that calls ``self.pass_on(x, Passage())`` and does nothing else."""
+    """Marks a ``forward(self, x)`` that is ``alone(self, x)`` and does nothing else."""
     _FORWARDS.append(forward)
     return forward
+
+
+def alone(module: Any, x: Any) -> Tensor:
+    """``module.pass_on(x)`` where no network hands anything over: channels-last, whatever the layout of ``x``.
+
+    A backward hook sees a view of the result, and for one image torch's ``view_as`` gives a channels-last tensor strides
+    from which the CPU's batch normalisation takes wrong gradients: such a module keeps the layout of ``x``.
+    """
+    hooked = bool(module._backward_hooks or module._backward_pre_hooks) and isinstance(x, Tensor)
+    passage = Passage(layout_of(x) if hooked else None)
+    return passage.arranged(module.pass_on(x, passage))
 
 
 @dataclass
@@ -73,11 +84,11 @@ class Passage:
         return out
 
     def through_operators(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``function(x)``, to which ``x`` has the layout that it would have if no module ran fused."""
+        """``function(x)``: to it and behind it, the layout is that without fused modules (:func:`alone` says why)."""
         self.statistics = self._calm = None
         out = function(self.arranged(x))
         self._look_at(out)
-        return out
+        return self.arranged(out)
 
     def convolved(self, convolution: nn.Module, pool: nn.Module | None = None) -> None:
         """Notes that modules have run: channels-last weights make their result so, and ``AvgPool3d`` contiguous."""

@@ -19,7 +19,7 @@ from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
 from .gate import Gate
-from .passage import Passage, passes_on
+from .passage import Passage, alone, passes_on
 from .running import RunningStatistics
 
 _NAMES = ("norm", "relu", "conv", "pool")
@@ -114,7 +114,7 @@ class FusedTransition(Gate, nn.Sequential):
 
     @passes_on
     def forward(self, input: Tensor) -> Tensor:
-        return self.pass_on(input, Passage())
+        return alone(self, input)
 
     def _fused(self, x: Tensor, plan: "TransitionPlan", passage: Passage) -> Tensor:
         stage, pool = plan.parts.stage, plan.parts.pool

@@ -85,6 +85,10 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
         _replace("denselayer2.conv2", lambda m: nn.Conv2d(8, 4, 3, 1, 1, bias=False, padding_mode="reflect")),
         "does not pad with zeros",
     ),
+    "even kernel": (
+        _replace("denselayer2.conv2", lambda m: nn.Conv2d(8, 4, 2, padding="same", bias=False)),
+        "does not pad with zeros to the size of its input",
+    ),
     "other kernel": (_replace("denselayer1.conv1", lambda m: nn.Conv2d(8, 8, (3, 1), 1, (1, 0), bias=False)), ""),
     "other padding": (
         _replace("denselayer1.conv2", lambda m: nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(8, 4, 3, bias=False))),
@@ -105,6 +109,7 @@ def _blocks(change: Callable[[nn.Module], None], **options: Any) -> tuple[nn.Mod
     return ours.double(), theirs.double()
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_block(name: str, backend: str) -> None:
     change, reason = CHANGES[name]
@@ -183,6 +188,16 @@ def test_global_hooks_and_parametrized_weights(where: str) -> None:
     assert [w.category for w in caught] == [FallbackWarning]
 
 
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_every_kind_of_global_hook(kind: str) -> None:
+    handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
+    try:
+        with strict(), pytest.raises(FallbackError, match="hooks on all modules are registered"):
+            FusedDenseBlock(*SIZE)(torch.randn(2, SIZE[1], 4, 4))
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("module", [None, "fused_densenet_users", "torch_geometric.nn"])
 def test_global_hook_of_any_origin(module: str | None) -> None:
     """Functions made by ``exec`` and callables of C have None for a module."""
@@ -199,6 +214,31 @@ def test_global_hook_of_any_origin(module: str | None) -> None:
     finally:
         handle.remove()
     assert seen.count("Conv2d") == 2 * SIZE[0]
+
+
+def test_parameters_that_are_there_in_their_modules_forward_alone() -> None:
+    """As DeepSpeed's ZeRO-3 partitions them: empty but between the hooks of the module that has them."""
+    network = nn.Sequential(peers.DenseBlock(*SIZE, 0.0), peers.Transition(20, 6), nn.BatchNorm2d(6), nn.ReLU())
+    fused = fused_densenet.fuse(copy.deepcopy(network))
+    x, whole = torch.randn(2, SIZE[1], 4, 4), {}
+
+    def gather(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = whole[parameter]
+
+    def partition(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0)
+
+    for part in fused.modules():
+        whole |= {parameter: parameter.data for parameter in part.parameters(recurse=False)}
+        part.register_forward_pre_hook(gather)
+        part.register_forward_hook(partition)
+        partition(part)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(fused(x), network(x))
+    assert "has hooks" in str(caught[-1].message) or "another shape" in str(caught[-1].message)
 
 
 def test_replaced_layer() -> None:

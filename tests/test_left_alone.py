@@ -163,13 +163,27 @@ class Counting(Layer):
 class OwnMode(Layer):
     """Its norm follows the mode of the layer, not its own."""
 
+    def settings(self) -> tuple[bool, float, float]:
+        """Training or not, momentum and eps of its first norm."""
+        return self.training, self.norm1.momentum, self.norm1.eps
+
     def forward(self, x: Tensor) -> Tensor:
-        n = self.norm1
-        x1 = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, self.training, n.momentum, n.eps)
-        if self.training:
+        n, (training, momentum, eps) = self.norm1, self.settings()
+        x1 = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, training, momentum, eps)
+        if training:
             n.num_batches_tracked.add_(1)
         new = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(x1)))))
         return torch.cat([x, new], 1)
+
+
+class OwnEps(OwnMode):
+    def settings(self) -> tuple[bool, float, float]:
+        return self.norm1.training, self.norm1.momentum, 2 * self.norm1.eps
+
+
+class OwnMomentum(OwnMode):
+    def settings(self) -> tuple[bool, float, float]:
+        return self.norm1.training, self.norm1.momentum / 2, self.norm1.eps
 
 
 class Collecting(Layer):
@@ -286,6 +300,8 @@ LAYERS: dict[type[nn.Module], str] = {
     Noise: "0 calls randn_like",
     Counting: "its forward sets attributes of its own",
     OwnMode: "computes something else than a FusedDenseBlock: its result in training of some modules",
+    OwnEps: "computes something else than a FusedDenseBlock: its result in training",
+    OwnMomentum: "computes something else than a FusedDenseBlock: the buffer",
     Collecting: "its forward sets attributes of its own",
     Keeping: "its forward sets attributes of its own",
     SharedNorm: "its layers|more than once|besides|neither",

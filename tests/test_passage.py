@@ -144,6 +144,44 @@ def test_feature_maps_that_somebody_changed(place: Callable[..., Any], change: C
                 handle.remove()
 
 
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def hooked(transition: Any) -> Any:
+    transition.conv.register_forward_hook(lambda *_: None)
+    return transition
+
+
+BETWEEN: dict[str, Callable[[], list[nn.Module]]] = {
+    "activation": lambda: [nn.ReLU()],
+    "pooling": lambda: [nn.MaxPool2d(3, 1, 1)],
+    "convolution": lambda: [nn.Conv2d(12, 12, 3, padding=1)],
+    "norm": lambda: [nn.BatchNorm2d(12)],
+    "stem": lambda: [nn.BatchNorm2d(12), nn.ReLU()],
+    "transition": lambda: [peers.Transition(12, 12)],
+    "transition that runs operator by operator": lambda: [hooked(peers.Transition(12, 12))],
+    "module of another class": lambda: [Shifted()],
+    "sequence": lambda: [nn.Sequential(nn.ReLU(), Shifted())],
+}
+
+
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+@pytest.mark.parametrize("after", ["transition", "stem"])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_statistics_hold_for_the_next_module_only(name: str, after: str) -> None:
+    last = [peers.Transition(12, 12)] if after == "transition" else []
+    last += [nn.BatchNorm2d(12), nn.ReLU()]
+    theirs = nn.Sequential(peers.DenseBlock(2, 4, 2, 4, 0.0), *BETWEEN[name](), *last).double()
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.bias, 0.5, 1.5)  # a mean of zero is only rounding
+    ours, x = fuse(copy.deepcopy(theirs)), images()
+    assert isinstance(ours, FusedFeatures)
+    assert_same_forward(ours, theirs, x)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_feature_maps_changed_between_modules_that_stand_alone(change: Callable[[Tensor], None]) -> None:
     theirs = stage()

@@ -109,6 +109,9 @@ def test_parametrization_with_a_state() -> None:
         torch.manual_seed(0)
         spectral_norm(block.denselayer2.conv1)
         results.append(step(block, images(), steps=2))
+        value, inputs = block(images()).square().sum(), list(block.parameters())
+        once, again = (torch.autograd.grad(value, inputs, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert all(torch.equal(results[0][name], expected) for name, expected in results[1].items())
 
 

@@ -187,6 +187,8 @@ def _is_timms_norm(norm: nn.Module) -> bool:
 def _conv_reasons(conv: Any) -> list[str]:
     same = tuple([size // 2 for size in conv.kernel_size])
     reasons = []
+    if conv.weight.dim() != len(conv.kernel_size) + 2:
+        reasons.append("has a weight of another shape than its own")
     if conv.bias is not None:
         reasons.append("has a bias")
     if conv.groups != 1 or {*conv.stride, *conv.dilation} != {1}:

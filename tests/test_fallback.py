@@ -336,6 +336,21 @@ def test_scripted_module_inside() -> None:
     torch.testing.assert_close(out, theirs(x))
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("data", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtypes_that_meet_under_autocast(data: torch.dtype, weights: torch.dtype) -> None:
+    """What the unfused block gives, or that it gives an error."""
+    ours, theirs = _blocks(lambda _: None)
+    outcomes = []
+    for block in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16), reasons.quiet():
+            try:
+                outcomes.append(block.to(weights).eval()(torch.ones(2, SIZE[1], 4, 4, dtype=data)).dtype)
+            except RuntimeError as error:
+                outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_strict_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     block = FusedDenseBlock(*SIZE)
     block["denselayer1"].conv1.register_forward_hook(lambda *_: None)

@@ -183,6 +183,16 @@ def test_what_is_no_stem_is_called_as_it_is() -> None:
     assert isinstance(ours[2:4], FusedFeatures)
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+def test_one_value_per_channel(pooled: bool) -> None:
+    """It has no variance: an error in training, before anything is counted."""
+    stem = FusedFeatures(nn.BatchNorm2d(4), nn.ReLU(), *([nn.MaxPool2d(3, 2, 1)] if pooled else []))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        stem(torch.randn(1, 4, 1, 1))
+    assert not stem[0].running_mean.any()
+    assert stem.eval()(torch.randn(1, 4, 1, 1)).shape == (1, 4, 1, 1)
+
+
 POOLS = {
     "dilated": {"dilation": 2},
     "dilated in one dimension": {"dilation": (1, 2)},

@@ -26,6 +26,7 @@ from primitives import (
     source,
     vector,
 )
+from stem_cases import STEMS, StemCase, run_stem, run_stem_nan
 from strategies import margins, shapes
 from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
 
@@ -272,6 +273,19 @@ def test_place_backward(backend: str, dtype: torch.dtype, shape: Shape, channels
     assert_entries(out, expected, magnitude, dtype, "out")
     BACKENDS[backend].place_backward(grad, grad.stored)
     assert_entries(grad.stored, expected, magnitude, dtype, "out in place")
+
+
+@all_backends
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=NAMES[1:])
+@pytest.mark.parametrize("case", [*STEMS, StemCase((2, 5, 6, 7), 20), StemCase((3, 1, 20, 19), 70)], ids=str)
+def test_norm_relu_pool(backend: str, dtype: torch.dtype, case: StemCase) -> None:
+    """What the norm is owed is summed in the accumulation type, however many windows a pixel lies in."""
+    run_stem(case, dtype, BACKENDS[backend])
+
+
+@all_backends
+def test_norm_relu_pool_of_a_nan(backend: str) -> None:
+    run_stem_nan(StemCase((2, 1, 5, 6), 24), BACKENDS[backend])
 
 
 @all_backends

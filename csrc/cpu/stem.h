@@ -101,7 +101,9 @@ class NormReluPoolKernel {
   Maxima image_;
 };
 
-// Windows overlap: all pixels of an image, for some channels, are one task.
+// Windows overlap: all pixels of an image, for some channels, are one task. A pixel's gradients are added in scratch
+// memory, in the accumulation type, in a ring of three rows (planes of a volume): a row of windows reads three, and the
+// next one the last of them again.
 template <class T>
 class NormReluPoolBackwardKernel {
   using A = Accumulate<T>;
@@ -113,57 +115,90 @@ class NormReluPoolBackwardKernel {
         arena_(workspace),
         norm_(f.norm, f.shape.in, arena_),
         image_(f.shape, f.pools),
+        outer_(image_.size[0] > 1 ? 0 : 1),
+        row_(image_.pixels() / image_.size[outer_]),
         block_(kBlock),
         partial_(arena_.take<A>(2 * f.shape.n * f.shape.in)) {
     while (block_ > V::size && f.shape.n * ceil_div(f.shape.in, block_) % threads != 0) block_ /= 2;
+    tasks_ = f.shape.n * ceil_div(f.shape.in, block_);
+    parts_ = least(tasks_, threads);
+    rings_ = arena_.take<A>(f.pools ? parts_ * kRing * row_ * kBlock : 0);
   }
   size_t workspace() const { return arena_.used(); }
 
   void run(const Parallel& parallel) const {
     norm_.make();
-    const int64_t blocks = ceil_div(f_.shape.in, block_);
-    parallel_for(parallel, f_.shape.n * blocks, [&](int64_t task) {
-      const int64_t c = task % blocks * block_;
-      one(task / blocks, c, least(block_, f_.shape.in - c));
+    const int64_t blocks = tasks_ / f_.shape.n;
+    parallel_for(parallel, parts_, [&](int64_t part) {
+      const Range tasks = split(tasks_, parts_, part);
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        const int64_t c = task % blocks * block_;
+        one(task / blocks, c, least(block_, f_.shape.in - c), rings_ + part * kRing * row_ * kBlock);
+      }
     });
     settle(partial_, f_.shape.n, f_.shape.in, norm_, f_.owed, f_.shape.pixels(), false, parallel);
   }
 
  private:
-  void one(int64_t n, int64_t c, int64_t channels) const {
+  static constexpr int64_t kRing = 3;
+
+  void one(int64_t n, int64_t c, int64_t channels, A* ring) const {
     const Activation<T> activation(f_.x, norm_);
     const int64_t first = n * image_.pixels();
-    const T* grad = static_cast<const T*>(f_.grad.data) + c;
-    T* dx = static_cast<T*>(f_.dx.data) + first * f_.dx.ld + c;
-    const auto lanes = [&](int64_t j) { return static_cast<int>(least(V::size, channels - j)); };
-    for (int64_t i = 0; f_.pools && i < image_.pixels(); ++i) {
-      std::memset(dx + i * f_.dx.ld, 0, static_cast<size_t>(channels) * sizeof(T));
-    }
-    for (int64_t i = 0; f_.pools && i < image_.out_pixels(); ++i) {
-      back(activation, grad + (n * image_.out_pixels() + i) * f_.grad.ld, first, i, c, channels, dx);
+    const T* grad = static_cast<const T*>(f_.grad.data) + n * image_.out_pixels() * f_.grad.ld + c;
+    alignas(64) A sums[2][kBlock] = {};
+    if (!f_.pools) {
+      finish(activation, first, image_.pixels(), c, channels, sums, [&](int64_t i, int64_t j, int lanes, V pre) {
+        return where_positive(pre, load(grad + i * f_.grad.ld + j, lanes));
+      });
+    } else {
+      std::memset(ring, 0, static_cast<size_t>(kRing * row_ * kBlock) * sizeof(A));
+      const int64_t rows = image_.out[outer_], width = image_.out_pixels() / rows;
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t i = row * width; i < (row + 1) * width; ++i) {
+          back(activation, grad + i * f_.grad.ld, first, i, c, channels, ring);
+        }
+        const int64_t end = row + 1 == rows ? image_.size[outer_] : 2 * row + 1;
+        for (int64_t done = most(2 * row - 1, 0); done < end; ++done) {
+          A* at = ring + done % kRing * row_ * kBlock;
+          finish(activation, first + done * row_, row_, c, channels, sums,
+                 [&](int64_t i, int64_t j, int, V) { return load(at + i * kBlock + j); });
+          std::memset(at, 0, static_cast<size_t>(row_ * kBlock) * sizeof(A));
+        }
+      }
     }
     for (int64_t j = 0; j < channels; j += V::size) {
-      const V scale = load(activation.scale + c + j, lanes(j));
-      V sum = V::zero(), sum_centered = V::zero();
-      for (int64_t i = 0; i < image_.pixels(); ++i) {
-        const V centered = activation.centered(first + i, c + j, lanes(j));
-        T* p = dx + i * f_.dx.ld + j;
-        const V dz = f_.pools ? load(p, lanes(j))
-                              : where_positive(activation.before(centered, c + j, lanes(j)),
-                                               load(grad + (first + i) * f_.grad.ld + j, lanes(j)));
+      A* to = partial_ + 2 * n * f_.shape.in + c + j;
+      const int lanes = static_cast<int>(least(V::size, channels - j));
+      for (int64_t s = 0; s < 2; ++s) store(to + s * f_.shape.in, load(sums[s] + j), lanes);
+    }
+  }
+
+  // Stores and sums the gradients of `count` pixels from pixel `first` of the batch: dz(i, j, lanes, pre) of the i-th
+  // of them, for channels from j on, whose activation before ReLU is `pre`.
+  template <class F>
+  void finish(const Activation<T>& activation, int64_t first, int64_t count, int64_t c, int64_t channels,
+              A (&sums)[2][kBlock], F dz_of) const {
+    for (int64_t j = 0; j < channels; j += V::size) {
+      const int lanes = static_cast<int>(least(V::size, channels - j));
+      const V scale = load(activation.scale + c + j, lanes);
+      V sum = load(sums[0] + j), sum_centered = load(sums[1] + j);
+      T* p = static_cast<T*>(f_.dx.data) + first * f_.dx.ld + c + j;
+      for (int64_t i = 0; i < count; ++i, p += f_.dx.ld) {
+        const V centered = activation.centered(first + i, c + j, lanes);
+        const V dz = dz_of(i, j, lanes, activation.before(centered, c + j, lanes));
         sum += dz;
         sum_centered = fma(dz, centered, sum_centered);
-        store(p, scale * dz, lanes(j));
+        store(p, scale * dz, lanes);
       }
-      A* sums = partial_ + 2 * n * f_.shape.in + c + j;
-      store(sums, sum, lanes(j));
-      store(sums + f_.shape.in, sum_centered, lanes(j));
+      store(sums[0] + j, sum);
+      store(sums[1] + j, sum_centered);
     }
   }
 
   // Adds a maximum's gradient where the maximum was, unless ReLU was not open there.
   void back(const Activation<T>& activation, const T* grad, int64_t first, int64_t out_pixel, int64_t c,
-            int64_t channels, T* dx) const {
+            int64_t channels, A* ring) const {
     alignas(64) A place[kBlock] = {}, a[kBlock] = {};
     Largest<A> largest;
     A number = 0;
@@ -177,11 +212,11 @@ class NormReluPoolBackwardKernel {
     for (int j = 0; j < kBlock; ++j) place[j] = largest.value[j] <= 0 ? A(-1) : place[j];
     number = 0;
     image_.for_each_pixel(out_pixel, [&](int64_t pixel) {
-      T* p = dx + pixel * f_.dx.ld;
+      A* p = ring + (pixel / row_ % kRing * row_ + pixel % row_) * kBlock;
       for (int j = 0; j < kBlock; ++j) a[j] = place[j] == number ? A(1) : A(0);
       for (int64_t j = 0; j < channels; j += V::size) {
         const int n = static_cast<int>(least(V::size, channels - j));
-        store(p + j, load(p + j, n) + where_positive(load(a + j), load(grad + j, n)), n);
+        store(p + j, load(p + j) + where_positive(load(a + j), load(grad + j, n)));
       }
       number += 1;
     });
@@ -191,8 +226,9 @@ class NormReluPoolBackwardKernel {
   Arena arena_;
   NormVectors<T> norm_;
   Maxima image_;
-  int64_t block_;
-  A* partial_;
+  int outer_;  // dimension
+  int64_t row_, block_, tasks_, parts_;
+  A *partial_, *rings_;
 };
 
 }  // namespace fused_densenet::FD_ISA

@@ -147,7 +147,8 @@ void update_running_of(const std::vector<RunningUpdate>& updates, A unbiased) {
 }
 
 void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_, at::TensorList means,
-                    at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased) {
+                    at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased,
+                    bool from_end) {
   const auto arguments = [](at::TensorList tensors, const char* name) {
     std::vector<Argument> result;
     for (const Tensor& t : tensors) result.push_back(Cpu::argument(t, name));
@@ -156,7 +157,7 @@ void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_, 
   const Argument stats = Cpu::argument(stats_, "stats"), inside = Operators<Cpu>::argument(inside_, "inside");
   Cpu::check(stats);
   const auto updates = running_updates(stats, inside, arguments(means, "means"), arguments(variances, "vars"),
-                                       arguments(counts, "counts"), momenta.data(), momenta.size());
+                                       arguments(counts, "counts"), momenta.data(), momenta.size(), from_end);
   if (stats.dtype == ScalarType::Double) {
     update_running_of<double>(updates, unbiased);
   } else {

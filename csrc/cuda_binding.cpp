@@ -192,12 +192,13 @@ struct Cuda {
 
   static void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_,
                              const std::vector<Tensor>& means, const std::vector<Tensor>& variances,
-                             const std::vector<Tensor>& counts, const std::vector<double>& momenta, double unbiased) {
+                             const std::vector<Tensor>& counts, const std::vector<double>& momenta, double unbiased,
+                             bool from_end) {
     const Argument stats = argument(stats_, "stats"), inside = Operators<Cuda>::argument(inside_, "inside");
     check(stats);
     if (stats.dtype != ScalarType::Float) refuse<WrongType>(stats, "expected float32, got ", stats.dtype);
     const auto updates = running_updates(stats, inside, arguments(means, "means"), arguments(variances, "vars"),
-                                         arguments(counts, "counts"), momenta.data(), momenta.size());
+                                         arguments(counts, "counts"), momenta.data(), momenta.size(), from_end);
     const Queue queue(stats.device_index);
     const RunningUpdates all{updates.data(), static_cast<int64_t>(updates.size()), unbiased};
     succeed(fused_densenet::update_running(all, Arithmetic::f32, queue.device, nullptr, queue.stream));

@@ -14,12 +14,12 @@ inline void check_running(const Argument& t, const Argument& like, ScalarType dt
   if (t.dim > 1) refuse<WrongValue>(t, "expected vectors, got shape ", List{t.sizes, t.dim});
 }
 
-// The mean and variance of norm i are the first entries of the rows of `stats`, or, where `inside` is given and i odd,
-// those of bottleneck i / 2.
+// The mean and variance of norm i are the first entries of the rows of `stats` (the last where `from_end`), or, where
+// `inside` is given and i odd, those of bottleneck i / 2.
 inline std::vector<RunningUpdate> running_updates(const Argument& stats, const Argument& inside,
                                                   const std::vector<Argument>& means, const std::vector<Argument>& vars,
                                                   const std::vector<Argument>& counts, const double* momenta,
-                                                  size_t momenta_count) {
+                                                  size_t momenta_count, bool from_end) {
   const auto contiguous = [](const Argument& t) {
     int64_t entries = 1;
     for (int64_t i = t.dim - 1; i >= 0; --i) {
@@ -51,13 +51,14 @@ inline std::vector<RunningUpdate> running_updates(const Argument& stats, const A
     check_running(counts[i], stats, ScalarType::Long);
     const bool inner = inside.given && i % 2 == 1;
     const int64_t layer = static_cast<int64_t>(i / 2), channels = length(mean);
-    if (inner ? layer >= layers || channels != width : channels > row) {
+    if (inner ? layer >= layers || channels > width : channels > row) {
       refuse<WrongValue>(mean, "expected as many entries as moments");
     }
     if (length(var) != channels) refuse<WrongValue>(var, "expected as many entries as means");
     if (length(counts[i]) != 1) refuse<WrongValue>(counts[i], "expected one number");
     const auto* batch = static_cast<const char*>(inner ? inside.data : stats.data);
-    const int64_t first = inner ? layer * width : 0, second = first + (inner ? layers * width : row);
+    const int64_t first = inner ? layer * width : from_end ? row - channels : 0;
+    const int64_t second = first + (inner ? layers * width : row);
     updates.push_back({batch + first * element, batch + second * element, mean.data, var.data,
                        static_cast<int64_t*>(counts[i].data), channels, stride(mean), stride(var), momenta[i]});
   }

@@ -22,6 +22,8 @@ _MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 class DenseLayer(nn.Module):
     """BN-ReLU-conv1-BN-ReLU-conv3 (``bn_size`` given) or BN-ReLU-conv3 (``bn_size=None``), then dropout.
 
+    With a ``negative_slope`` leaky ReLU stands for ReLU; with ``bias`` the convolutions have one.
+
     Maps ``(N, num_input_features, *spatial)`` to the ``growth_rate`` new feature maps ``(N, growth_rate, *spatial)``.
     """
 
@@ -33,6 +35,8 @@ class DenseLayer(nn.Module):
         drop_rate: float = 0.0,
         *,
         spatial_dims: int = 2,
+        bias: bool = False,
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
@@ -40,25 +44,27 @@ class DenseLayer(nn.Module):
         self.norm1 = norm(width)
         if bn_size is not None:
             width = bn_size * growth_rate
-            self.conv1 = conv(num_input_features, width, kernel_size=1, bias=False)
+            self.conv1 = conv(num_input_features, width, kernel_size=1, bias=bias)
             self.norm2 = norm(width)
-            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=bias)
         else:
-            self.conv1 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.conv1 = conv(width, growth_rate, kernel_size=3, padding=1, bias=bias)
         self.bottleneck = bn_size is not None
         self.drop_rate = drop_rate
+        self.negative_slope = negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.norm1(x)))
+        out = self.conv1(F.leaky_relu(self.norm1(x), self.negative_slope))
         if self.bottleneck:
-            out = self.conv2(F.relu(self.norm2(out)))
+            out = self.conv2(F.leaky_relu(self.norm2(out), self.negative_slope))
         return F.dropout(out, self.drop_rate, self.training) if self.drop_rate > 0 else out
 
 
 class DenseBlock(nn.Module):
     """``num_layers`` dense layers, each reading the concatenation of the input and all earlier layers' outputs.
 
-    Maps ``(N, C, *spatial)`` to ``(N, C + num_layers * growth_rate, *spatial)``.
+    Maps ``(N, C, *spatial)`` to ``(N, C + num_layers * growth_rate, *spatial)``; with ``return_new`` to the outputs
+    alone, ``(N, num_layers * growth_rate, *spatial)``, as on the way up of arXiv 1611.09326 (section 3.1).
     """
 
     def __init__(
@@ -70,19 +76,29 @@ class DenseBlock(nn.Module):
         drop_rate: float = 0.0,
         *,
         spatial_dims: int = 2,
+        bias: bool = False,
+        negative_slope: float = 0.0,
+        return_new: bool = False,
     ) -> None:
         super().__init__()
         for i in range(num_layers):
             layer = DenseLayer(
-                num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate, spatial_dims=spatial_dims
+                num_input_features + i * growth_rate,
+                growth_rate,
+                bn_size,
+                drop_rate,
+                spatial_dims=spatial_dims,
+                bias=bias,
+                negative_slope=negative_slope,
             )
             self.add_module(f"denselayer{i + 1}", layer)
+        self.skipped = num_input_features if return_new else 0
 
     def forward(self, x: Tensor) -> Tensor:
         features = x
         for layer in self.children():
             features = torch.cat([features, layer(features)], dim=1)
-        return features
+        return features[:, self.skipped :]
 
 
 class Transition(nn.Sequential):

@@ -417,32 +417,28 @@ class Rebuilt(NamedTuple):
     reasons: tuple[str, ...] = ()
 
 
-_BEFORE = "it puts new features before those that their layer reads"
-_TWICE = "it has a dropout after both convolutions of a layer"
-_BIAS = "has a bias"
-
 NETWORKS: dict[str, Rebuilt] = {
     "pytorchcv": Rebuilt(pytorchcv, 2, 1),
     "pytorchcv with dropout": Rebuilt(lambda: pytorchcv(0.3), 2, 1),
-    "kuangliu": Rebuilt(kuangliu, 0, 1, (_BEFORE,) * 2),
+    "kuangliu": Rebuilt(kuangliu, 2, 1),
     "weiaicunzai": Rebuilt(weiaicunzai, 2, 0),
     "bamos": Rebuilt(bamos, 2, 1),
     "bamos without bottleneck": Rebuilt(lambda: bamos(FunctionalPlain), 2, 1),
     "bearpaw": Rebuilt(bearpaw, 2, 1),
     "hysts": Rebuilt(hysts, 2, 1),
-    "hysts with dropout": Rebuilt(lambda: hysts(0.3), 0, 0, (_TWICE,) * 2),
+    "hysts with dropout": Rebuilt(lambda: hysts(0.3), 2, 0),
     "andreasveit": Rebuilt(lambda: andreasveit(False), 2, 0),
-    "andreasveit's bottlenecks": Rebuilt(lambda: andreasveit(True), 0, 0, (_TWICE,) * 2),
-    "phlippe": Rebuilt(phlippe, 0, 1, (_BEFORE,) * 2),
+    "andreasveit's bottlenecks": Rebuilt(lambda: andreasveit(True), 2, 0),
+    "phlippe": Rebuilt(phlippe, 2, 1),
     "KernelBench 14": Rebuilt(lambda: ListedBlock(4, 3), 1, 0),
     "KernelBench 15": Rebuilt(lambda: kernelbench(2, 3, 2), 3, 2),
     "KernelBench 16": Rebuilt(lambda: kernelbench(2, 2, 4, 3), 4, 3),
     "mmpretrain": Rebuilt(mmpretrain, 2, 1),
     "gpleiss": Rebuilt(lambda: gpleiss(False), 2, 1),
-    "d2l": Rebuilt(d2l, 0, 0, (_BIAS,) * 2),
+    "d2l": Rebuilt(d2l, 2, 1),
     "attributes": Rebuilt(flat, 2, 1),
-    "Tiramisu": Rebuilt(tiramisu, 1, 0, ("it returns the new features alone",)),
-    "Tiramisu with biases": Rebuilt(lambda: tiramisu(True), 0, 0, (_BIAS,) * 2),
+    "Tiramisu": Rebuilt(tiramisu, 2, 0),
+    "Tiramisu with biases": Rebuilt(lambda: tiramisu(True), 2, 0),
 }
 
 

@@ -9,7 +9,7 @@ from rebuilt_networks import NETWORKS, built
 from small_networks import blocks, results
 from torch import Tensor
 
-from fused_densenet import FallbackError, FusedTransition, explain, fuse, strict, unfuse
+from fused_densenet import FusedTransition, explain, fuse, strict, unfuse
 
 
 def images() -> Tensor:
@@ -34,9 +34,3 @@ def test_network(name: str) -> None:
             assert_same_step(results(ours.train(training), x), results(theirs.train(training), x))
     kinds = [type(module) for module in theirs.modules()]
     assert [type(module) for module in unfuse(ours).modules()] == kinds
-
-
-@pytest.mark.parametrize("name", [name for name in NETWORKS if NETWORKS[name].reasons])
-def test_strict(name: str) -> None:
-    with pytest.raises(FallbackError, match=NETWORKS[name].reasons[0]):
-        fuse(built(name), strict=True)

@@ -1,5 +1,6 @@
 """The two loops and their operator, with the eager primitives: derivatives by finite differences, tracing, FLOPs."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,26 +22,35 @@ STATISTICS = ["batch", "running", "mixed"]
 
 @dataclass
 class Case:
-    """Arguments of the operator: three layers on 3 channels, growth 2, bottleneck 4, away from the kinks of ReLU."""
+    """Arguments of the operator: three layers on 3 channels, growth 2, bottleneck 4, away from the kinks of ReLU.
+
+    Where ``rich``, some convolutions have a bias, activations are leaky, new features stand in front, dropout follows
+    every convolution, and the last layer is wider than the others. Without norms all of that but dropout.
+    """
 
     kind: str
     statistics: str = "batch"
     spatial_dims: int = 2
     dropout: bool = False
+    rich: bool = False
 
     def __post_init__(self) -> None:
         draw = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(5)}
-        layers, inputs, growth, width = 3, 3, 2, 4
+        inputs = 3
+        growths, widths = ([2, 2, 3], [4, 5, 3]) if self.rich else ([2, 2, 2], [4, 4, 4])
+        norms = self.statistics != "none"
         spatial = (3, 2, 4)[: self.spatial_dims]
         self.x = torch.randn(2, inputs, *spatial, **draw)
         self.per_layer = 1 if self.kind == "plain" else 2
         self.weights, self.gammas, self.betas, self.running = [], [], [], []
         self.batch_stats = []
-        for i in range(layers):
-            channels = inputs + i * growth
+        for i, (growth, width) in enumerate(zip(growths, widths, strict=True)):
+            channels = inputs + sum(growths[:i])
             shapes = [(growth, channels, 3), (width, channels, 1), (growth, width, 3)]
             for out, source, kernel in shapes[:1] if self.kind == "plain" else shapes[1:]:
                 self.weights.append(torch.randn(out, source, *[kernel] * self.spatial_dims, **draw))
+                if not norms:
+                    continue
                 self.gammas.append(0.5 + torch.rand(source, **draw))
                 self.betas.append(torch.randn(source, **draw))
                 number = len(self.batch_stats)
@@ -48,20 +58,29 @@ class Case:
                 self.batch_stats.append(batch)
                 if not batch:
                     self.running += [torch.randn(source, **draw), 0.5 + torch.rand(source, **draw)]
-        self.keep = torch.rand(2, layers * growth, *spatial, **draw) > 0.3 if self.dropout else None
+        self.keep = torch.rand(2, sum(growths), *spatial, **draw) > 0.3 if self.dropout else None
+        inside = self.rich and self.dropout and self.per_layer == 2
+        self.keep_inside = torch.rand(2, sum(widths), *spatial, **draw) > 0.4 if inside else None
+        self.biased = [self.rich and i != 1 for i in range(len(self.weights))]
+        self.biases = [
+            torch.randn(len(w), **draw) for w, biased in zip(self.weights, self.biased, strict=True) if biased
+        ]
 
     @property
     def tensors(self) -> list[Tensor]:
         """The differentiable arguments."""
-        return [t.requires_grad_() for t in (self.x, *self.weights, *self.gammas, *self.betas)]
+        return [t.requires_grad_() for t in (self.x, *self.weights, *self.gammas, *self.betas, *self.biases)]
 
     def arguments(self, tensors: list[Tensor]) -> Arguments:
-        n = len(self.weights)
-        parameters = [tensors[1 + i * n : 1 + (i + 1) * n] for i in range(3)]
-        eps = [1e-5 * (1 + i) for i in range(n)]
-        keep_scale = 1 / 0.7 if self.dropout else 1.0
-        lists = (*parameters, self.running, self.keep, eps, self.batch_stats)
-        return Arguments(tensors[0], *lists, self.per_layer, keep_scale, self.kind == "bottleneck", "eager", None)
+        n, rest = len(self.gammas), iter(tensors[1:])
+        weights, gammas, betas, biases = (
+            list(itertools.islice(rest, len(of))) for of in (self.weights, self.gammas, self.betas, self.biases)
+        )
+        lists = (weights, biases, gammas, betas, self.running, self.keep, self.keep_inside)
+        slopes = [(0.0, 0.2, 1.0)[i % 3] if self.rich else 0.0 for i in range(len(weights))]
+        constants = (self.biased, slopes, [1e-5 * (1 + i) for i in range(n)], self.batch_stats)
+        form = (self.per_layer, [1 / 0.6, 1 / 0.7], self.rich)
+        return Arguments(tensors[0], *lists, *constants, *form, self.kind == "bottleneck", "eager", None)
 
     def function(self) -> Callable[..., Tensor]:
         return lambda *tensors: block(self.arguments(list(tensors))).out
@@ -91,6 +110,19 @@ def test_gradcheck_with_dropout(kind: str, statistics: str) -> None:
 def test_gradgradcheck(kind: str, statistics: str) -> None:
     case = Case(kind, statistics, dropout=True)
     assert gradgradcheck(case.function(), case.tensors, fast_mode=True)
+
+
+RICH = [*((kind, statistics, True) for kind in KINDS for statistics in STATISTICS), ("plain", "none", False)]
+
+
+@pytest.mark.parametrize(("kind", "statistics", "dropout"), RICH)
+def test_gradients_of_other_forms(kind: str, statistics: str, dropout: bool) -> None:
+    case = Case(kind, statistics, dropout=dropout, rich=True)
+    assert gradcheck(case.function(), case.tensors, fast_mode=True)
+    assert gradgradcheck(case.function(), case.tensors, fast_mode=True)
+    assert gradcheck(case.operator(), case.tensors, fast_mode=True)
+    out = case.function()(*case.tensors)
+    torch.testing.assert_close(out, block.by_operators(case.arguments(case.tensors)), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

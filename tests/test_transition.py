@@ -172,8 +172,9 @@ def test_operators(batch_stats: bool) -> None:
     weight = torch.randn(6, 10, 1, 1, dtype=torch.float64, requires_grad=True)
     gamma, beta = (torch.rand(10, dtype=torch.float64, requires_grad=True) for _ in range(2))
     moments, pixels, _ = statistics_of(x, "eager", None)
-    constants = (1e-5, batch_stats, True, "eager", None)
-    arguments = Arguments(x, [weight], [gamma], [beta], moments, pixels, *constants)
+    bias = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    constants = (1e-5, 0.2, batch_stats, True, "eager", None)
+    arguments = Arguments(x, [weight], [bias], [gamma], [beta], moments, pixels, *constants)
     operators = torch.ops.fused_densenet
     torch.library.opcheck(channel_moments, (x.detach(), "eager", None))
     torch.library.opcheck(operators.transition.default, arguments)
@@ -255,7 +256,9 @@ def test_empty_batch() -> None:
     (moments,) = channel_moments(x, "eager", None)
     gamma, beta, weight = (p.detach().requires_grad_() for p in (ours.norm.weight, ours.norm.bias, ours.conv.weight))
     ones = torch.ones_like(moments)
-    out = transition_op(Arguments(x, [weight], [gamma], [beta], ones, None, 1e-5, True, True, "eager", None)).out
+    out = transition_op(
+        Arguments(x, [weight], [], [gamma], [beta], ones, None, 1e-5, 0.0, True, True, "eager", None)
+    ).out
     out.sum().backward()
     assert out.shape == (0, 6, 2, 3)
     for gradient in (weight.grad, gamma.grad, beta.grad):

@@ -20,8 +20,8 @@ def test_empty_is_nan() -> None:
 
 def test_buffers_of_a_block_start_as_nan() -> None:
     weight, vector = torch.ones(3, 4, 3, 3), torch.ones(4)
-    parameters = ([weight], [vector], [vector], [], None, [1e-5], [True])
-    outputs = block.allocate(Arguments(torch.ones(2, 4, 5, 5), *parameters, 1, 1.0, True, "eager", None))
+    parameters = ([weight], [], [vector], [vector], [], None, None, [False], [0.0], [1e-5], [True], 1, [1.0, 1.0])
+    outputs = block.allocate(Arguments(torch.ones(2, 4, 5, 5), *parameters, False, True, "eager", None))
     assert outputs.out.isnan().all() and outputs.constants[0].isnan().all()
 
 

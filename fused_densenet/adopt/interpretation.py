@@ -79,7 +79,7 @@ def read_block(module: nn.Module, trace: Trace) -> Reading:
         return Reading(reasons=left)
     number_of = {place.path: number for number, place in enumerate(places)}
     dropouts = tuple(tuple(_dropout(module, node, number_of) for node in chain.dropouts) for chain in taken)
-    read = {dropout.module for layer in dropouts for dropout in layer[-1:] if dropout is not None}
+    read = {dropout.module for layer in dropouts for dropout in layer if dropout is not None}
     return Reading(
         BlockDescription(
             tuple(places),

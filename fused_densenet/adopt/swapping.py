@@ -19,7 +19,7 @@ from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
 from ..fallback.standing import forget
 from ..nn.block import FusedDenseBlock
-from ..nn.passage import Passage, alone, passes_on
+from ..nn.passage import Passage, alone, layout_of, passes_on
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition, TransitionParts
 
@@ -75,6 +75,8 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
             "_operator_by_operator": _operator_by_operator,
             "layer_class": layer_class,
             "memory_efficient": property(_get_memory_efficient, _set_memory_efficient),
+            "prepends": property(functools.partial(_described, name="prepends")),
+            "return_new": property(functools.partial(_described, name="returns_new")),
             "parts": _block_parts,
         }
     elif fused is FusedTransition:
@@ -119,6 +121,8 @@ def _pass_on(original: Any, fused: Any) -> Callable[..., Tensor]:
         if children != [*description.before, *description.units, *description.after]:
             announce(["it has other modules inside than when fuse was called"], fused.__name__)
             return passage.through_operators(functools.partial(original.forward, module), x)
+        if passage.layout is None and description.after and not torch.compiler.is_compiling():
+            passage.layout = layout_of(x)  # what comes after may draw random numbers in the order of memory
         for name in description.before:
             x = passage.through(module._modules[name], x)
         x = fused.pass_on(module, x, passage)
@@ -174,6 +178,10 @@ def described_transition(transition: nn.Module, description: TransitionDescripti
 
 def _patched(module: Any) -> list[str]:
     return patches([module.original_class])
+
+
+def _described(block: Any, name: str) -> bool:
+    return bool(getattr(block.fused_settings.description, name, False))
 
 
 def _get_memory_efficient(block: Any) -> bool:

@@ -100,6 +100,7 @@ def update_running(
     counts: list[Tensor],
     momenta: list[float],
     unbiased: float,
+    from_end: bool = False,
 ) -> None:
     """Of norms in the order of execution: counts and running statistics, by :class:`BatchMoments` of ``ops.statistics``."""
-    torch.ops.fused_densenet.update_running(stats, inside, means, variances, counts, momenta, unbiased)
+    torch.ops.fused_densenet.update_running(stats, inside, means, variances, counts, momenta, unbiased, from_end)

@@ -164,9 +164,10 @@ def update_running(
     counts: list[Tensor],
     momenta: list[float],
     unbiased: float,
+    from_end: bool = False,
 ) -> None:
     """Of norms in the order of execution: counts and running statistics, by :class:`BatchMoments` of ``ops.statistics``."""
-    _operators.update_running.default(stats, inside, means, variances, counts, momenta, unbiased)
+    _operators.update_running.default(stats, inside, means, variances, counts, momenta, unbiased, from_end)
 
 
 def _other(x: Tensor, primitive: str, *shapes: tuple[int, ...]) -> ModuleType | None:

@@ -38,7 +38,7 @@ SCHEMAS = (
     f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
     "run_program(Tensor program, Tensor(a!)[] operands, bool tf32=False) -> ()",
     "update_running(Tensor stats, Tensor? inside, Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counts, "
-    "float[] momenta, float unbiased) -> ()",
+    "float[] momenta, float unbiased, bool from_end=False) -> ()",
 )
 """The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
 device: defined below, once, so that the libraries load alone or together in any order.

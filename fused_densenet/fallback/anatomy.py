@@ -4,6 +4,7 @@ torchvision, timm and TorchXRayVision keep a layer's modules in the layer, MONAI
 norms carry the activation; MONAI's dropout is a module, the others' a rate.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ _NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout")
 
 
 class Stage(NamedTuple):
-    """One norm-relu-conv.
+    """One norm-relu-conv, whose activation may be a leaky ReLU.
 
     Attributes:
         norm, conv: None where there is none of the names that messages call them by.
@@ -36,6 +37,11 @@ class Stage(NamedTuple):
     names: tuple[str, str, str]
     seen: bool = False
 
+    @property
+    def slope(self) -> float:
+        """Of its activation for negative numbers."""
+        return math.prod(getattr(a, "negative_slope", 0.0) for a in self.activations)
+
 
 class LayerParts(NamedTuple):
     """A dense layer taken apart.
@@ -46,7 +52,7 @@ class LayerParts(NamedTuple):
         modules: its modules by the name that messages call them by.
         stages: its norm-relu-convs, one or two.
         drop_rate: of the dropout at its end, 0 where it does nothing.
-        drops_channels: whether that dropout drops whole channels.
+        drops_channels: whether its dropouts drop whole channels.
         changes: what is not as ``fuse`` found it; no reason against a block that was built fused.
     """
 
@@ -57,6 +63,8 @@ class LayerParts(NamedTuple):
     drop_rate: float
     drops_channels: bool
     changes: Sequence[str] = ()
+    drop_inside: float = 0.0
+    """Of the dropout of its bottleneck."""
 
 
 def take_apart(layer: nn.Module, name: str) -> LayerParts:
@@ -124,15 +132,15 @@ def _layer_reasons(parts: LayerParts, first: LayerParts, layer_class: type | Non
 def _width_reasons(layers: Sequence[LayerParts]) -> list[str]:
     """Where the channels that a layer reads are not those that the ones before it wrote."""
     reasons = []
-    bottleneck, width = layers[0].stages[0].conv.weight.shape[:2]
+    width = layers[0].stages[0].conv.weight.shape[1]
     for parts in layers:
-        for stage, read in zip(parts.stages, (width, bottleneck), strict=False):
-            if widths_of(stage.norm) | {stage.conv.weight.shape[1]} != {read}:
-                reasons.append(f"{parts.name} reads {stage.conv.weight.shape[1]} channels where there are {read}")
-        for stage, first in zip(parts.stages, layers[0].stages, strict=False):
-            if stage.conv.weight.shape[0] != first.conv.weight.shape[0]:
-                reasons.append(f"{stage.names[2]} is of another width than {layers[0].name}'s")
-        width += parts.stages[-1].conv.weight.shape[0]
+        there = width
+        for stage in parts.stages:
+            made, read = stage.conv.weight.shape[:2]
+            if widths_of(stage.norm) | {read} != {there}:
+                reasons.append(f"{parts.name} reads {read} channels where there are {there}")
+            there = made
+        width += there
     return reasons
 
 
@@ -155,8 +163,9 @@ def stage_reasons(stage: Stage) -> list[str]:
 
 
 def norm_relu_reasons(
-    norm: Any, activations: Sequence[nn.Module], norm_name: str, relu_name: str, seen: bool = False
+    norm: Any, activations: Sequence[nn.Module], norm_name: str, relu_name: str, seen: bool = False, leaky: bool = True
 ) -> list[str]:
+    """Why a norm and its activation cannot run fused; ``leaky`` tells whether one that is no ReLU can."""
     reasons = []
     if norm is None:
         reasons.append(f"{norm_name} is missing")
@@ -170,7 +179,13 @@ def norm_relu_reasons(
         lost = type(norm) is nn.SyncBatchNorm
         hint = " (torch's convert_sync_batchnorm drops that of timm's norms, timm.layers' keeps it)" if lost else ""
         reasons.append(f"{norm_name} is followed by no activation{hint}")
-    return reasons + [f"{relu_name} is a {type(a).__name__}" for a in activations if type(a) is not nn.ReLU]
+    for a in activations:
+        if type(a) is nn.LeakyReLU and leaky:
+            if not 0 <= a.negative_slope <= 1:
+                reasons.append(f"{relu_name} has a slope of {a.negative_slope} for negative numbers")
+        elif type(a) is not nn.ReLU:
+            reasons.append(f"{relu_name} is a {type(a).__name__}")
+    return reasons
 
 
 _IDENTITY = nn.Identity()
@@ -189,8 +204,6 @@ def _conv_reasons(conv: Any) -> list[str]:
     reasons = []
     if conv.weight.dim() != len(conv.kernel_size) + 2:
         reasons.append("has a weight of another shape than its own")
-    if conv.bias is not None:
-        reasons.append("has a bias")
     if conv.groups != 1 or {*conv.stride, *conv.dilation} != {1}:
         reasons.append("is grouped, strided or dilated")
     even = 0 in [size % 2 for size in conv.kernel_size]
@@ -278,7 +291,7 @@ for _kind in (
     *NORMS,
     *CONVS,
     *CHANNEL_DROPOUTS,
-    *(nn.ReLU, nn.Identity, nn.Dropout, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
 ):
     remember_methods(_kind)

@@ -34,11 +34,15 @@ def check_block_arguments(
     if bn_size is not None:
         counts["bn_size"] = bn_size
     check_counts(counts)
-    if not isinstance(drop_rate, (int, float)):
-        raise TypeError(f"drop_rate: expected a float, got {type(drop_rate).__name__}")
-    if not 0 <= drop_rate <= 1:
-        raise ValueError(f"drop_rate: expected a probability between 0 and 1, got {drop_rate}")
+    check_rate("drop_rate", drop_rate, "a probability")
     check_spatial_dims(spatial_dims)
+
+
+def check_rate(name: str, value: object, what: str) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected {what} between 0 and 1, got {value}")
 
 
 def check_image(x: Tensor, name: str, channels: int, spatial_dims: int) -> None:

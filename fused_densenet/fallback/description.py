@@ -142,13 +142,15 @@ class BlockDescription(Description):
         found, changes = self.find(block)
         if changes:
             return [LayerParts("it", None, {}, [], 0.0, False, changes)]
-        changes = self._missing_reasons()
         modules = self.named(found)
         parts: list[LayerParts] = []
+        kinds = {place.channels for place in self.dropout_places()}
+        changes = ["its dropouts drop single values and whole channels"] if len(kinds) > 1 else []
         for number, (stages, dropouts) in enumerate(zip(self.layers, self.dropouts, strict=True), 1):
             taken = [self.stage(places, found) for places in stages]
-            rate, channels = _rate(dropouts[-1], found)
-            parts.append(LayerParts(f"layer {number}", None, modules, taken, rate, channels, changes))
+            rates, channels = _rates(dropouts, found)
+            inside, rate = [0.0, *rates][-2:]
+            parts.append(LayerParts(f"layer {number}", None, modules, taken, rate, channels, changes, inside))
             modules, changes = {}, []
         return parts
 
@@ -160,23 +162,14 @@ class BlockDescription(Description):
     def dropout_places(self) -> list[DropoutPlace]:
         return [place for dropouts in self.dropouts for place in dropouts if place is not None]
 
-    def _missing_reasons(self) -> list[str]:
-        """What the fused operators cannot do of it."""
-        reasons = []
-        if self.prepends:
-            reasons.append("it puts new features before those that their layer reads, not behind them")
-        if self.returns_new:
-            reasons.append("it returns the new features alone")
-        if any(place is not None for dropouts in self.dropouts for place in dropouts[:-1]):
-            reasons.append("it has a dropout after both convolutions of a layer")
-        return reasons
 
-
-def _rate(place: DropoutPlace | None, found: Sequence[Any]) -> tuple[float, bool]:
-    if place is None:
-        return 0.0, False
-    rate = place.rate if place.module is None else found[place.module].p
-    return rate if found[place.follows].training else 0.0, place.channels
+def _rates(places: Sequence[DropoutPlace | None], found: Sequence[Any]) -> tuple[list[float], bool]:
+    """Of a layer's dropouts, at the moment, and whether they drop whole channels."""
+    rates = []
+    for place in places:
+        rate = 0.0 if place is None else place.rate if place.module is None else found[place.module].p
+        rates.append(rate if place is not None and found[place.follows].training else 0.0)
+    return rates, any(place is not None and place.channels for place in places)
 
 
 @dataclass(frozen=True)

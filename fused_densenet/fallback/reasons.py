@@ -178,9 +178,10 @@ def transform_reasons() -> list[str]:
 def structure_and_hook_reasons(layers: Sequence[LayerParts], layer_class: type | None) -> list[str]:
     """Those of :func:`fallback_reasons` that the layers alone give, as they are set up at the moment."""
     first, reasons = layers[0], structure_reasons(layers, layer_class)
+    dropout = [first.drop_rate, first.drop_inside, first.drops_channels]
     for parts in layers:
         reasons += intercepted(parts)
-        if (parts.drop_rate, parts.drops_channels) != (first.drop_rate, first.drops_channels):
+        if [parts.drop_rate, parts.drop_inside, parts.drops_channels] != dropout:
             reasons.append(f"{parts.name} differs from {first.name} in its dropout")
     return reasons + patches(kinds_of(module for parts in layers for module in (parts.layer, *parts.modules.values())))
 

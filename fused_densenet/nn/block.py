@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fallback.anatomy import LayerParts, is_memory_efficient, structure_reasons, take_apart
-from ..fallback.checks import check_block_arguments, check_image, check_parameters
+from ..fallback.anatomy import LayerParts, Stage, is_memory_efficient, structure_reasons, take_apart
+from ..fallback.checks import check_block_arguments, check_image, check_parameters, check_rate
 from ..fallback.reasons import (
     fallback_reasons,
     meets,
@@ -17,7 +17,7 @@ from ..fallback.reasons import (
     uses_batch_stats,
 )
 from ..fallback.recomputation import concatenated, recomputed
-from ..ops.functional import NormReluConv, Parameters, run_block
+from ..ops.functional import Form, NormReluConv, Parameters, run_block
 from .gate import Gate
 from .passage import Passage, alone, passes_on
 from .running import RunningStatistics
@@ -43,18 +43,20 @@ class FusedDenseLayer(nn.Module):
         memory_efficient: bool = False,
         *,
         spatial_dims: int = 2,
+        bias: bool = False,
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
         conv, norm = CONV[spatial_dims], NORM[spatial_dims]
         width = growth_rate if bn_size is None else bn_size * growth_rate
         first_kernel = 3 if bn_size is None else 1
         self.norm1 = norm(num_input_features)
-        self.relu1 = nn.ReLU()
-        self.conv1 = conv(num_input_features, width, first_kernel, padding=first_kernel // 2, bias=False)
+        self.relu1 = nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
+        self.conv1 = conv(num_input_features, width, first_kernel, padding=first_kernel // 2, bias=bias)
         if bn_size is not None:
             self.norm2 = norm(width)
-            self.relu2 = nn.ReLU()
-            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.relu2 = nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
+            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=bias)
         self.drop_rate = float(drop_rate)
         self.memory_efficient = memory_efficient
 
@@ -91,11 +93,15 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         drop_rate: dropout of each layer's new feature maps, 0 to 1.
         memory_efficient: compute the bottleneck again in backward instead of keeping it.
         spatial_dims: 1, 2 or 3.
+        bias: the convolutions have one.
+        negative_slope: of the activations for negative numbers, 0 (ReLU) to 1.
+        return_new: the result is the new feature maps alone.
 
     Shape:
-        ``(N, num_input_features, *spatial)`` to ``(N, num_input_features + num_layers * growth_rate, *spatial)``,
-        channels-last in memory; float32, bfloat16, float16 or float64. Under autocast a block runs in the dtype of its
-        input, as concatenation would make it.
+        ``(N, num_input_features, *spatial)`` to ``(N, num_input_features + num_layers * growth_rate, *spatial)``, with
+        ``return_new`` ``(N, num_layers * growth_rate, *spatial)``, channels-last in memory;
+        float32, bfloat16, float16 or float64. Under autocast a block runs in the dtype of its input, as concatenation
+        would make it.
 
     Raises:
         ValueError, TypeError: a bad argument or input; raised before anything is written.
@@ -104,6 +110,9 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
     _version = 2
     gate_name = "FusedDenseBlock"
     layer_class: type[nn.Module] | None = FusedDenseLayer
+    prepends = False
+    """Whether new feature maps stand before those that their layer read."""
+    return_new = False
 
     def __init__(
         self,
@@ -115,9 +124,14 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         memory_efficient: bool = False,
         *,
         spatial_dims: int = 2,
+        bias: bool = False,
+        negative_slope: float = 0.0,
+        return_new: bool = False,
     ) -> None:
         super().__init__()
         check_block_arguments(num_layers, num_input_features, bn_size, growth_rate, drop_rate, spatial_dims)
+        check_rate("negative_slope", negative_slope, "a number")
+        self.return_new = return_new
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = FusedDenseLayer(
                 num_input_features + i * growth_rate,
@@ -126,6 +140,8 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
                 drop_rate,
                 memory_efficient,
                 spatial_dims=spatial_dims,
+                bias=bias,
+                negative_slope=negative_slope,
             )
 
     @property
@@ -159,25 +175,22 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         out, moments = run_block(
             x,
             plan.parameters(),
-            plan.eps,
-            plan.batch_stats,
-            len(plan.layers[0].stages),
-            plan.layers[0].drop_rate,
-            plan.layers[0].drops_channels,
+            plan.form,
             plan.memory_efficient,
             group,
             passage.layout or torch.contiguous_format,
         )
         passage.statistics = None
+        first = plan.convs[0].weight.shape[1] if self.return_new else 0
         if moments is not None and plan.running is not None:
             plan.running.update(moments, x)
-            passage.statistics = moments.result
-        return out
+            passage.statistics = moments.result(first)
+        return out[:, first:] if first else out
 
     def work_out(self) -> tuple["BlockPlan", list[nn.Module]]:
         layers = self.parts()
         reasons = structure_and_hook_reasons(layers, self.layer_class)
-        return BlockPlan.of(layers, reasons, self.memory_efficient), list(self.modules())[1:]
+        return BlockPlan.of(layers, reasons, self.memory_efficient, self.prepends), list(self.modules())[1:]
 
     def parts(self) -> list[LayerParts]:
         """Its layers, taken apart."""
@@ -217,7 +230,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         features = [x]
         for layer in self.values():
             features.append(layer(features))
-        return torch.cat(features, dim=1)
+        return torch.cat(features[self.return_new :], dim=1)
 
 
 @dataclass
@@ -228,7 +241,7 @@ class BlockPlan:
         layers: the layers, taken apart.
         reasons: why they cannot run fused, whatever the input.
         norms: their norms; the block's convolutions are ``convs``.
-        eps, batch_stats: of the norms.
+        form: what they are beside tensors.
         running: their running statistics.
         synchronised: whether one of the norms may take its statistics over the ranks of a group.
         memory_efficient: bottlenecks are computed again in backward.
@@ -238,29 +251,40 @@ class BlockPlan:
     reasons: list[str]
     norms: list[Any] = field(default_factory=list)
     convs: list[Any] = field(default_factory=list)
-    eps: list[float] = field(default_factory=list)
-    batch_stats: list[bool] = field(default_factory=list)
+    form: Form = field(default_factory=lambda: Form([], [], [], [], 1))
     running: RunningStatistics | None = None
     synchronised: bool = True
     memory_efficient: bool = False
 
     @classmethod
-    def of(cls, layers: list[LayerParts], reasons: list[str], memory_efficient: bool) -> "BlockPlan":
+    def of(cls, layers: list[LayerParts], reasons: list[str], memory_efficient: bool, prepends: bool) -> "BlockPlan":
         if reasons:
             return cls(layers, reasons)
         stages = [stage for parts in layers for stage in parts.stages]
         norms, convs = [stage.norm for stage in stages], [stage.conv for stage in stages]
-        eps, batch_stats = [norm.eps for norm in norms], [uses_batch_stats(norm) for norm in norms]
+        first = layers[0]
+        form = Form(
+            [conv.bias is not None for conv in convs],
+            [stage.slope for stage in stages],
+            [norm.eps for norm in norms],
+            [uses_batch_stats(norm) for norm in norms],
+            len(first.stages),
+            first.drop_rate,
+            first.drop_inside,
+            first.drops_channels,
+            prepends,
+        )
         synchronised = any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
         running = RunningStatistics(norms)
-        return cls(layers, reasons, norms, convs, eps, batch_stats, running, synchronised, memory_efficient)
+        return cls(layers, reasons, norms, convs, form, running, synchronised, memory_efficient)
 
     def __post_init__(self) -> None:
         self._weights = [conv._parameters for conv in self.convs]
+        self._biased = [conv for conv in self.convs if conv.bias is not None]
         self._affine = [norm._parameters for norm in self.norms]
-        frozen = [norm._buffers for norm, batch in zip(self.norms, self.batch_stats, strict=True) if not batch]
+        frozen = [norm._buffers for norm, batch in zip(self.norms, self.form.batch_stats, strict=True) if not batch]
         self._frozen = [(held, name) for held in frozen for name in ("running_mean", "running_var")]
-        self._any_batch_stats = any(self.batch_stats)
+        self._any_batch_stats = any(self.form.batch_stats)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,13 +312,15 @@ class BlockPlan:
                     weights[i] = conv.weight
                 if gammas[i] is None or betas[i] is None:
                     gammas[i], betas[i] = affine_of(norm, weights[i])
-        return Parameters(weights, gammas, betas, [held[name] for held, name in self._frozen])
+        biases = [conv.bias for conv in self._biased]
+        return Parameters(weights, biases, gammas, betas, [held[name] for held, name in self._frozen])
 
 
-def norm_relu_conv_of(norm: Any, conv: Any) -> NormReluConv:
-    weight = conv.weight
-    gamma, beta = affine_of(norm, weight)
-    return NormReluConv(weight, gamma, beta, norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm))
+def norm_relu_conv_of(stage: Stage) -> NormReluConv:
+    norm, conv = stage.norm, stage.conv
+    gamma, beta = affine_of(norm, conv.weight)
+    statistics = norm.running_mean, norm.running_var, norm.eps, uses_batch_stats(norm)
+    return NormReluConv(conv.weight, gamma, beta, *statistics, conv.bias, stage.slope)
 
 
 def affine_of(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,9 @@ class RunningStatistics:
                     )
                 dtypes = {*map(_DTYPE, lists[0]), *map(_DTYPE, lists[1])}
                 if hasattr(kernels, "update_running") and dtypes == {moments.stats.dtype}:
-                    kernels.update_running(moments.stats, moments.bottleneck_stats, *lists, self._momenta, unbiased)
+                    kernels.update_running(
+                        moments.stats, moments.bottleneck_stats, *lists, self._momenta, unbiased, moments.from_end
+                    )
                     return
         else:
             unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)

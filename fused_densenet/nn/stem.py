@@ -138,7 +138,7 @@ def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
     if activation is None and end < len(modules):
         activation = modules[end][1]
         end += 1
-    if activation is None or norm_relu_reasons(norm, [activation], "norm", "relu"):
+    if activation is None or norm_relu_reasons(norm, [activation], "norm", "relu", leaky=False):
         return None
     pool = end < len(modules) and _is_stems_pooling(modules[end][1])
     return Run(list(modules[i : end + pool]), norm, pool, RunningStatistics([norm]))

@@ -118,7 +118,7 @@ class FusedTransition(Gate, nn.Sequential):
 
     def _fused(self, x: Tensor, plan: "TransitionPlan", passage: Passage) -> Tensor:
         stage, pool = plan.parts.stage, plan.parts.pool
-        convolution = norm_relu_conv_of(stage.norm, stage.conv)
+        convolution = norm_relu_conv_of(stage)
         group, known = sync_group(stage.norm), passage.statistics
         out, statistics = transition(x, convolution, pool=pool is not None, group=group, statistics=known)
         passage.statistics = None
@@ -190,9 +190,8 @@ def transition(
         statistics = statistics_of(x, backend, group, statistics)
     else:
         statistics = frozen_statistics(c.running_mean, c.running_var)
-    out = transition_op(
-        Arguments(x, [c.weight], [c.gamma], [c.beta], *statistics[:2], c.eps, c.batch_stats, pool, backend, group)
-    ).out
+    tensors = (x, [c.weight], [] if c.bias is None else [c.bias], [c.gamma], [c.beta], *statistics[:2])
+    out = transition_op(Arguments(*tensors, c.eps, c.slope, c.batch_stats, pool, backend, group)).out
     if autocasts(x) and x.dtype == torch.float32:
         out = out.to(torch.get_autocast_dtype(x.device.type))
     return out, statistics

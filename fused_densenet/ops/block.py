@@ -4,6 +4,7 @@ It allocates its buffer, writes every layer into it and returns it; nothing that
 ``torch.compile`` and ``torch.export`` see an ordinary function.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ..backends import BACKENDS
 from ..backends.contract import accumulate_dtype
 from . import schedule
 from .layout import channels_last, empty_channels_last
-from .operator import Operator, Outputs, norm_relu
+from .operator import Operator, Outputs, act, norm_act
 from .program import Context, execute, without_autocast
 from .schedule import Structure
 
@@ -27,13 +28,18 @@ class Arguments(NamedTuple):
 
     Attributes:
         x: ``(N, C_0, *spatial)``.
-        weights, gammas, betas: of the convolutions and of the norms.
+        weights, gammas, betas: of the convolutions and of the norms; layers without a bottleneck may have no norms.
+        biases: of the convolutions that are ``biased``, in order.
         running: (mean, variance) of the norms whose ``batch_stats`` is False, in order.
-        keep: dropout's mask for the new feature maps of all layers, boolean ``(N, layers * growth_rate, *spatial)``.
+        keep: dropout's mask for the new feature maps of all layers, boolean ``(N, their sum, *spatial)``.
+        keep_inside: the same for all bottlenecks.
+        biased: whether a convolution has a bias.
+        slopes: of the activations for negative numbers: before a convolution, behind it where there are no norms.
         eps: of the norms.
         batch_stats: whether a norm takes its statistics from the batch.
         per_layer: 2 for layers with a bottleneck, 1 for plain ones.
-        keep_scale: what dropout multiplies kept values by.
+        keep_scales: what dropout multiplies kept values by, where there is one: in a bottleneck, and at a layer's end.
+        prepends: new features stand before those that their layer read.
         keep_bottleneck: keep the bottlenecks for backward; otherwise they are computed again.
         backend: name of the backend.
         group: name of the process group whose ranks share their batch statistics.
@@ -41,27 +47,38 @@ class Arguments(NamedTuple):
 
     x: Tensor
     weights: list[Tensor]
+    biases: list[Tensor]
     gammas: list[Tensor]
     betas: list[Tensor]
     running: list[Tensor]
     keep: Tensor | None
+    keep_inside: Tensor | None
+    biased: list[bool]
+    slopes: list[float]
     eps: list[float]
     batch_stats: list[bool]
     per_layer: int
-    keep_scale: float
+    keep_scales: list[float]
+    prepends: bool
     keep_bottleneck: bool
     backend: str
     group: str | None
 
     def structure(self) -> Structure:
+        inside, behind = self.keep_scales
+        drops = [] if self.keep_inside is None else [(0, inside)]
+        drops += [] if self.keep is None else [(self.per_layer - 1, behind)]
         return Structure(
             tuple([weight.shape for weight in self.weights]),
+            tuple(self.biased),
+            tuple(self.slopes),
             tuple(self.eps),
             tuple(self.batch_stats),
             self.per_layer,
             self.keep_bottleneck,
             self.group is not None,
-            None if self.keep is None else self.keep_scale,
+            tuple(drops),
+            self.prepends,
         )
 
 
@@ -99,7 +116,10 @@ class Block(Operator):
     ) -> list[Tensor]:
         structure, buffer = a.structure(), channels_last(a.x)
         gradients = self.allocate_backward(dout, a, needed)
-        dx, parameters, count = gradients[0], gradients[1:], len(a.weights)
+        rest = iter(gradients[1:])
+        dweights, dgammas, dbetas, dbiases = (
+            list(itertools.islice(rest, len(tensors))) for tensors in (a.weights, a.gammas, a.betas, a.biases)
+        )
         operands = {
             "dout": [dout],
             "buffer": [buffer],
@@ -110,42 +130,58 @@ class Block(Operator):
             "dbottleneck": _scratch(buffer, structure.width),
             "correction": [torch.zeros_like(c) for c in constants[:1]],
             "own_correction": [torch.empty_like(c[:, 0]) for c in constants[1:2]],
-            "dropped": _scratch(buffer, 0 if a.keep is None else structure.growth_rate),
-            "dx": [dx],
-            "dweight": [g for g, wanted in zip(parameters[:count], needed, strict=True) if wanted],
-            "dgamma": parameters[count : 2 * count],
-            "dbeta": parameters[2 * count :],
+            "dropped": _scratch(buffer, 0 if a.keep is None else max(structure.growths)),
+            "dropped_bottleneck": _scratch(buffer, 0 if a.keep_inside is None else structure.width),
+            "dx": [gradients[0]],
+            "dweight": [g for g, wanted in zip(dweights, needed, strict=True) if wanted],
+            "dgamma": dgammas,
+            "dbeta": dbetas,
+            "dbias": dbiases,
         }
         _run(schedule.backward(structure, tuple(needed)), operands, a)
         return gradients
 
     def allocate_backward(self, dout: Tensor, a: Arguments, needed: list[bool]) -> list[Tensor]:
-        channels = a.gammas[0].shape[0]
+        channels = a.weights[0].shape[1]
         return [
             empty_channels_last((a.x.shape[0], channels, *a.x.shape[2:]), channels, a.x),
             *[
                 torch.empty_like(w) if wanted else dout.new_empty(0)
                 for w, wanted in zip(a.weights, needed, strict=True)
             ],
-            *[torch.empty_like(gamma) for gamma in a.gammas],
-            *[torch.empty_like(beta) for beta in a.betas],
+            *[torch.empty_like(t) for t in (*a.gammas, *a.betas, *a.biases)],
         ]
 
+    def input_of(self, a: Arguments) -> Tensor:
+        channels, total = a.weights[0].shape[1], a.x.shape[1]
+        return a.x.narrow(1, total - channels if a.prepends else 0, channels)
+
+    def as_result(self, a: Arguments, by_input: Tensor) -> Tensor:
+        rest = a.x.shape[1] - by_input.shape[1]
+        return F.pad(by_input, [*[0, 0] * (a.x.dim() - 2), *((rest, 0) if a.prepends else (0, rest))])
+
     def by_operators(self, a: Arguments) -> Tensor:
-        x, running = a.x, iter(a.running)
-        growth = a.weights[a.per_layer - 1].shape[0]
+        x, running, biases = a.x, iter(a.running), iter(a.biases)
+        masks = [a.keep_inside, a.keep][-a.per_layer :]
+        kept = [
+            iter([] if m is None else m.split([w.shape[0] for w in a.weights[i :: a.per_layer]], 1))
+            for i, m in enumerate(masks)
+        ]
         for first in range(0, len(a.weights), a.per_layer):
             new = x
             for i in range(first, first + a.per_layer):
-                moments = (None, None) if a.batch_stats[i] else (next(running), next(running))
-                activation = norm_relu(new, moments, a.gammas[i], a.betas[i], a.eps[i], a.batch_stats[i])
+                if a.eps:
+                    moments = (None, None) if a.batch_stats[i] else (next(running), next(running))
+                    new = norm_act(new, moments, a.gammas[i], a.betas[i], a.eps[i], a.batch_stats[i], a.slopes[i])
+                bias = next(biases).to(new.dtype) if a.biased[i] else None
+                weight = a.weights[i].to(new.dtype)
                 convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-                weight = a.weights[i].to(activation.dtype)
-                new = convolve(activation, weight, padding=[size // 2 for size in weight.shape[2:]])
-            if a.keep is not None:
-                layer = first // a.per_layer
-                new = new * a.keep[:, layer * growth : (layer + 1) * growth] * a.keep_scale
-            x = torch.cat([x, new], dim=1)
+                new = convolve(new, weight, bias, padding=[size // 2 for size in weight.shape[2:]])
+                if not a.eps:
+                    new = act(new, a.slopes[i])
+                if masks[i - first] is not None:
+                    new = new * next(kept[i - first]) * a.keep_scales[i - first - a.per_layer]
+            x = torch.cat([new, x] if a.prepends else [x, new], dim=1)
         return x
 
 
@@ -157,8 +193,15 @@ def _constants(constants: list[Tensor]) -> dict[str, Sequence[Tensor]]:
 
 
 def _parameters(a: Arguments) -> dict[str, Sequence[Tensor]]:
-    keep = [] if a.keep is None else [a.keep]
-    return {"weight": a.weights, "gamma": a.gammas, "beta": a.betas, "running": a.running, "keep": keep}
+    masks = {"keep": a.keep, "keep_inside": a.keep_inside}
+    return {
+        "weight": a.weights,
+        "bias": a.biases,
+        "gamma": a.gammas,
+        "beta": a.betas,
+        "running": a.running,
+        **{name: [] if mask is None else [mask] for name, mask in masks.items()},
+    }
 
 
 def _run(program: Any, operands: dict[str, Sequence[Tensor]], a: Arguments) -> None:
@@ -188,6 +231,9 @@ def _flops(x_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]]) -> li
     return [2 * pixels * math.prod(shape) for shape in weight_shapes]
 
 
+_PER_LAYER = Arguments._fields.index("per_layer") - Arguments._fields.index("weights") - 1
+
+
 @register_flop_formula(torch.ops.fused_densenet.dense_block)
 def _dense_block_flops(x_shape: Any, weight_shapes: Any, *_: Any, **__: Any) -> int:
     """Two per multiply-add of the convolutions, as torch counts them."""
@@ -199,6 +245,6 @@ def _dense_block_backward_flops(
     dout_shape: Any, kept: Any, constants: Any, needed: Any, x_shape: Any, weight_shapes: Any, *rest: Any, **_: Any
 ) -> int:
     """Data gradient, the weight gradients that are needed, and the recomputed bottleneck where it was not kept."""
-    flops, per_layer = _flops(x_shape, weight_shapes), rest[6]
+    flops, per_layer = _flops(x_shape, weight_shapes), rest[_PER_LAYER]
     recomputed = sum(flops[0::2]) if per_layer == 2 and not kept else 0
     return sum(flops) + sum(f for f, wanted in zip(flops, needed, strict=True) if wanted) + recomputed

@@ -44,7 +44,7 @@ class Outputs(NamedTuple):
 
 
 class Operator(ABC):
-    """An operator on ``arguments``, a NamedTuple class with ``x``, lists ``gammas``, ``betas`` and perhaps ``weights``, and ``group``.
+    """An operator on ``arguments``, a NamedTuple class with ``x``, lists ``gammas``, ``betas`` and perhaps ``weights`` and ``biases``, and ``group``.
 
     ``x`` and the tensors of the lists are what it is differentiated by.
     """
@@ -94,7 +94,7 @@ class Operator(ABC):
     def backward(
         self, dout: Tensor, a: Any, kept: list[Tensor], constants: list[Tensor], needed: list[bool]
     ) -> list[Tensor]:
-        """The gradients by ``x``, each weight (empty where it is not ``needed``), each gamma and each beta.
+        """The gradients by ``x``, each weight (empty where it is not ``needed``), each gamma, beta and bias.
 
         ``a.x`` is the operator's result unless ``keeps_input``.
         """
@@ -110,7 +110,11 @@ class Operator(ABC):
     def input_of(self, a: Any) -> Tensor:
         """The operator's input, given arguments as :meth:`backward` gets them."""
         x: Tensor = a.x
-        return x if self.keeps_input else x[:, : a.gammas[0].shape[0]]
+        return x
+
+    def as_result(self, a: Any, by_input: Tensor) -> Tensor:
+        """A gradient by the input as one by ``a.x``: zero where that is the result and no input."""
+        return by_input
 
     def __call__(self, a: Any) -> Outputs:
         if not _is_plain(a.x):
@@ -132,7 +136,7 @@ class Operator(ABC):
         self, dout: Tensor, a: Any, kept: list[Tensor], constants: list[Tensor], needed: Sequence[bool]
     ) -> list[Tensor]:
         """:meth:`backward`, or what of it can be differentiated or is batched where that is asked for."""
-        by_weights = [bool(n) for n in needed[1 : len(needed) - 2 * len(a.gammas)]]
+        by_weights = [bool(n) for n in needed[1 : 1 + len(getattr(a, "weights", ()))]]
         if not torch.compiler.is_compiling() and _is_batched(dout):
             return self._batched(dout, a)
         if torch.is_grad_enabled() or not _is_plain(dout):
@@ -200,7 +204,10 @@ class Operator(ABC):
 
     def _by_argument(self, a: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """Gradients of the differentiable tensors in the places of the arguments."""
-        places: list[Any] = [[None] * len(value) if i in self._lists else None for i, value in enumerate(a)]
+        empty: list[Any] = [[None] * len(value) if i in self._lists else None for i, value in enumerate(a)]
+        places = [
+            [] if isinstance(value, list) and not value else nothing for value, nothing in zip(a, empty, strict=True)
+        ]  # of any kind
         rest = iter(gradients)
         places[a._fields.index("x")] = next(rest)
         for name in _lists(a):
@@ -231,9 +238,7 @@ class Operator(ABC):
             allow_unused=True,
             create_graph=torch.is_grad_enabled(),
         )
-        if by_x is not None and not self.keeps_input:  # by the result: zero beyond the input's channels
-            by_x = F.pad(by_x, [0, 0] * (by_x.dim() - 2) + [0, a.x.shape[1] - by_x.shape[1]])
-        gradients = self._by_argument(a, [by_x, *rest])
+        gradients = self._by_argument(a, [None if by_x is None else self.as_result(a, by_x), *rest])
         return (by_dout, *ctx.nothing, *gradients)
 
 
@@ -285,7 +290,7 @@ def _is_batched(x: Tensor) -> bool:
     return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
-_DIFFERENTIABLE = ("weights", "gammas", "betas")
+_DIFFERENTIABLE = ("weights", "gammas", "betas", "biases")
 """Beside ``x``, in the order of gradients."""
 
 
@@ -314,20 +319,31 @@ def _gradients(
         return list(torch.autograd.grad(function(*sources), sources, dout, create_graph=create_graph))
 
 
-def norm_relu(
-    x: Tensor, moments: Sequence[Tensor | None], gamma: Tensor, beta: Tensor, eps: float, batch_stats: bool
+def act(x: Tensor, slope: float) -> Tensor:
+    """``x`` where it is positive, else ``slope * x``."""
+    return F.leaky_relu(x, slope) if slope else F.relu(x)
+
+
+def norm_act(
+    x: Tensor,
+    moments: Sequence[Tensor | None],
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    batch_stats: bool,
+    slope: float = 0.0,
 ) -> Tensor:
-    """``relu(bn(x))``, by the batch's statistics or by ``moments``, a mean and a variance; differentiable to any order.
+    """``act(bn(x))``, by the batch's statistics or by ``moments``, a mean and a variance; differentiable to any order.
 
     torch's batch_norm is not, by the batch's statistics.
     """
     if not batch_stats:
         running_mean, running_var = moments
-        return F.relu(F.batch_norm(x, running_mean, running_var, gamma, beta, False, eps=eps))
+        return act(F.batch_norm(x, running_mean, running_var, gamma, beta, False, eps=eps), slope)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0, keepdim=True)
     scale, shift = (t.view(-1, *[1] * (x.dim() - 2)) for t in (gamma, beta))
-    return F.relu((wide - mean) * ((var + eps).rsqrt() * scale) + shift).to(x.dtype)
+    return act((wide - mean) * ((var + eps).rsqrt() * scale) + shift, slope).to(x.dtype)
 
 
 def refuse_synchronised(group: str | None) -> None:

@@ -14,17 +14,23 @@ Where statistics are taken over the ranks of a group, M counts the pixels of all
 wrote are merged as soon as it is done, and the coefficients are summed over the ranks just before the producer loads
 them: each way one small message for each convolution, whatever the number of its readers.
 
+Where layers have no norms, a convolution reads its channels as they are and an activation stands behind it: backward
+takes its derivative from the sign of what was stored. Where new features stand before those that their layer read, the
+buffer is filled from its end, and what a layer reads is a channel suffix of it.
+
 The loops run on names, once for each :class:`Structure`: what they record is a :class:`~.program.Program`.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from ..backends.contract import Gradient, Norm, Owed
 from .program import Image, Program, Vector, Weight
 
-PARAMETERS = ("weight", "gamma", "beta")
-"""Operands with a tensor for each norm-relu-conv, in the order of execution; ``running`` has two for each frozen norm."""
+PARAMETERS = ("weight", "bias", "gamma", "beta")
+"""Operands with a tensor for each norm-relu-conv that has one, in the order of execution; ``running`` has two for each
+frozen norm."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +39,27 @@ class Structure:
 
     Attributes:
         weights: shapes of the convolutions' weights, in the order of execution.
-        eps: of each norm.
+        biased: whether each convolution has a bias.
+        slopes: of the activations for negative numbers, before each convolution; behind it where there are no norms.
+        eps: of each norm; empty where there are no norms.
         batch_stats: whether each norm takes its statistics from the batch.
         per_layer: norm-relu-convs of a layer: 2 with a bottleneck, 1 without.
         keep_bottleneck: the bottlenecks' outputs are kept for backward, not computed again.
         over_ranks: batch statistics are taken over the ranks of a group.
-        keep_scale: what dropout multiplies kept values by; None without dropout.
+        drops: places in a layer of the convolutions that a dropout follows, and what it multiplies kept values by.
+        prepends: new features stand before those that their layer read.
     """
 
     weights: tuple[tuple[int, ...], ...]
+    biased: tuple[bool, ...]
+    slopes: tuple[float, ...]
     eps: tuple[float, ...]
     batch_stats: tuple[bool, ...]
     per_layer: int
     keep_bottleneck: bool
     over_ranks: bool = False
-    keep_scale: float | None = None
+    drops: tuple[tuple[int, float], ...] = ()
+    prepends: bool = False
 
     @property
     def layers(self) -> int:
@@ -58,49 +70,92 @@ class Structure:
         return self.weights[0][1]
 
     @property
-    def growth_rate(self) -> int:
-        return self.weights[self.per_layer - 1][0]
+    def growths(self) -> list[int]:
+        """New features of each layer."""
+        return [shape[0] for shape in self.weights[self.per_layer - 1 :: self.per_layer]]
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each layer's bottleneck; none without."""
+        return [shape[0] for shape in self.weights[::2]] if self.per_layer == 2 else []
 
     @property
     def width(self) -> int:
-        """Channels of a bottleneck; 0 without one."""
-        return self.weights[0][0] if self.per_layer == 2 else 0
+        """Of the widest bottleneck; 0 without."""
+        return max(self.widths, default=0)
 
     @property
     def outputs(self) -> int:
-        return self.inputs + self.layers * self.growth_rate
+        return self.inputs + sum(self.growths)
 
 
 class _Names:
-    """The operands of a block as its loops name them."""
+    """The operands of a block as its loops name them; channels are counted in the order in which they are made."""
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
+        self._drops = dict(structure.drops)
         self._running = iter(range(2 * structure.batch_stats.count(False)))
-        self._norms = [self._constants(i) for i in range(len(structure.weights))]
+        self._norms = [self._constants(i) for i in range(len(structure.eps))]
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """Where channels stand in the buffer."""
+        total = self.structure.outputs
+        return (total - end, total - begin) if self.structure.prepends else (begin, end)
+
+    def image(self, operand: str, begin: int, end: int) -> Image:
+        """Channels of the buffer, or of what is laid out like it."""
+        return Image(operand, *self.span(begin, end))
 
     def moments(self, begin: int, end: int) -> tuple[Vector, Vector]:
         """Mean and variance of channels of the buffer."""
-        total = self.structure.outputs
-        mean, var = (Vector("stats", 0, row * total + begin, end - begin) for row in range(2))
+        total, first = self.structure.outputs, self.span(begin, end)[0]
+        mean, var = (Vector("stats", 0, row * total + first, end - begin) for row in range(2))
         return mean, var
+
+    def correction(self, begin: int, end: int) -> Vector:
+        """What the statistics of channels of the buffer owe."""
+        return Vector("correction", 0, self.span(begin, end)[0], end - begin, self.structure.outputs)
 
     def bottleneck(self, layer: int) -> tuple[Image, tuple[Vector, Vector]]:
         """A layer's bottleneck and its moments."""
         s = self.structure
-        y = Image("bottleneck", 0, s.width, layer if s.keep_bottleneck else 0)
-        mean, var = (Vector("bottleneck_stats", 0, (row * s.layers + layer) * s.width, s.width) for row in range(2))
+        width = s.widths[layer]
+        y = Image("bottleneck", 0, width, layer if s.keep_bottleneck else 0)
+        mean, var = (Vector("bottleneck_stats", 0, (row * s.layers + layer) * s.width, width) for row in range(2))
         return y, (mean, var)
 
     def weight(self, i: int) -> Weight:
         return Weight("weight", i, self.structure.weights[i][2:])
 
-    def norm(self, i: int, moments: tuple[Vector, Vector]) -> Norm:
+    def mask(self, layer: int, place: int) -> tuple[Image, float] | None:
+        """Of the dropout that follows a layer's convolution, and its scale; None where there is none."""
+        s = self.structure
+        if place not in self._drops:
+            return None
+        channels = [shape[0] for shape in s.weights[place :: s.per_layer]]
+        first = sum(channels[:layer])
+        kept = "keep" if place == s.per_layer - 1 else "keep_inside"
+        return Image(kept, first, first + channels[layer]), self._drops[place]
+
+    def norm(self, i: int, moments: tuple[Vector, Vector]) -> Norm | None:
+        if not self.structure.eps:
+            return None
         mean, var = self._norms[i] or moments
         gamma, beta = (Vector(name, i, 0, self.structure.weights[i][1]) for name in ("gamma", "beta"))
-        return Norm(mean, var, gamma, beta, self.structure.eps[i])  # type: ignore[arg-type]
+        return Norm(mean, var, gamma, beta, self.structure.eps[i], self.structure.slopes[i])  # type: ignore[arg-type]
 
-    def owed(self, i: int, correction: Vector) -> Owed:
+    def bias(self, i: int, operand: str = "bias") -> Vector | None:
+        s = self.structure
+        return Vector(operand, sum(s.biased[:i]), 0, s.weights[i][0]) if s.biased[i] else None
+
+    def epilogue(self, i: int) -> tuple[Vector | None, float]:
+        """A convolution's bias, and the slope of what follows it."""
+        return self.bias(i), 1.0 if self.structure.eps else self.structure.slopes[i]
+
+    def owed(self, i: int, correction: Vector) -> Owed | None:
+        if not self.structure.eps:
+            return None
         dgamma, dbeta = (Vector(name, i, 0, self.structure.weights[i][1]) for name in ("dgamma", "dbeta"))
         pixels = Vector("pixels", 0, 0, 1) if self.structure.over_ranks else None
         if not self.structure.batch_stats[i]:
@@ -114,21 +169,30 @@ class _Names:
         return mean, var
 
 
+_GIVEN = ("buffer", "bottleneck", "stats", "bottleneck_stats", "pixels", "keep", "keep_inside", *PARAMETERS, "running")
+
+
 @functools.lru_cache(maxsize=1024)
 def forward(structure: Structure) -> Program:
     """Fills ``buffer`` from ``x``, its moments ``stats`` ``(2, outputs)`` and ``bottleneck_stats`` ``(2, layers, width)``.
 
-    ``bottleneck`` are the bottlenecks' outputs, one image for each layer where they are kept, else one for all.
-    Moments that no norm reads are not taken.
+    ``bottleneck`` are the bottlenecks' outputs, one image for each layer where they are kept, else one for all. Moments
+    that no norm reads are not taken. ``keep`` and ``keep_inside`` are the masks of dropouts of all layers.
     """
     s, names = structure, _Names(structure)
     wanted = any(s.batch_stats)
-    program = Program(
-        ("x", "buffer", "bottleneck", "stats", "bottleneck_stats", "pixels", "keep", *PARAMETERS, "running")
-    )
+    program = Program(("x", *_GIVEN))
 
-    def taken(moments: tuple[Vector, Vector]) -> tuple[Vector | None, Vector | None]:
-        return moments if wanted else (None, None)
+    def convolve(layer: int, place: int, source: Image, read: tuple[Vector, Vector], out: Image, wrote: Any) -> None:
+        i = layer * s.per_layer + place
+        mask = names.mask(layer, place)
+        taken = wrote if wanted and mask is None else (None, None)
+        program.norm_relu_conv(source, names.norm(i, read), names.weight(i), out, *taken, *names.epilogue(i))
+        if mask is not None:
+            program.drop(out, *mask)
+            if wanted:
+                program.place(out, None, *wrote)
+        merge(wrote)
 
     def merge(moments: tuple[Vector, Vector]) -> None:
         if s.over_ranks and wanted:
@@ -136,45 +200,35 @@ def forward(structure: Structure) -> Program:
 
     width = s.inputs
     moments = names.moments(0, width)
-    program.place(Image("x", 0, width), Image("buffer", 0, width), *taken(moments))
+    program.place(Image("x", 0, width), names.image("buffer", 0, width), *(moments if wanted else (None, None)))
     merge(moments)
-    for layer in range(s.layers):
-        i = layer * s.per_layer
-        source, moments = Image("buffer", 0, width), names.moments(0, width)
+    for layer, growth in enumerate(s.growths):
+        source, moments = names.image("buffer", 0, width), names.moments(0, width)
         if s.per_layer == 2:
             y, y_moments = names.bottleneck(layer)
-            program.norm_relu_conv(source, names.norm(i, moments), names.weight(i), y, *taken(y_moments), None, 1.0)
-            merge(y_moments)
-            source, moments, i = y, y_moments, i + 1
-        end = width + s.growth_rate
-        new, new_moments = Image("buffer", width, end), names.moments(width, end)
-        convolve = (source, names.norm(i, moments), names.weight(i), new)
-        if s.keep_scale is None:
-            program.norm_relu_conv(*convolve, *taken(new_moments), None, 1.0)
-        else:
-            program.norm_relu_conv(*convolve, None, None, None, 1.0)
-            program.drop(new, _mask(s, layer), s.keep_scale)
-            if wanted:
-                program.place(new, None, *new_moments)
-        merge(new_moments)
+            convolve(layer, 0, source, moments, y, y_moments)
+            source, moments = y, y_moments
+        end = width + growth
+        new, new_moments = names.image("buffer", width, end), names.moments(width, end)
+        convolve(layer, s.per_layer - 1, source, moments, new, new_moments)
         width = end
     return program
 
 
 @functools.lru_cache(maxsize=1024)
 def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
-    """The gradients ``dx``, ``dgamma``, ``dbeta`` and, of the weights where they are needed, ``dweight``, given ``dout``.
+    """The gradients ``dx``, ``dgamma``, ``dbeta``, ``dbias`` and, of the weights where they are needed, ``dweight``, given ``dout``.
 
     The other operands are those of :func:`forward`, and scratch: ``gradient`` is laid out like ``buffer``, ``dbottleneck``
     ``(N, width, *spatial)``, ``correction`` ``(2, outputs)`` of zeros, ``own_correction`` ``(2, width)``, ``dropped``
-    ``(N, growth_rate, *spatial)``; ``bottleneck`` is scratch where it was not kept. ``dweight`` has tensors for the
-    needed weights only.
+    and ``dropped_bottleneck`` for a layer's gradients; ``bottleneck`` is scratch where it was not kept. ``dweight`` has
+    tensors for the needed weights only.
     """
     s, names = structure, _Names(structure)
     program = Program(
         (
-            *("dout", "buffer", "bottleneck", "stats", "bottleneck_stats", "pixels", "keep", *PARAMETERS, "running"),
-            *("gradient", "dbottleneck", "correction", "own_correction", "dropped", "dx", "dweight", "dgamma", "dbeta"),
+            *("dout", *_GIVEN, "gradient", "dbottleneck", "correction", "own_correction"),
+            *("dropped", "dropped_bottleneck", "dx", "dweight", "dgamma", "dbeta", "dbias"),
         )
     )
     positions = iter(range(sum(weight_needed)))
@@ -183,32 +237,41 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
         for needed, shape in zip(weight_needed, s.weights, strict=True)
     ]
 
-    def load(begin: int, end: int, last: bool) -> Gradient:
-        stored = Image("gradient", begin, end)
-        if last or not any(s.batch_stats):  # nobody read them, or nothing is owed
+    def load(begin: int, end: int, layer: int | None) -> Gradient:
+        stored, value = names.image("gradient", begin, end), names.image("buffer", begin, end)
+        if not s.eps and layer is not None and s.slopes[layer] != 1:
+            return Gradient(stored, value, negative_slope=s.slopes[layer])  # type: ignore[arg-type]
+        if layer == s.layers - 1 or not any(s.batch_stats):  # nobody read them, or nothing is owed
             return Gradient(stored)  # type: ignore[arg-type]
-        correction = Vector("correction", 0, begin, end - begin, s.outputs)
+        correction = names.correction(begin, end)
         if s.over_ranks:
             program.sum_over_ranks(correction)
         mean, _ = names.moments(begin, end)
-        return Gradient(stored, Image("buffer", begin, end), mean, correction)  # type: ignore[arg-type]
+        return Gradient(stored, value, mean, correction)  # type: ignore[arg-type]
+
+    def through_dropout(grad: Gradient, layer: int, place: int, scratch: str) -> Gradient:
+        mask = names.mask(layer, place)
+        if mask is None:
+            return grad
+        dropped = Image(scratch, 0, mask[0].end - mask[0].begin)
+        program.place_backward(grad, dropped)
+        program.drop(dropped, *mask)
+        return Gradient(dropped)  # type: ignore[arg-type]
 
     program.place(Image("dout", 0, s.outputs), Image("gradient", 0, s.outputs), None, None)
     end = s.outputs
     for layer in reversed(range(s.layers)):
-        i, width = layer * s.per_layer, end - s.growth_rate
-        grad = load(width, end, layer == s.layers - 1)
-        if s.keep_scale is not None:
-            dropped = Image("dropped", 0, s.growth_rate)
-            program.place_backward(grad, dropped)
-            program.drop(dropped, _mask(s, layer), s.keep_scale)
-            grad = Gradient(dropped)  # type: ignore[arg-type]
-        source, norm = Image("buffer", 0, width), names.norm(i, names.moments(0, width))
+        i, width = layer * s.per_layer, end - s.growths[layer]
+        grad = through_dropout(load(width, end, layer), layer, s.per_layer - 1, "dropped")
+        source, norm = names.image("buffer", 0, width), names.norm(i, names.moments(0, width))
         if s.per_layer == 2:
             y, y_moments = names.bottleneck(layer)
             if not s.keep_bottleneck:
-                program.norm_relu_conv(source, norm, names.weight(i), y, None, None, None, 1.0)
-            dy, own = Image("dbottleneck", 0, s.width), Vector("own_correction", 0, 0, s.width, s.width)
+                program.norm_relu_conv(source, norm, names.weight(i), y, None, None, *names.epilogue(i))
+                if (mask := names.mask(layer, 0)) is not None:
+                    program.drop(y, *mask)
+            own = Vector("own_correction", 0, 0, s.widths[layer], s.width)
+            dy = Image("dbottleneck", 0, s.widths[layer])
             program.norm_relu_conv_backward(
                 grad,
                 y,
@@ -218,29 +281,25 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
                 False,
                 dweights[i + 1],
                 names.owed(i + 1, own),
-                None,
+                names.bias(i + 1, "dbias"),
             )
             grad = Gradient(dy)  # type: ignore[arg-type]
             if s.batch_stats[i + 1]:
                 if s.over_ranks:
                     program.sum_over_ranks(own)
                 grad = Gradient(dy, y, y_moments[0], own)  # type: ignore[arg-type]
-        correction = Vector("correction", 0, 0, width, s.outputs)
+            grad = through_dropout(grad, layer, 0, "dropped_bottleneck")
         program.norm_relu_conv_backward(
             grad,
             source,
             norm,
             names.weight(i),
-            Image("gradient", 0, width),
+            names.image("gradient", 0, width),
             True,
             dweights[i],
-            names.owed(i, correction),
-            None,
+            names.owed(i, names.correction(0, width)),
+            names.bias(i, "dbias"),
         )
         end = width
-    program.place_backward(load(0, end, False), Image("dx", 0, end))
+    program.place_backward(load(0, end, None), Image("dx", 0, end))
     return program
-
-
-def _mask(structure: Structure, layer: int) -> Image:
-    return Image("keep", layer * structure.growth_rate, (layer + 1) * structure.growth_rate)

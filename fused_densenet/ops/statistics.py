@@ -32,23 +32,24 @@ class BatchMoments(NamedTuple):
         bottleneck_stats: ``(2, layers, width)``, of the bottlenecks, which every second norm reads; None without any.
         pixels: as :class:`BatchStatistics` has them.
         group: as :class:`BatchStatistics` has it.
+        from_end: whether norms read the last channels of the buffer, not the first.
     """
 
     stats: Tensor
     bottleneck_stats: Tensor | None
     pixels: Tensor | None
     group: str | None = None
+    from_end: bool = False
 
     def of(self, i: int, channels: int) -> Tensor:
         """``(2, channels)``, mean and variance of what norm ``i`` in the order of execution reads."""
         if self.bottleneck_stats is not None and i % 2 == 1:
-            return self.bottleneck_stats[:, i // 2]
-        return self.stats[:, :channels]
+            return self.bottleneck_stats[:, i // 2, :channels]
+        return self.stats[:, -channels:] if self.from_end and channels else self.stats[:, :channels]
 
-    @property
-    def result(self) -> BatchStatistics:
-        """The statistics of what the block returned."""
-        return BatchStatistics(self.stats, self.pixels, self.group)
+    def result(self, first: int = 0) -> BatchStatistics:
+        """The statistics of the buffer's channels from ``first`` on."""
+        return BatchStatistics(self.stats[:, first:] if first else self.stats, self.pixels, self.group)
 
 
 def statistics_of(x: Tensor, backend: str, group: str | None, known: BatchStatistics | None = None) -> BatchStatistics:

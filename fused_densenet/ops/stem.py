@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from .layout import channels_last, empty_channels_last, pixels_last
-from .operator import Outputs, norm_relu
+from .operator import Outputs, norm_act
 from .transition import NormReluThen
 
 
@@ -57,7 +57,7 @@ class Stem(NormReluThen):
         return gradients
 
     def by_operators(self, a: Arguments) -> Tensor:
-        activation = norm_relu(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats)
+        activation = norm_act(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats)
         max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[a.x.dim() - 3]
         return max_pool(activation, 3, 2, 1) if a.pool else activation
 

@@ -15,28 +15,31 @@ from torch.utils.flop_counter import register_flop_formula
 from ..backends import BACKENDS
 from ..backends.contract import Gradient, Norm, Owed, pooled
 from .layout import channels_last, empty_channels_last, pixels_last, weight_5d
-from .operator import Operator, Outputs, norm_relu
+from .operator import Operator, Outputs, norm_act
 from .program import without_autocast
 from .ranks import sum_over_ranks
 
 
 class Arguments(NamedTuple):
-    """Of the operator; the lists of parameters have one entry each.
+    """Of the operator; the lists of parameters have one entry each, ``biases`` perhaps none.
 
     Attributes:
         x: ``(N, C, *spatial)``; the result is ``(N, K, *spatial)``, each size halved where ``pool``.
         moments: ``(2, C)``, mean and biased variance to normalise by: of the batch where ``batch_stats``, over the ranks of
             ``group`` where there is one; constants otherwise.
         pixels: ``(1,)``, how many values they are of where that is not those of ``x``.
+        slope: of the activation for negative numbers.
     """
 
     x: Tensor
     weights: list[Tensor]
+    biases: list[Tensor]
     gammas: list[Tensor]
     betas: list[Tensor]
     moments: Tensor
     pixels: Tensor | None
     eps: float
+    slope: float
     batch_stats: bool
     pool: bool
     backend: str
@@ -54,11 +57,11 @@ class NormReluThen(Operator):
         return [
             empty_channels_last(a.x.shape, a.x.shape[1], a.x),
             *[torch.empty_like(w) if wanted else dout.new_empty(0) for w, wanted in weights],
-            *[torch.empty_like(t) for t in (*a.gammas, *a.betas)],
+            *[torch.empty_like(t) for t in (*a.gammas, *a.betas, *getattr(a, "biases", ()))],
         ]
 
     def norm(self, a: Any) -> Norm:
-        return Norm(a.moments[0], a.moments[1], a.gammas[0], a.betas[0], a.eps)
+        return Norm(a.moments[0], a.moments[1], a.gammas[0], a.betas[0], a.eps, getattr(a, "slope", 0.0))
 
     def settle(self, a: Any, dx: Tensor, correction: Tensor | None) -> None:
         """Takes from ``dx``, ``scale * dz``, what the statistics of ``x`` owe."""
@@ -71,7 +74,8 @@ class NormReluThen(Operator):
         BACKENDS[a.backend].place_backward(grad, dz)
 
     def owed(self, a: Any, gradients: list[Tensor]) -> Owed:
-        dgamma, dbeta = gradients[-2:]
+        first = 1 + len(getattr(a, "weights", ()))
+        dgamma, dbeta = gradients[first : first + 2]
         if not a.batch_stats:
             return Owed(dgamma, dbeta)
         return Owed(dgamma, dbeta, torch.empty_like(a.moments), a.pixels)
@@ -85,7 +89,8 @@ class Transition(NormReluThen):
         outputs = self.allocate(a)
         with without_autocast(a.x.device):
             source, out = pixels_last(channels_last(a.x)), pixels_last(outputs.out)
-            BACKENDS[a.backend].norm_relu_conv(source, self.norm(a), weight_5d(a.weights[0]), out, None, None)
+            bias = a.biases[0] if a.biases else None
+            BACKENDS[a.backend].norm_relu_conv(source, self.norm(a), weight_5d(a.weights[0]), out, None, None, bias)
         return outputs
 
     def allocate(self, a: Arguments) -> Outputs:
@@ -108,14 +113,16 @@ class Transition(NormReluThen):
                 False,
                 weight_5d(dweight) if needed[0] else None,
                 owed,
+                gradients[-1] if a.biases else None,
             )
             self.settle(a, dx, owed.correction)
         return gradients
 
     def by_operators(self, a: Arguments) -> Tensor:
         spatial = a.x.dim() - 2
-        activation = norm_relu(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats)
-        out = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1](activation, a.weights[0].to(activation.dtype))
+        activation = norm_act(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats, a.slope)
+        bias = a.biases[0].to(activation.dtype) if a.biases else None
+        out = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1](activation, a.weights[0].to(activation.dtype), bias)
         return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](out, 2) if a.pool else out
 
 

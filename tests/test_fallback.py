@@ -78,7 +78,6 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
         _replace("denselayer1.conv2", lambda m: ScaledConv(8, 4, 3, padding=1, bias=False)),
         "is a ScaledConv",
     ),
-    "bias": (_replace("denselayer3.conv1", lambda m: nn.Conv2d(16, 8, 1)), "conv1 has a bias"),
     "groups": (_replace("denselayer2.conv2", lambda m: nn.Conv2d(8, 4, 3, 1, 1, groups=2, bias=False)), "grouped"),
     "dilation": (_replace("denselayer2.conv2", lambda m: nn.Conv2d(8, 4, 3, 1, 2, 2, bias=False)), "dilated"),
     "padding mode": (

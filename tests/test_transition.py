@@ -184,8 +184,8 @@ def test_operators(batch_stats: bool) -> None:
 
 REASONS = {
     "norm is a GroupNorm": lambda t: t.register_module("norm", nn.GroupNorm(2, 10)),
-    "relu is a LeakyReLU": lambda t: t.register_module("relu", nn.LeakyReLU(0.1)),
-    "conv has a bias": lambda t: t.register_module("conv", nn.Conv2d(10, 6, 1)),
+    "relu is a SiLU": lambda t: t.register_module("relu", nn.SiLU()),
+    "relu has a slope of -0.1 for negative numbers": lambda t: t.register_module("relu", nn.LeakyReLU(-0.1)),
     "conv is no 1x1 convolution": lambda t: t.register_module("conv", nn.Conv2d(10, 6, 3, padding=1, bias=False)),
     "pool is no average pooling of window and stride 2": lambda t: t.register_module("pool", nn.MaxPool2d(2)),
     "norm has hooks": lambda t: t.norm.register_forward_hook(lambda *_: None),

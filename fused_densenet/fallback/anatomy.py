@@ -4,7 +4,6 @@ torchvision, timm and TorchXRayVision keep a layer's modules in the layer, MONAI
 norms carry the activation; MONAI's dropout is a module, the others' a rate.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +39,10 @@ class Stage(NamedTuple):
     @property
     def slope(self) -> float:
         """Of its activation for negative numbers."""
-        return math.prod(getattr(a, "negative_slope", 0.0) for a in self.activations)
+        slope = 1.0
+        for activation in self.activations:
+            slope *= getattr(activation, "negative_slope", 0.0)
+        return slope
 
 
 class LayerParts(NamedTuple):

@@ -49,7 +49,7 @@ class BatchMoments(NamedTuple):
 
     def result(self, first: int = 0) -> BatchStatistics:
         """The statistics of the buffer's channels from ``first`` on."""
-        return BatchStatistics(self.stats[:, first:] if first else self.stats, self.pixels, self.group)
+        return BatchStatistics(self.stats[:, first:].contiguous() if first else self.stats, self.pixels, self.group)
 
 
 def statistics_of(x: Tensor, backend: str, group: str | None, known: BatchStatistics | None = None) -> BatchStatistics:

@@ -154,16 +154,11 @@ struct Cuda {
     arithmetic_of(data, false);
   }
 
-  template <class Problem>
-  static void run(const Problem& problem, const Argument& data, bool tf32) {
-    if (problem.shape.pixels() == 0) return;
-    const Queue queue(data.device_index);
-    const Call<Problem> call{problem, arithmetic_of(data, tf32 && queue.device.capability >= 80), queue};
-    const Workspace workspace(data, call.bytes());
-    call.run(workspace.address());
+  template <class P>
+  static void run(const P& problem, const Argument& data, bool tf32) {
+    run_all(data, tf32, [&](auto visit) { visit(problem); });
   }
 
-  // One workspace for all calls, one device, one stream.
   static void run_program(const Tensor& program, const std::vector<Tensor>& tensors, bool tf32) {
     const std::vector<Argument> operands = arguments(tensors, "operand");
     if (operands.empty()) throw WrongValue("operands: expected at least one tensor");
@@ -173,21 +168,9 @@ struct Cuda {
       throw WrongValue("program: expected a contiguous tensor of int64");
     }
     const auto problems = Decoder(static_cast<const int64_t*>(code.data), code.sizes[0], operands).problems();
-    const Queue queue(data.device_index);
-    const Arithmetic arithmetic = arithmetic_of(data, tf32 && queue.device.capability >= 80);
-    const auto each = [&](auto visit) {
-      for (const Problem& problem : problems) {
-        std::visit(
-            [&](const auto& p) {
-              if (p.shape.pixels() != 0) visit(Call{p, arithmetic, queue});
-            },
-            problem);
-      }
-    };
-    size_t bytes = 0;
-    each([&](const auto& call) { bytes = std::max(bytes, call.bytes()); });
-    const Workspace workspace(data, bytes);
-    each([&](const auto& call) { call.run(workspace.address()); });
+    run_all(data, tf32, [&](auto visit) {
+      for (const Problem& problem : problems) std::visit(visit, problem);
+    });
   }
 
   static void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_,
@@ -209,33 +192,42 @@ struct Cuda {
     if (error != 0) throw std::runtime_error("fused_densenet: " + describe(error));
   }
 
-  template <class Problem>
-  struct Call {
-    const Problem& problem;
-    Arithmetic arithmetic;
-    const Queue& queue;
-
-    size_t bytes() const { return entry(problem).workspace(problem, arithmetic, queue.device); }
-    void run(void* workspace) const {
-      succeed(entry(problem).launch(problem, arithmetic, queue.device, workspace, queue.stream));
+  // The problems that each(visit) visits, in order: one workspace, one device, one stream for all, and what they need
+  // prepared at once.
+  template <class Each>
+  static void run_all(const Argument& data, bool tf32, Each each) {
+    const Queue queue(data.device_index);
+    const Device& device = queue.device;
+    const Arithmetic arithmetic = arithmetic_of(data, tf32 && device.capability >= 80);
+    std::vector<Needs> needs;
+    size_t prepared = 0, scratch = 0;
+    each([&](const auto& problem) {
+      const bool nothing = problem.shape.pixels() == 0;
+      needs.push_back(nothing ? Needs{} : launcher(problem).needs(problem, arithmetic, device));
+      prepared += needs.back().prepared;
+      scratch = std::max(scratch, needs.back().workspace);
+    });
+    const Workspace workspace(data, prepared + scratch);
+    unsigned char* const memory = static_cast<unsigned char*>(workspace.address());
+    // body(problem, its needs, its prepared memory).
+    const auto with_memory = [&](auto body) {
+      const Needs* own = needs.data();
+      unsigned char* at = memory;
+      each([&](const auto& problem) {
+        if (problem.shape.pixels() != 0) body(problem, *own, at);
+        at += (own++)->prepared;
+      });
+    };
+    if (prepared > 0) {
+      std::vector<Preparation> preparations;
+      with_memory([&](const auto& problem, const Needs& own, void* at) {
+        if (own.prepared > 0) preparations.push_back(launcher(problem).preparation(problem, arithmetic, device, at));
+      });
+      succeed(prepare(preparations.data(), static_cast<int64_t>(preparations.size()), arithmetic, queue.stream));
     }
-  };
-  template <class Problem>
-  Call(const Problem&, Arithmetic, const Queue&) -> Call<Problem>;
-
-  // Of a primitive, what csrc/cuda/launch.h offers.
-  template <class Problem>
-  struct Entry {
-    size_t (*workspace)(const Problem&, Arithmetic, const Device&);
-    int (*launch)(const Problem&, Arithmetic, const Device&, void*, void*);
-  };
-  static Entry<Place> entry(const Place&) { return {place_workspace, place}; }
-  static Entry<PlaceBackward> entry(const PlaceBackward&) { return {place_backward_workspace, place_backward}; }
-  static Entry<Forward> entry(const Forward&) { return {forward_workspace, forward}; }
-  static Entry<Backward> entry(const Backward&) { return {backward_workspace, backward}; }
-  static Entry<NormReluPool> entry(const NormReluPool&) { return {norm_relu_pool_workspace, norm_relu_pool}; }
-  static Entry<NormReluPoolBackward> entry(const NormReluPoolBackward&) {
-    return {norm_relu_pool_backward_workspace, norm_relu_pool_backward};
+    with_memory([&](const auto& problem, const Needs&, void* at) {
+      succeed(launcher(problem).run(problem, arithmetic, device, at, memory + prepared, queue.stream));
+    });
   }
 
   // From torch's allocator, so that it is ordered by the stream and belongs to a graph that is being captured. Aligned

@@ -16,7 +16,7 @@
 //
 // Where it pools, a kernel of its own leaves the averaged activations, a quarter of x in 2D, and the convolution reads
 // those: three layers of a network are not worth a second main loop.
-#include "forward.cuh"
+#include "prepare.cuh"
 
 namespace fused_densenet {
 namespace {
@@ -62,15 +62,6 @@ struct Layout {
   }
   int bytes(int count) const { return stages + count * stage; }
 };
-
-template <class T, class W>
-__global__ void __launch_bounds__(kPackThreads)
-    pack_kernel(Weight weight, int64_t out, int64_t in, T* packed, int padded) {
-  const int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x, row = i / padded, c = i % padded;
-  if (row >= out) return;
-  const W* from = static_cast<const W*>(weight.data) + row * weight.stride_out + c * weight.stride_in;
-  packed[i] = rounded<T>(c < in ? as_float(*from) : 0.0f);
-}
 
 // Sizes of an image and of its pooling; 32-bit, because divisions of pixels are most of what the kernel does.
 struct Pooling {
@@ -254,15 +245,14 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   __syncthreads();
   pipeline(own_tiles * steps, f.stages, load, prepare, consume);
   if (f.output.moments.data != nullptr && f.output.partial == nullptr) {
-    store_statistics(statistics, f.output.moments, blockIdx.x, first_column, count);
+    store_statistics(statistics, f.output.moments, static_cast<int>(blockIdx.x), first_column, count);
   }
 }
 
 struct Plan {
   Conv1x1 kernel;
   ForwardPlan shared;
-  bool small, pack;
-  size_t pooled;  // where the averaged activations lie in the workspace
+  bool small;
   dim3 grid;
   int threads, shared_bytes;
 };
@@ -274,16 +264,11 @@ int64_t packed_row(const Shape& s) {
 }
 
 template <class T>
-int prepare_weights(const Forward& f, const Plan& plan, void* workspace, void* stream, Rows* rows) {
-  const Shape& s = f.shape;
+Rows weights_of(const Forward& f, const Plan& plan, const void* prepared) {
+  if (plan.shared.packing.numbers > 0)
+    return {static_cast<const unsigned char*>(prepared), packed_row<T>(f.shape), kChunk};
   const int64_t row = f.weight.stride_out * int64_t{sizeof(T)};
-  *rows = {static_cast<const unsigned char*>(f.weight.data), row, access_of(f.weight.data, s.out > 1 ? row : 0)};
-  if (!plan.pack) return 0;
-  *rows = {static_cast<const unsigned char*>(workspace), packed_row<T>(s), kChunk};
-  const int padded = static_cast<int>(rows->row / sizeof(T));
-  const dim3 blocks(static_cast<unsigned>(ceil_div(s.out * padded, kPackThreads)));
-  return LAUNCH(f.weight.is_float ? pack_kernel<T, float> : pack_kernel<T, T>, blocks, dim3(kPackThreads), 0, stream,
-                f.weight, s.out, s.in, static_cast<T*>(workspace), padded);
+  return {static_cast<const unsigned char*>(f.weight.data), row, access_of(f.weight.data, f.shape.out > 1 ? row : 0)};
 }
 
 template <class T>
@@ -350,15 +335,14 @@ Plan make_plan(const Forward& f, const Device& device) {
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
   const bool same_type = sizeof(T) == 4 || !f.weight.is_float;
   const bool whole_words = s.out == 1 || f.weight.stride_out * sizeof(T) % 4 == 0;
-  plan.pack = !same_type || (f.weight.stride_in != 1 && s.in > 1) || !whole_words;
-  plan.pooled = plan.pack ? aligned(s.out * packed_row<T>(s)) : 0;
+  const bool pack = !same_type || (f.weight.stride_in != 1 && s.in > 1) || !whole_words;
   const size_t pooled_bytes = s.window() > 1 ? pixels * packed_row<T>(s) : 0;
-  plan.shared = plan_forward(f, splits, plan.grid.x, plan.pooled + pooled_bytes);
+  plan.shared = plan_forward(f, A, splits, plan.grid, pack ? pack_rows(f, A) : Packing{}, pooled_bytes);
   return plan;
 }
 
 template <Arithmetic A>
-int run(const Forward& f, const Device& device, void* workspace, void* stream) {
+int run(const Forward& f, const Device& device, void* prepared, void* workspace, void* stream) {
   using T = typename Product<A>::T;
   Plan plan = make_plan<A>(f, device);
   Conv1x1& k = plan.kernel;
@@ -367,32 +351,37 @@ int run(const Forward& f, const Device& device, void* workspace, void* stream) {
   k.norm = f.norm;
   k.pixels = f.shape.out_pixels();
   if (f.shape.window() > 1) {
-    const int error = pool<T>(f, static_cast<unsigned char*>(workspace) + plan.pooled, stream);
+    const int error = pool<T>(f, workspace, stream);
     if (error != 0) return error;
-    k.x = static_cast<const unsigned char*>(workspace) + plan.pooled;
+    k.x = static_cast<const unsigned char*>(workspace);
     k.pixel = packed_row<T>(f.shape);
     k.norm = {};
   }
   k.access = access_of(k.x, k.pixels > 1 ? k.pixel : 0);
-  k.output = make_output(f, sizeof(T), plan.shared, workspace);
-  int error = prepare_weights<T>(f, plan, workspace, stream, &k.weights);
-  if (error != 0) return error;
-  error = LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, Product<A>::kTiles>, plan.grid,
-                 dim3(plan.threads), plan.shared_bytes, stream, k);
+  k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
+  k.weights = weights_of<T>(f, plan, prepared);
+  const int error = LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, Product<A>::kTiles>, plan.grid,
+                           dim3(plan.threads), plan.shared_bytes, stream, k);
   return error != 0 ? error : finish_forward(f, A, plan.shared, k.output, stream);
 }
 
 }  // namespace
 
-size_t conv1x1_forward_workspace(const Forward& f, Arithmetic arithmetic, const Device& device) {
+Needs conv1x1_forward_needs(const Forward& f, Arithmetic arithmetic, const Device& device) {
   return with_arithmetic(arithmetic,
-                         [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.bytes(); });
+                         [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.needs(); });
 }
 
-int conv1x1_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* workspace, void* stream) {
+Preparation conv1x1_forward_preparation(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared) {
+  return with_arithmetic(
+      arithmetic, [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.preparation(prepared); });
+}
+
+int conv1x1_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared, void* workspace,
+                    void* stream) {
   if (f.shape.out_pixels() == 0) return 0;
   return with_arithmetic(arithmetic,
-                         [&](auto kind) { return run<decltype(kind)::value>(f, device, workspace, stream); });
+                         [&](auto kind) { return run<decltype(kind)::value>(f, device, prepared, workspace, stream); });
 }
 
 }  // namespace fused_densenet

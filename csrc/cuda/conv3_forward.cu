@@ -8,7 +8,7 @@
 // multiprocessor, as many as registers allow. It is bound by tensor cores and by the fragments they need: with k = 32,
 // a warp's 64 pixels x 32 channels take four fragments of x and two of weights, 512 bytes each, for 16 instructions.
 //
-// Weights do not pass through shared memory. One kernel packs them in the order of fragments, so that a warp reads each
+// Weights do not pass through shared memory. They are packed in the order of fragments, so that a warp reads each
 // fragment with one instruction, one step ahead. They stay in the first-level cache beside the stages (72 KiB for 128
 // channels in and 32 out, 3 x 3, 16 bits), which the copies of x bypass: shared memory is left to x, and no kernel
 // size has too many weights. A contiguous weight, whose channels are nine elements apart, would have to be packed
@@ -18,7 +18,7 @@
 // sums are added in a fixed order afterwards.
 #include "boxes.cuh"
 #include "forward.cuh"
-#include "fragments.cuh"
+#include "prepare.cuh"
 
 namespace fused_densenet {
 namespace {
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
 
   pipeline(all_steps, kStages, load, prepare, consume);
   if (f.output.moments.data != nullptr && f.output.partial == nullptr) {
-    store_statistics(statistics, f.output.moments, blockIdx.x, tile.first, count);
+    store_statistics(statistics, f.output.moments, static_cast<int>(blockIdx.x), tile.first, count);
   }
 }
 
@@ -341,12 +341,12 @@ Plan make_plan(const Forward& f, const Device& device) {
   const int64_t at_once = device.multiprocessors * std::min<int64_t>(resident, 3) / (column_blocks * splits);
   plan.grid = dim3(static_cast<unsigned>(std::min<int64_t>(k.tiles.volume(), std::max<int64_t>(1, at_once))),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
-  plan.shared = plan_forward(f, splits, plan.grid.x, fragments_bytes<A>(f.shape, k.groups));
+  plan.shared = plan_forward(f, A, splits, plan.grid, pack_fragments(f, k.groups, A), 0);
   return plan;
 }
 
 template <Arithmetic A>
-int run(const Forward& f, const Device& device, void* workspace, void* stream) {
+int run(const Forward& f, const Device& device, void* prepared, void* workspace, void* stream) {
   using T = typename Product<A>::T;
   Plan plan = make_plan<A>(f, device);
   if (plan.shared_bytes > device.shared_per_block || f.shape.pixels() > INT32_MAX) return cudaErrorNotSupported;
@@ -355,10 +355,8 @@ int run(const Forward& f, const Device& device, void* workspace, void* stream) {
   k.pixel = f.x.ld * int64_t{sizeof(T)};
   k.access = access_of(f.x.data, f.shape.pixels() > 1 ? k.pixel : 0);
   k.norm = f.norm;
-  k.weights = static_cast<const unsigned char*>(workspace);
-  k.output = make_output(f, sizeof(T), plan.shared, workspace);
-  int error = pack_fragments<A>(f, k.groups, workspace, stream);
-  if (error != 0) return error;
+  k.weights = static_cast<const unsigned char*>(prepared);
+  k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
   auto kernel = conv3_kernel<A, 2, 2 * kMostGroups>;
   if constexpr (Product<A>::kTiles > 2) {
     constexpr int tiles = Product<A>::kTiles;
@@ -368,21 +366,27 @@ int run(const Forward& f, const Device& device, void* workspace, void* stream) {
                                : conv3_kernel<A, tiles, 6>;
     }
   }
-  error = LAUNCH(kernel, plan.grid, dim3(kThreads), plan.shared_bytes, stream, k);
+  const int error = LAUNCH(kernel, plan.grid, dim3(kThreads), plan.shared_bytes, stream, k);
   return error != 0 ? error : finish_forward(f, A, plan.shared, k.output, stream);
 }
 
 }  // namespace
 
-size_t conv3_forward_workspace(const Forward& f, Arithmetic arithmetic, const Device& device) {
+Needs conv3_forward_needs(const Forward& f, Arithmetic arithmetic, const Device& device) {
   return with_arithmetic(arithmetic,
-                         [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.bytes(); });
+                         [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.needs(); });
 }
 
-int conv3_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* workspace, void* stream) {
+Preparation conv3_forward_preparation(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared) {
+  return with_arithmetic(
+      arithmetic, [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.preparation(prepared); });
+}
+
+int conv3_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared, void* workspace,
+                  void* stream) {
   if (f.shape.pixels() == 0) return 0;
   return with_arithmetic(arithmetic,
-                         [&](auto kind) { return run<decltype(kind)::value>(f, device, workspace, stream); });
+                         [&](auto kind) { return run<decltype(kind)::value>(f, device, prepared, workspace, stream); });
 }
 
 }  // namespace fused_densenet

@@ -1,5 +1,5 @@
 // The small kernels of the forward convolutions, and what their hosts share.
-#include "forward.cuh"
+#include "prepare.cuh"
 
 namespace fused_densenet {
 namespace {
@@ -26,33 +26,41 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Output o, int sp
   if (o.moments.data == nullptr) return;
   __syncthreads();
   tile_moments<kFinishPixels, kFinishChannels, kFinishThreads>(
-      o.moments, blockIdx.x, first, count, [&](int p, int c) { return tile[p][c]; }, [&](int p) { return p < count; },
-      scratch);
+      o.moments, static_cast<int>(blockIdx.x), first, count, [&](int p, int c) { return tile[p][c]; },
+      [&](int p) { return p < count; }, scratch);
+}
+
+dim3 finish_grid(const Forward& f) {
+  return dim3(static_cast<unsigned>(ceil_div(f.shape.out_pixels(), kFinishPixels)),
+              static_cast<unsigned>(ceil_div(f.shape.out, kFinishChannels)));
 }
 
 template <class T>
 int finish(const Forward& f, const ForwardPlan& plan, const Output& output, void* stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(f.shape.out_pixels(), kFinishPixels)),
-                  static_cast<unsigned>(ceil_div(f.shape.out, kFinishChannels)));
-  return LAUNCH(finish_kernel<T>, grid, dim3(kFinishThreads), 0, stream, output, plan.splits, f.shape.out_pixels());
+  return LAUNCH(finish_kernel<T>, finish_grid(f), dim3(kFinishThreads), 0, stream, output, plan.splits,
+                f.shape.out_pixels());
 }
 
 }  // namespace
 
-ForwardPlan plan_forward(const Forward& f, int64_t splits, int64_t blocks, size_t weights_bytes) {
+ForwardPlan plan_forward(const Forward& f, Arithmetic arithmetic, int64_t splits, dim3 grid, const Packing& packing,
+                         size_t pooled_bytes) {
   const int64_t pixels = f.shape.out_pixels(), pitch = ceil_div(f.shape.out, 8) * 8;
+  if (splits > 1) grid = finish_grid(f);
   ForwardPlan plan;
   plan.splits = static_cast<int>(splits);
-  plan.moment_rows = splits > 1 ? ceil_div(pixels, kFinishPixels) : blocks;
-  plan.weights_bytes = aligned(weights_bytes);
+  plan.packing = packing;
+  plan.moments = MomentRows::divided(grid.x, f.moments, f.shape.out);
+  plan.counters = plan.moments.all_counters(grid.y);
+  plan.packed_bytes = packed_bytes(packing, arithmetic);
+  plan.pooled_bytes = aligned(pooled_bytes);
   plan.partial_bytes = splits > 1 ? aligned(splits * pixels * pitch * sizeof(float)) : 0;
-  plan.moments_bytes = f.moments.mean == nullptr ? 0 : MomentRows::bytes(plan.moment_rows, f.shape.out);
   return plan;
 }
 
-Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, void* workspace) {
+Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, void* prepared, void* workspace) {
   const int64_t pixels = f.shape.out_pixels(), channels = f.shape.out;
-  unsigned char* partial = static_cast<unsigned char*>(workspace) + plan.weights_bytes;
+  unsigned char* partial = static_cast<unsigned char*>(workspace) + plan.pooled_bytes;
   Output o;
   o.data = static_cast<unsigned char*>(f.out.data);
   o.pixel = f.out.ld * element;
@@ -61,21 +69,19 @@ Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, v
   o.partial = plan.splits > 1 ? reinterpret_cast<float*>(partial) : nullptr;
   o.partial_pitch = ceil_div(channels, 8) * 8;
   o.partial_split = pixels * o.partial_pitch;
-  o.moments = {plan.moments_bytes == 0 ? nullptr : reinterpret_cast<float*>(partial + plan.partial_bytes),
-               plan.moment_rows, channels};
+  o.moments = plan.moments;
+  if (plan.moments.bytes() > 0) o.moments.data = reinterpret_cast<float*>(partial + plan.partial_bytes);
+  o.moments.counters = plan.preparation(prepared).counters_at;
   return o;
 }
 
 int finish_forward(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, const Output& output,
                    void* stream) {
-  if (plan.splits > 1) {
-    const auto add = arithmetic == Arithmetic::bf16  ? finish<__nv_bfloat16>
-                     : arithmetic == Arithmetic::f16 ? finish<__half>
-                                                     : finish<float>;
-    const int error = add(f, plan, output, stream);
-    if (error != 0) return error;
-  }
-  return output.moments.data == nullptr ? 0 : merge_moments(output.moments, f.moments, f.shape.out_pixels(), stream);
+  if (plan.splits == 1) return cudaSuccess;
+  const auto add = arithmetic == Arithmetic::bf16  ? finish<__nv_bfloat16>
+                   : arithmetic == Arithmetic::f16 ? finish<__half>
+                                                   : finish<float>;
+  return add(f, plan, output, stream);
 }
 
 }  // namespace fused_densenet

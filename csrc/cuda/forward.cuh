@@ -2,12 +2,16 @@
 // added.
 #pragma once
 
+#include "launch.h"
 #include "moments.cuh"
 #include "operand.cuh"
 
 namespace fused_densenet {
 
 constexpr int kGroup = 16;  // output channels that are read together
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Where a tile goes: rounded into `out`, or as partial sums of one split over the input channels.
 struct Output {
@@ -19,18 +23,28 @@ struct Output {
   MomentRows moments;
 };
 
-// What a launch needs besides the kernel. A workspace is laid out as weights, partial sums, moments.
+// What a launch needs besides the kernel. Prepared memory is laid out as the packed weight, counters; the workspace as
+// pooled activations, partial sums, moments.
 struct ForwardPlan {
   int splits;
-  int64_t moment_rows;
-  size_t weights_bytes, partial_bytes, moments_bytes;
-  size_t bytes() const { return weights_bytes + partial_bytes + moments_bytes; }
+  Packing packing;
+  MomentRows moments;
+  int64_t counters;
+  size_t packed_bytes, pooled_bytes, partial_bytes;
+  Needs needs() const {
+    return {packed_bytes + aligned(counters * sizeof(unsigned)), pooled_bytes + partial_bytes + moments.bytes()};
+  }
+  Preparation preparation(void* prepared) const {
+    const auto at = static_cast<unsigned char*>(prepared) + packed_bytes;
+    return {packing, prepared, reinterpret_cast<unsigned*>(at), counters};
+  }
 };
 
 // forward.cu
-ForwardPlan plan_forward(const Forward& f, int64_t splits, int64_t blocks, size_t weights_bytes);
-Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, void* workspace);
-// Adds the splits and merges the moments; a cudaError_t.
+ForwardPlan plan_forward(const Forward& f, Arithmetic arithmetic, int64_t splits, dim3 grid, const Packing& packing,
+                         size_t pooled_bytes);
+Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, void* prepared, void* workspace);
+// Adds the splits; a cudaError_t.
 int finish_forward(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, const Output& output,
                    void* stream);
 
@@ -56,9 +70,6 @@ auto with_arithmetic(Arithmetic arithmetic, Body body) {
 
 // The input channels of one split, in bytes: their vectors stay in shared memory, and float32 sums stay short.
 constexpr int kMostSplit = 4096;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Moments of all tiles of a block, in shared memory: sums of distances from a pivot, which is the first tile's mean.
 struct Statistics {
@@ -245,18 +256,16 @@ struct WarpTile {
   }
 };
 
-// Row `row` of the moments, from a block's statistics of channels [first, first + s.channels) over `count` pixels.
-__device__ inline void store_statistics(const Statistics& s, const MomentRows& rows, int64_t row, int first,
-                                        int count) {
+// Row `row` of the moments, from a block's statistics of channels [first, first + s.channels) over `count` pixels;
+// merged if it is the last.
+__device__ inline void store_statistics(const Statistics& s, const MomentRows& rows, int row, int first, int count) {
   __syncthreads();
   const float n = static_cast<float>(count);
   for (int c = threadIdx.x; c < s.channels && first + c < rows.channels; c += blockDim.x) {
-    rows.mean(row)[first + c] = s.pivot()[c];
-    rows.drift(row)[first + c] = s.distance()[c] / n;
     const float m2 = s.squares()[c] - s.distance()[c] * (s.distance()[c] / n);
-    rows.m2(row)[first + c] = m2 < 0 ? 0 : m2;
+    rows.set(row, first + c, s.pivot()[c], s.distance()[c] / n, m2 < 0 ? 0 : m2, n);
   }
-  if (threadIdx.x == 0 && first == 0) *rows.count(row) = n;
+  merge_when_last(rows, row, first, s.channels, reinterpret_cast<unsigned*>(s.part(0, 0)));
 }
 
 }  // namespace fused_densenet

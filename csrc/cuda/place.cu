@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(Place f, Access in, Acc
   }
   if (rows.data == nullptr) return;
   tile_moments<kPixels, kChannels, kThreads>(
-      rows, blockIdx.x, first_channel, pixels,
+      rows, static_cast<int>(blockIdx.x), first_channel, pixels,
       [&](int pixel, int channel) {
         return as_float(tile.at(pixel, channel / Chunk<T>::size).element[channel % Chunk<T>::size]);
       },
@@ -147,14 +147,17 @@ dim3 grid(const Shape& s) {
   return dim3(static_cast<unsigned>(tiles(s)), static_cast<unsigned>((s.out + kChannels - 1) / kChannels));
 }
 
+MomentRows rows_of(const Place& f, void* prepared, void* workspace) {
+  MomentRows rows = MomentRows::divided(tiles(f.shape), f.moments, f.shape.out);
+  if (f.moments.mean != nullptr) rows.data = static_cast<float*>(workspace);
+  rows.counters = static_cast<unsigned*>(prepared);
+  return rows;
+}
+
 template <class T>
-int run(const Place& f, void* workspace, void* stream) {
-  const MomentRows rows{f.moments.mean == nullptr ? nullptr : static_cast<float*>(workspace), tiles(f.shape),
-                        f.shape.out};
-  const int error = LAUNCH(place_kernel<T>, grid(f.shape), dim3(kThreads), 0, stream, f, access<T>(f.shape, f.x),
-                           access<T>(f.out), rows);
-  if (error != cudaSuccess || rows.data == nullptr) return error;
-  return merge_moments(rows, f.moments, f.shape.pixels(), stream);
+int run(const Place& f, void* prepared, void* workspace, void* stream) {
+  return LAUNCH(place_kernel<T>, grid(f.shape), dim3(kThreads), 0, stream, f, access<T>(f.shape, f.x), access<T>(f.out),
+                rows_of(f, prepared, workspace));
 }
 
 template <class T>
@@ -166,19 +169,26 @@ int run(const PlaceBackward& f, void* stream) {
 
 }  // namespace
 
-size_t place_workspace(const Place& f, Arithmetic, const Device&) {
-  return f.moments.mean == nullptr ? 0 : MomentRows::bytes(tiles(f.shape), f.shape.out);
+Needs place_needs(const Place& f, Arithmetic, const Device&) {
+  const MomentRows rows = rows_of(f, nullptr, nullptr);
+  const size_t counters = static_cast<size_t>(rows.all_counters(grid(f.shape).y)) * sizeof(unsigned);
+  return {(counters + 255) / 256 * 256, rows.bytes()};
 }
 
-int place(const Place& f, Arithmetic arithmetic, const Device&, void* workspace, void* stream) {
+Preparation place_preparation(const Place& f, Arithmetic, const Device&, void* prepared) {
+  const int64_t counters = rows_of(f, nullptr, nullptr).all_counters(grid(f.shape).y);
+  return {{}, nullptr, static_cast<unsigned*>(prepared), counters};
+}
+
+int place(const Place& f, Arithmetic arithmetic, const Device&, void* prepared, void* workspace, void* stream) {
   if (f.shape.pixels() == 0) return cudaSuccess;
   switch (arithmetic) {
     case Arithmetic::bf16:
-      return run<__nv_bfloat16>(f, workspace, stream);
+      return run<__nv_bfloat16>(f, prepared, workspace, stream);
     case Arithmetic::f16:
-      return run<__half>(f, workspace, stream);
+      return run<__half>(f, prepared, workspace, stream);
     default:
-      return run<float>(f, workspace, stream);
+      return run<float>(f, prepared, workspace, stream);
   }
 }
 

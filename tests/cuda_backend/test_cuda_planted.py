@@ -55,7 +55,7 @@ def executor(check: str, sources: Sequence[Path]) -> AbstractContextManager[Exec
     return contextlib.closing(Sanitized(check, sources))
 
 
-PLACE = [CSRC / "cuda" / name for name in ("place.cu", "moments.cu")]
+PLACE = [CSRC / "cuda" / name for name in ("place.cu", "prepare.cu")]
 TILE_WRITTEN = "= load_numbers(x + offsets[pixel] + channel * step, step, left, in.whole);\n                    });\n  __syncthreads();"
 
 
@@ -181,9 +181,9 @@ CASES = {
     "3x3": Case((1, 1, 7, 11), 64, 16, SQUARE),
 }
 SOURCES = {  # the kernel that multiplies, and those that run with it
-    "1x1 forward": ["conv1x1_forward.cu", "forward.cu", "moments.cu"],
-    "pooled forward": ["conv1x1_forward.cu", "forward.cu", "moments.cu"],
-    "3x3 forward": ["conv3_forward.cu", "forward.cu", "moments.cu"],
+    "1x1 forward": ["conv1x1_forward.cu", "forward.cu", "prepare.cu"],
+    "pooled forward": ["conv1x1_forward.cu", "forward.cu", "prepare.cu"],
+    "3x3 forward": ["conv3_forward.cu", "forward.cu", "prepare.cu"],
     "1x1 backward": ["backward_small.cu", "conv1x1_backward.cu", "partials.cu"],
     "pooled backward": ["backward_small.cu", "conv1x1_backward.cu", "partials.cu"],
     "3x3 backward": ["conv3_backward.cu", "backward_small.cu", "partials.cu"],

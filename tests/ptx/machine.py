@@ -61,7 +61,7 @@ class Machine:
             self.parameters[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
         self.shared_size = kernel.static_shared + shared
         check_launch(kernel, grid, threads, self.shared_size)
-        self.memory = GlobalMemory(tensors)
+        self.memory = GlobalMemory(tensors, math.prod(grid))
         self.counts: Counter[str] = Counter()
         self.conflicts: Counter[int] = Counter()
         blocks, at_once = math.prod(grid), max(1, _LANES_AT_ONCE // threads)
@@ -89,6 +89,7 @@ class Machine:
         }
         self.shared = SharedMemory(blocks.size, self.shared_size, self.threads)
         self.local = np.full((self.lanes, self.kernel.local_bytes), 0xFF, np.uint8)
+        self.unfenced = np.zeros(self.lanes, bool)  # threads that have written since they fenced
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # not waited for: addresses, data, lanes
         self.copy_groups: list[int] = []  # copies issued before each commit
 

@@ -62,7 +62,10 @@ def _barrier(machine: Machine, it: Instruction, active: np.ndarray) -> None:
 
 @instruction("fence", "membar")
 def _fence(machine: Machine, it: Instruction, active: np.ndarray) -> None:
-    """Everything is visible at once here."""
+    """What a thread wrote is seen in order here; other blocks see it as :mod:`.order` says."""
+    machine.unfenced &= ~active
+    for block in np.unique(machine.block[active]):
+        machine.memory.order.fence(int(block))
 
 
 @instruction("shfl")

@@ -1,13 +1,15 @@
 """Global and shared memory of executed PTX, and the checks of every access: bounds, alignment, races.
 
 Two threads race on shared memory if no barrier is between their accesses and one of them writes; two blocks race on
-global memory if one of them writes. Shared memory starts as NaN, and stays so where an asynchronous copy has not been
+global memory if one of them writes and the other does not see it (:mod:`.order`). Shared memory starts as NaN, and stays so where an asynchronous copy has not been
 waited for.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+
+from .order import Order
 
 _WARP = 32
 _NOBODY, _MANY = -1, -(2**30)
@@ -44,13 +46,15 @@ def bank_conflicts(addresses: np.ndarray, size: int, lanes: np.ndarray) -> int:
 class GlobalMemory:
     """The tensors given to a launch; other addresses do not exist. ``read`` and ``written`` are bytes by tensor."""
 
-    def __init__(self, tensors: list[np.ndarray]) -> None:
+    def __init__(self, tensors: list[np.ndarray], blocks: int) -> None:
+        self.order = Order(blocks)
         self.tensors = sorted(tensors, key=lambda t: t.ctypes.data)
         self.bases = np.array([t.ctypes.data for t in self.tensors], np.int64)
         self.bytes = [t.view(np.uint8).reshape(-1) for t in self.tensors]
         self.read, self.written = ([0] * len(tensors) for _ in range(2))
         self.writer = [np.full(b.size, _NOBODY, np.int32) for b in self.bytes]
         self.reader = [np.full(b.size, _NOBODY, np.int32) for b in self.bytes]
+        self.release = [np.zeros(b.size, np.int32) for b in self.bytes]  # of the writer, when it wrote
 
     def load(self, addresses: np.ndarray, size: int, blocks: np.ndarray, align: int | None = None) -> np.ndarray:
         """``(lanes, size)`` bytes; ``blocks`` is the block of each lane."""
@@ -66,6 +70,14 @@ class GlobalMemory:
             self._check_race(tensor, where, blocks[lanes], lanes, write=True)
             self.bytes[tensor][where] = data[lanes]
             self.written[tensor] += where.size
+
+    def add(self, address: int, value: int, block: int, fenced: bool) -> int:
+        """Adds to 32 bits atomically, and returns what they were. Atomic accesses do not race with each other."""
+        ((tensor, _, where),) = self._locate(np.array([address]), 4, "atomic access")
+        self.order.access(block, address, fenced)
+        before = int(self.bytes[tensor][where].view(np.uint32)[0, 0])
+        self.bytes[tensor][where] = np.array([(before + value) % 2**32], np.uint32).view(np.uint8)
+        return before
 
     def touched(self, tensor: int) -> tuple[int, int]:
         """How many different bytes of a tensor were read and written."""
@@ -94,10 +106,14 @@ class GlobalMemory:
         race = (writer[where] != _NOBODY) & (writer[where] != me)
         if write:
             race |= (reader[where] != _NOBODY) & (reader[where] != me)
-        if race.any():
-            raise AccessError("race between blocks", int(lanes[race.any(1).argmax()]))
+        for i, byte in zip(*np.nonzero(race), strict=True):
+            at, block = where[i, byte], int(blocks[i])
+            read = write and reader[at] not in (_NOBODY, block)
+            if read or not self.order.sees(block, int(writer[at]), int(self.release[tensor][at])):
+                raise AccessError("race between blocks", int(lanes[i]))
         if write:
             writer[where] = me
+            self.release[tensor][where] = self.order.releases[me]
         else:
             reader[where] = np.where((reader[where] == _NOBODY) | (reader[where] == me), me, _MANY)
 

@@ -313,6 +313,21 @@ def _store(machine: Machine, it: Instruction, active: np.ndarray) -> None:
         machine.local[lanes[:, None], addresses[:, None] + np.arange(data.shape[1])] = data
     else:
         machine.memory.store(addresses, data, machine.block[lanes])
+        machine.unfenced[lanes] = True
+
+
+@instruction("atom")
+def _atomic(machine: Machine, it: Instruction, active: np.ndarray) -> None:
+    """Additions to 32 bits in global memory, one lane after the other."""
+    if not it.has("add") or it.kind not in ("u32", "s32") or any(m.startswith("shared") for m in it.modifiers):
+        raise machine.error(it, "an atomic access of this kind", int(active.argmax()))
+    addresses, values = machine.address(it.operands[1]), machine.bits(it.operands[2], 32)
+    before = np.zeros(machine.lanes, np.uint32)
+    for lane in np.flatnonzero(active):
+        block = machine.block[lane]
+        fenced = not machine.unfenced[machine.block == block].any()
+        before[lane] = machine.memory.add(int(addresses[lane]), int(values[lane]), int(block), fenced)
+    machine.put(it.operands[0], before, active)
 
 
 @instruction("cp")

@@ -112,6 +112,12 @@ inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { ::cud
 inline void __threadfence() { ::cuda_host::fence(); }
 inline void __threadfence_block() { ::cuda_host::fence(); }
 
+inline unsigned atomicAdd(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to = before + value;
+  return before;
+}
+
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32, int line = __builtin_LINE()) {
   const int lane = ::cuda_host::lane();
@@ -144,6 +150,10 @@ inline int __all_sync(unsigned mask, int value, int line = __builtin_LINE()) {
 
 template <class T>
 T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
   return *p;
 }
 template <class T>

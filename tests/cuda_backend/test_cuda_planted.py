@@ -73,6 +73,10 @@ DIVERGENT = (TILE_WRITTEN, TILE_WRITTEN.replace("__syncthreads", "if (threadIdx.
 STORE = ("(to + (first + pixel) * f.out.ld", "(to + (first + pixel + 1) * f.out.ld")
 LOAD = ("(x + offsets[pixel] + channel", "(x + offsets[pixel] + f.x.stride[3] + channel")
 SHARED = ("offsets[threadIdx.x] =", "offsets[threadIdx.x + 1] =")
+ARRIVAL = "__threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) *scratch"
+NOTHING_SHOWN = (ARRIVAL, ARRIVAL.removeprefix("__threadfence();\n  "))
+NOTHING_SEEN = ("if (last) __threadfence();", "")
+BEFORE_THE_LAST = ("static_cast<unsigned>(blocks - 1)", "static_cast<unsigned>(blocks - 2)")
 
 
 STEM = [CSRC / "cuda" / name for name in ("stem.cu", "partials.cu")]
@@ -132,6 +136,9 @@ def pool(executor: Executor) -> None:
         pytest.param(
             "place", SHARED, "address", "out of bounds", id="place: shared index one too far, address sanitizer"
         ),
+        pytest.param("place", NOTHING_SHOWN, "PTX", "race between blocks", id="place: removed fence before arrival"),
+        pytest.param("place", NOTHING_SEEN, "PTX", "race between blocks", id="place: removed fence after arrival"),
+        pytest.param("place", BEFORE_THE_LAST, "PTX", "race between blocks", id="place: merged before the last block"),
         pytest.param("stem", PLACES_BARRIER, "thread", "data race", id="stem: removed barrier, thread sanitizer"),
         pytest.param("stem", PLACES_BARRIER, "PTX", "shared-memory race", id="stem: removed barrier, PTX"),
         pytest.param("stem", BOX_OF_PLACES_BARRIER, "thread", "data race", id="stem: removed barrier between boxes"),

@@ -58,12 +58,15 @@ class RunningStatistics:
                     return
         else:
             unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
+        inside = moments.bottleneck_stats
+        variances = moments._replace(  # of all norms at once
+            stats=moments.stats[1:] * unbiased, bottleneck_stats=None if inside is None else inside[1:] * unbiased
+        )
         batches = []
         for i, norm in enumerate(self._norms):
             if norm.training and norm.track_running_stats:
                 width = next((t.shape[0] for t in (norm.running_mean, norm.running_var) if t is not None), 0)
-                mean, var = moments.of(i, width)
-                batches.append((norm, mean, var * unbiased))
+                batches.append((norm, moments.of(i, width)[0], variances.of(i, width)[0]))
         if len({norm for norm, *_ in batches}) == len(batches):
             _update(batches)
         else:  # a norm that several layers share sees one batch after the other

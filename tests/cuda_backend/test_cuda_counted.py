@@ -4,7 +4,7 @@ import counted_cuda
 import launch_counts
 import pytest
 
-MOST = {"training": 680, "inference": 275}
+MOST = {"training": 450, "inference": 165}
 
 
 @pytest.mark.parametrize("kind", launch_counts.KINDS)

@@ -166,7 +166,7 @@ def test_compile_and_operators() -> None:
     x.requires_grad_()
     gamma, beta = (torch.rand(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     moments, pixels, _ = statistics_of(x, "eager", None)
-    arguments = Arguments(x, [gamma], [beta], moments, pixels, 1e-5, True, True, "eager", None)
+    arguments = Arguments(x, [gamma], [beta], list(moments), pixels, 1e-5, True, True, "eager", None)
     operators = torch.ops.fused_densenet
     torch.library.opcheck(operators.stem.default, arguments)
     dout = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)

@@ -174,7 +174,7 @@ def test_operators(batch_stats: bool) -> None:
     moments, pixels, _ = statistics_of(x, "eager", None)
     bias = torch.rand(6, dtype=torch.float64, requires_grad=True)
     constants = (1e-5, 0.2, batch_stats, True, "eager", None)
-    arguments = Arguments(x, [weight], [bias], [gamma], [beta], moments, pixels, *constants)
+    arguments = Arguments(x, [weight], [bias], [gamma], [beta], list(moments), pixels, *constants)
     operators = torch.ops.fused_densenet
     torch.library.opcheck(channel_moments, (x.detach(), "eager", None))
     torch.library.opcheck(operators.transition.default, arguments)
@@ -257,7 +257,7 @@ def test_empty_batch() -> None:
     gamma, beta, weight = (p.detach().requires_grad_() for p in (ours.norm.weight, ours.norm.bias, ours.conv.weight))
     ones = torch.ones_like(moments)
     out = transition_op(
-        Arguments(x, [weight], [], [gamma], [beta], ones, None, 1e-5, 0.0, True, True, "eager", None)
+        Arguments(x, [weight], [], [gamma], [beta], list(ones), None, 1e-5, 0.0, True, True, "eager", None)
     ).out
     out.sum().backward()
     assert out.shape == (0, 6, 2, 3)

@@ -22,7 +22,7 @@ from ..fallback.reasons import announce, context_reasons, meets, surroundings_re
 from ..fallback.recording import exports_operators, refuse_script
 from ..fallback.standing import standing_of
 from ..ops.ranks import sync_group
-from ..ops.statistics import BatchMoments, frozen_statistics, statistics_of
+from ..ops.statistics import BatchMoments, moments_of, statistics_of
 from ..ops.stem import Arguments, stem
 from ..ops.subclasses import on_plain
 from .block import affine_of
@@ -169,14 +169,12 @@ def _fits(x: Tensor, run: Run) -> bool:
 def _fused(x: Tensor, run: Run, passage: Passage) -> Tensor:
     norm, batch_stats, group = run.norm, uses_batch_stats(run.norm), sync_group(run.norm)
     backend = choose(x.device, x.dtype) if x.numel() else "eager"
-    if batch_stats:
-        statistics = statistics_of(x, backend, group, passage.statistics)
-    else:
-        statistics = frozen_statistics(norm.running_mean, norm.running_var)
+    statistics = statistics_of(x, backend, group, passage.statistics) if batch_stats else None
+    normalised_by = moments_of(statistics, norm.running_mean, norm.running_var)
     passage.statistics = None
     gamma, beta = affine_of(norm, x)
-    arguments = Arguments(x, [gamma], [beta], *statistics[:2], norm.eps, batch_stats, run.pool, backend, group)
+    arguments = Arguments(x, [gamma], [beta], *normalised_by, norm.eps, batch_stats, run.pool, backend, group)
     out = stem(arguments).out
-    if batch_stats:
+    if statistics is not None:
         run.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
     return out

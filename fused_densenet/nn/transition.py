@@ -14,7 +14,7 @@ from ..fallback.checks import check_counts, check_image, check_parameters, check
 from ..fallback.reasons import autocasts, context_reasons, dtype_reasons, meets
 from ..ops.functional import NormReluConv
 from ..ops.ranks import sync_group
-from ..ops.statistics import BatchMoments, BatchStatistics, frozen_statistics, statistics_of
+from ..ops.statistics import BatchMoments, BatchStatistics, moments_of, statistics_of
 from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
@@ -123,7 +123,7 @@ class FusedTransition(Gate, nn.Sequential):
         out, statistics = transition(x, convolution, pool=pool is not None, group=group, statistics=known)
         passage.statistics = None
         passage.convolved(stage.conv, pool)
-        if convolution.batch_stats and plan.running is not None:
+        if statistics is not None and plan.running is not None:
             plan.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
         return out
 
@@ -167,7 +167,7 @@ def transition(
     pool: bool = True,
     group: str | None = None,
     statistics: BatchStatistics | None = None,
-) -> tuple[Tensor, BatchStatistics]:
+) -> tuple[Tensor, BatchStatistics | None]:
     """A transition on plain tensors: ``avg_pool(conv1(relu(bn(x))))``, of window and stride 2.
 
     Args:
@@ -179,19 +179,17 @@ def transition(
 
     Returns:
         ``(N, K, *spatial)``, channels-last, in the dtype of ``x``, or autocast's where that is on; and the statistics
-        that ``x`` was normalised by.
+        of the batch that ``x`` was normalised by, or None where it was normalised by those of the norm.
 
     Raises:
         RuntimeError: the backend that was asked for cannot run on this device or dtype.
     """
     backend = choose(x.device, x.dtype) if x.numel() else "eager"
     c = convolution
-    if c.batch_stats:
-        statistics = statistics_of(x, backend, group, statistics)
-    else:
-        statistics = frozen_statistics(c.running_mean, c.running_var)
-    tensors = (x, [c.weight], [] if c.bias is None else [c.bias], [c.gamma], [c.beta], *statistics[:2])
-    out = transition_op(Arguments(*tensors, c.eps, c.slope, c.batch_stats, pool, backend, group)).out
+    statistics = statistics_of(x, backend, group, statistics) if c.batch_stats else None
+    tensors = (x, [c.weight], [] if c.bias is None else [c.bias], [c.gamma], [c.beta])
+    normalised_by = moments_of(statistics, c.running_mean, c.running_var)
+    out = transition_op(Arguments(*tensors, *normalised_by, c.eps, c.slope, c.batch_stats, pool, backend, group)).out
     if autocasts(x) and x.dtype == torch.float32:
         out = out.to(torch.get_autocast_dtype(x.device.type))
     return out, statistics

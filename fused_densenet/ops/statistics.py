@@ -60,10 +60,18 @@ def statistics_of(x: Tensor, backend: str, group: str | None, known: BatchStatis
     return BatchStatistics(moments, pixels[0] if pixels else None, group)
 
 
-def frozen_statistics(mean: Tensor | None, var: Tensor | None) -> BatchStatistics:
-    """Running statistics, copied: a later training step may change them before this one's backward pass."""
-    assert mean is not None and var is not None
-    return BatchStatistics(torch.stack([mean, var]).to(accumulate_dtype(mean.dtype)), None, None)
+def moments_of(
+    statistics: BatchStatistics | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Mean and variance to normalise by, the batch's where there are such, and how many values they are of.
+
+    Running statistics are copied where there may be a backward pass, before which a later step may change them.
+    """
+    if statistics is not None:
+        return list(statistics.moments.unbind()), statistics.pixels
+    assert running_mean is not None and running_var is not None
+    running = [t.to(accumulate_dtype(t.dtype)).contiguous() for t in (running_mean, running_var)]
+    return (list(torch.stack(running).unbind()) if torch.is_grad_enabled() else running), None
 
 
 @torch.library.custom_op("fused_densenet::channel_moments", mutates_args=())

@@ -21,7 +21,7 @@ class Arguments(NamedTuple):
     x: Tensor
     gammas: list[Tensor]
     betas: list[Tensor]
-    moments: Tensor
+    moments: list[Tensor]
     pixels: Tensor | None
     eps: float
     batch_stats: bool
@@ -57,7 +57,7 @@ class Stem(NormReluThen):
         return gradients
 
     def by_operators(self, a: Arguments) -> Tensor:
-        activation = norm_act(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats)
+        activation = norm_act(a.x, a.moments, a.gammas[0], a.betas[0], a.eps, a.batch_stats)
         max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[a.x.dim() - 3]
         return max_pool(activation, 3, 2, 1) if a.pool else activation
 

@@ -25,7 +25,7 @@ class Arguments(NamedTuple):
 
     Attributes:
         x: ``(N, C, *spatial)``; the result is ``(N, K, *spatial)``, each size halved where ``pool``.
-        moments: ``(2, C)``, mean and biased variance to normalise by: of the batch where ``batch_stats``, over the ranks of
+        moments: mean and biased variance, ``(C,)``, to normalise by: of the batch where ``batch_stats``, over the ranks of
             ``group`` where there is one; constants otherwise.
         pixels: ``(1,)``, how many values they are of where that is not those of ``x``.
         slope: of the activation for negative numbers.
@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
     biases: list[Tensor]
     gammas: list[Tensor]
     betas: list[Tensor]
-    moments: Tensor
+    moments: list[Tensor]
     pixels: Tensor | None
     eps: float
     slope: float
@@ -78,7 +78,8 @@ class NormReluThen(Operator):
         dgamma, dbeta = gradients[first : first + 2]
         if not a.batch_stats:
             return Owed(dgamma, dbeta)
-        return Owed(dgamma, dbeta, torch.empty_like(a.moments), a.pixels)
+        correction = a.x.new_empty((2, a.x.shape[1]), dtype=a.moments[0].dtype)
+        return Owed(dgamma, dbeta, correction, a.pixels)
 
 
 class Transition(NormReluThen):
@@ -120,7 +121,7 @@ class Transition(NormReluThen):
 
     def by_operators(self, a: Arguments) -> Tensor:
         spatial = a.x.dim() - 2
-        activation = norm_act(a.x, tuple(a.moments), a.gammas[0], a.betas[0], a.eps, a.batch_stats, a.slope)
+        activation = norm_act(a.x, a.moments, a.gammas[0], a.betas[0], a.eps, a.batch_stats, a.slope)
         bias = a.biases[0].to(activation.dtype) if a.biases else None
         out = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1](activation, a.weights[0].to(activation.dtype), bias)
         return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](out, 2) if a.pool else out

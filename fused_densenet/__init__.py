@@ -20,6 +20,7 @@ from .nn.densenet import (
     densenet_bc,
     densenet_cifar,
 )
+from .nn.residual import FusedResidualDenseBlock
 from .nn.stem import FusedFeatures
 from .nn.transition import FusedTransition
 from .ops.functional import dense_block
@@ -35,6 +36,7 @@ __all__ = [
     "FusedDenseBlock",
     "FusedDenseLayer",
     "FusedFeatures",
+    "FusedResidualDenseBlock",
     "FusedTransition",
     "csp_densenet121",
     "csp_densenet169",

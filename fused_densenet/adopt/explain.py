@@ -13,12 +13,18 @@ from ..backends import choose, rejected
 from ..fallback.anatomy import own_class
 from ..fallback.reasons import quiet, uses_batch_stats
 from ..nn.block import FusedDenseBlock
+from ..nn.residual import FusedResidualDenseBlock
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition
 from .recognition import Finding, survey
 from .swapping import OTHER_ARGUMENTS, only_argument
 
-_KINDS = {FusedDenseBlock: "dense block", FusedTransition: "transition", FusedFeatures: "stem"}
+_KINDS = {
+    FusedDenseBlock: "dense block",
+    FusedResidualDenseBlock: "dense block",
+    FusedTransition: "transition",
+    FusedFeatures: "stem",
+}
 
 
 @dataclass
@@ -134,7 +140,10 @@ def _mode(module: Any, x: Tensor) -> str:
     statistics = "batch statistics" if True in from_batch else "running statistics"
     if len(from_batch) == 2:
         statistics = "batch statistics in some norms, running ones in others"
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *module.parameters())):
+    inference = not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *module.parameters()))
+    if isinstance(module, FusedResidualDenseBlock):
+        return "inference" if inference else "for backward"
+    if inference:
         return f"inference with {statistics}"
     if not isinstance(module, FusedDenseBlock) or len(module.parts()[0].stages) == 1:
         return f"for backward, with {statistics}"

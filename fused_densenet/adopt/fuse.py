@@ -9,9 +9,10 @@ from torch import nn
 
 from ..fallback.reasons import FallbackError, warn_once
 from ..nn.block import FusedDenseBlock
+from ..nn.residual import FusedResidualDenseBlock
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition
-from .recognition import Finding, survey
+from .recognition import DENSE_BLOCKS, Finding, survey
 from .swapping import is_swapped, swap, swap_back
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -52,7 +53,7 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     if not isinstance(memory_efficient, bool | None):
         raise TypeError(f"memory_efficient: expected True, False or None, got {type(memory_efficient).__name__}")
     name, findings = type(model).__name__, survey(model)
-    blocks = [finding for finding in findings if finding.fused_class is FusedDenseBlock]
+    blocks = [finding for finding in findings if finding.fused_class in DENSE_BLOCKS]
     left = _described([finding for finding in blocks if finding.reasons])
     if strict and (left or not blocks):
         raise FallbackError(_LEFT + "\n".join(left) if left else f"no dense block was found in {name}")
@@ -85,7 +86,7 @@ def unfuse(model: Module) -> Module:
 def _report(name: str, findings: list[Finding]) -> None:
     counts = [
         f"{sum(f.fused for f in findings if f.fused_class is kind)} {kind.__name__}"
-        for kind in (FusedDenseBlock, FusedTransition, FusedFeatures)
+        for kind in (FusedDenseBlock, FusedResidualDenseBlock, FusedTransition, FusedFeatures)
     ]
     _log.info("fuse(%s): %s", name, ", ".join(counts) if findings else "no dense block was found")
     for line in _described([finding for finding in findings if not finding.fused]):

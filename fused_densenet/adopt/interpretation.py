@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..fallback.anatomy import CONVS, NORMS, SWITCHES, is_everywhere
-from ..fallback.description import BlockDescription, DropoutPlace, Place, StagePlaces, TransitionDescription
+from ..fallback.description import (
+    BlockDescription,
+    DropoutPlace,
+    Place,
+    ResidualDescription,
+    StagePlaces,
+    TransitionDescription,
+)
 from .trace import DROPOUTS, Node, Trace, plain_settings, rate
 
 _CONV = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -122,6 +129,65 @@ def read_transition(module: nn.Module, trace: Trace) -> Reading:
     return Reading(
         TransitionDescription(tuple(places), _settings(module, places), (), stage, pool is not None, pooling)
     )
+
+
+def read_residual(module: nn.Module, trace: Trace) -> Reading:
+    """A dense block without norms: convolutions, each followed by an activation, and perhaps one more and the input added."""
+    first, end = trace.nodes[0], trace.result
+    if end is None or _is_around_another(trace):
+        return Reading()
+    seen, scale, residual = [end], 1.0, False
+    if end.op == "add" and any(node is first for node in end.inputs) and len(end.inputs) == 2 and not _scaled(end):
+        residual, end = True, next((node for node in end.inputs if node is not first), first)
+        seen.append(end)
+    if end.op == "mul" and len(end.inputs) == 1:
+        numbers = [value for value in end.arguments.values() if isinstance(value, int | float)]
+        scale, end = float(numbers[0]) if len(numbers) == 1 else 0.0, end.inputs[0]
+        seen.append(end)
+    last = end if end.op in _CONV and len(end.inputs) == 1 else None
+    pieces = _pieces(end if last is None else last.inputs[0])
+    layers = [_then_activation(piece, pieces[:number]) for number, piece in enumerate(pieces[1:], 1)]
+    if pieces[0] is not first or not layers or None in layers or (last is None and len(seen) > 1):
+        return Reading()
+    convs = [conv for conv in layers if conv is not None]
+    parts = [*seen, *([] if last is None else [last]), *convs, *pieces]
+    places = _places(module, [])
+    reasons = [f"{caller or 'its forward'} {remark}" for caller, remark in trace.remarks]
+    accounted = {id(node) for node in parts}
+    for node in trace.nodes:
+        if node.op != "cat" and id(node) not in accounted:
+            reasons.append(_described(module, node))
+    reasons += _left_over(module, trace, places, [*convs, *pieces[1:], *([] if last is None else [last])], [])
+    if not scale:
+        reasons.append("it multiplies by what is no number")
+    if reasons:
+        return Reading(reasons=list(dict.fromkeys(reasons)))
+    number_of = {place.path: number for number, place in enumerate(places)}
+    slopes = map(_slope, pieces[1:])
+    return Reading(
+        ResidualDescription(
+            tuple(places),
+            _settings(module, places),
+            (),
+            tuple((number_of[conv.owner or ""], slope) for conv, slope in zip(convs, slopes, strict=True)),
+            None if last is None else number_of[last.owner or ""],
+            scale,
+            residual,
+        )
+    )
+
+
+def _then_activation(node: Node, read: Sequence[Node]) -> Node | None:
+    """The convolution of the pieces ``read`` that an activation follows, whose result is ``node``."""
+    conv = node.inputs[0] if node.op in _RELU and len(node.inputs) == 1 else None
+    if conv is None or conv.op not in _CONV or not conv.owner or len(conv.inputs) != 1:
+        return None
+    return conv if list(map(id, _pieces(conv.inputs[0]))) == list(map(id, read)) else None
+
+
+def _scaled(add: Node) -> bool:
+    """Whether an addition takes one of its terms several times."""
+    return bool({"alpha", 2} & add.arguments.keys())
 
 
 def _is_around_another(trace: Trace) -> bool:
@@ -327,9 +393,18 @@ def _switches(module: nn.Module, places: Sequence[Place]) -> tuple[str, ...]:
 
 def _stage(nodes: tuple[Node, Node, Node], number_of: dict[str, int]) -> StagePlaces:
     norm, relu, conv = nodes
-    slope = relu.arguments.get("negative_slope", relu.arguments.get(1, 0.01)) if relu.op == "leaky_relu" else 0.0
     activation = relu.caller if relu.caller not in ("", norm.owner) else ""
-    return StagePlaces(number_of[norm.owner or ""], number_of[activation] or None, number_of[conv.owner or ""], slope)
+    return StagePlaces(
+        number_of[norm.owner or ""], number_of[activation] or None, number_of[conv.owner or ""], _slope(relu)
+    )
+
+
+def _slope(relu: Node) -> float:
+    """Of an activation for negative numbers."""
+    if relu.op != "leaky_relu":
+        return 0.0
+    slope: float = relu.arguments.get("negative_slope", relu.arguments.get(1, 0.01))
+    return slope
 
 
 def _dropout(module: nn.Module, node: Node | None, number_of: dict[str, int]) -> DropoutPlace | None:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ..fallback.anatomy import CONVS, NORMS, kinds_of, own_class, patches, structure_reasons, take_apart
-from ..fallback.description import BlockDescription
+from ..fallback.description import BlockDescription, ResidualDescription
 from ..nn.block import FusedDenseBlock
+from ..nn.residual import FusedResidualDenseBlock
 from ..nn.stem import FusedFeatures, run_at
 from ..nn.transition import FusedTransition
-from .interpretation import read_block, read_transition
-from .swapping import Described, described_transition
+from .interpretation import read_block, read_residual, read_transition
+from .swapping import Described, described_residual, described_transition
 from .trial import differs, observe, read
 
 _PACKAGES = {
@@ -32,6 +33,8 @@ _CALL_PARTS = {("segmentation_models_pytorch.encoders.densenet", "DenseNetEncode
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch.optim.", "torch._dynamo.")
 """Modules of modules that do something else than compute."""
 
+DENSE_BLOCKS = (FusedDenseBlock, FusedResidualDenseBlock)
+
 _OTHER_NORMS = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 _PARTS_CALLED = ["its owner calls its parts one by one"]
 _SCRIPTED = ["it is scripted; fuse the network before torch.jit.script"]
@@ -44,7 +47,7 @@ class Finding:
     Attributes:
         name: in the model that was searched.
         module: the module itself.
-        fused_class: what it would run as: FusedDenseBlock, FusedTransition or FusedFeatures.
+        fused_class: what it would run as: FusedDenseBlock, FusedResidualDenseBlock, FusedTransition or FusedFeatures.
         reasons: what keeps it from being replaced; empty if nothing does.
         description: where its parts stand; None where their names tell.
     """
@@ -123,7 +126,7 @@ def _search(module: nn.Module, name: str, seen: dict[int, None]) -> Iterator[Fin
 def _is_whole(finding: Finding) -> bool:
     """Whether it is a dense block of several layers, or runs fused: more than a piece of a block."""
     layers = getattr(finding.description, "layers", None)
-    return not finding.reasons and finding.fused_class is FusedDenseBlock and (layers is None or len(layers) > 1)
+    return not finding.reasons and finding.fused_class in DENSE_BLOCKS and (layers is None or len(layers) > 1)
 
 
 def _description_of(module: Any) -> Any:
@@ -142,7 +145,7 @@ def class_name(module: nn.Module) -> str:
 
 def _found(module: nn.Module, name: str) -> Finding | None:
     """What ``module`` itself is, or looks like."""
-    for kind in (FusedDenseBlock, FusedTransition):
+    for kind in (*DENSE_BLOCKS, FusedTransition):
         if isinstance(module, kind):
             return Finding(name, module, kind)
     called_block = re.search("dense_?block", class_name(module), re.IGNORECASE) is not None
@@ -186,6 +189,10 @@ def _standing_reasons(module: Any, fused_class: type[nn.Module]) -> list[str]:
 def _tried(module: nn.Module, name: str, called_block: bool, called_transition: bool) -> Finding | None:
     """What a module of an unknown class computes on a small input; nothing where neither that nor its name tells."""
     kind: type[nn.Module] = FusedTransition if called_transition and not called_block else FusedDenseBlock
+    growing = _input_shape_without_norms(module)
+    finding = None if growing is None else _tried_without_norms(module, name, growing)
+    if finding is not None:
+        return finding
     shape = _input_shape(module)
     if isinstance(shape, str):
         return Finding(name, module, kind, [shape]) if called_block else None
@@ -209,9 +216,38 @@ def _tried(module: nn.Module, name: str, called_block: bool, called_transition: 
     return Finding(name, module, kind, _obstacles(module, own, kind, shape, description), description)
 
 
+def _tried_without_norms(module: nn.Module, name: str, shape: tuple[int, int]) -> Finding | None:
+    """What a module without norms whose convolutions read one another's results is; nothing where it is no dense block."""
+    kind: type[nn.Module] = FusedResidualDenseBlock
+    try:
+        own, traces = observe(module, *shape)
+    except Exception as error:
+        return Finding(name, module, kind, [_failed(module, error)])
+    reading = read(read_residual, own, traces)
+    if reading.description is None:
+        return Finding(name, module, kind, reading.reasons) if reading.reasons else None
+    return Finding(name, module, kind, _obstacles(module, own, kind, shape, reading.description), reading.description)
+
+
+def _input_shape_without_norms(module: nn.Module) -> tuple[int, int] | None:
+    """Channels and dimensions of what the first convolution reads, where the second one reads its result beside that."""
+    if not _is_callable(module) or any(map(nn.parameter.is_lazy, module.parameters())):
+        return None
+    parts: list[Any] = list(module.modules())
+    convs = [part for part in parts if isinstance(part, CONVS)][:2]
+    if len(convs) < 2 or any(isinstance(part, (*NORMS, *_OTHER_NORMS)) for part in parts):
+        return None
+    read: int = convs[0].in_channels
+    return (read, len(convs[0].kernel_size)) if convs[1].in_channels == read + convs[0].out_channels else None
+
+
+def _is_callable(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward and not type(module).__module__.startswith(_WRAPPERS)
+
+
 def _input_shape(module: nn.Module) -> tuple[int, int] | str:
     """Channels and dimensions of what the first norm and the first convolution read; or why that cannot be."""
-    if type(module).forward is nn.Module.forward or type(module).__module__.startswith(_WRAPPERS):
+    if not _is_callable(module):
         return "it is only a container"
     parts: list[Any] = list(module.modules())
     if any(map(nn.parameter.is_lazy, module.parameters())):
@@ -232,6 +268,8 @@ def _obstacles(
     """Why a module that was found to be a dense block or transition cannot be fused all the same."""
     if isinstance(description, BlockDescription):
         reasons = structure_reasons(description.parts(module), None)
+    elif isinstance(description, ResidualDescription):
+        reasons = described_residual(module, description).structure_reasons()
     else:
         reasons = described_transition(module, description).structure_reasons()
     reasons += patches(kinds_of(module.modules()))

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods
-from ..fallback.description import BlockDescription, TransitionDescription
+from ..fallback.description import BlockDescription, ResidualDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
 from ..fallback.standing import forget
 from ..nn.block import FusedDenseBlock
 from ..nn.passage import Passage, alone, layout_of, passes_on
+from ..nn.residual import FusedResidualDenseBlock, ResidualParts
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition, TransitionParts
 
-Described = BlockDescription | TransitionDescription
+Described = BlockDescription | TransitionDescription | ResidualDescription
 
 
 @dataclass
@@ -35,7 +36,7 @@ class _Settings:
 
 
 def swap(module: Any, fused: type[nn.Module], description: Described | None = None) -> None:
-    """Makes ``module`` run as ``fused``: FusedDenseBlock, FusedTransition or FusedFeatures."""
+    """Makes ``module`` run as ``fused``: FusedDenseBlock, FusedResidualDenseBlock, FusedTransition or FusedFeatures."""
     for part in module.modules():
         if not type(part).__module__.startswith("torch."):
             remember_methods(type(part))
@@ -81,6 +82,8 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
         }
     elif fused is FusedTransition:
         attributes |= {"_operator_by_operator": _operator_by_operator, "parts": _transition_parts}
+    elif fused is FusedResidualDenseBlock:
+        attributes |= {"_operator_by_operator": _operator_by_operator, "parts": _residual_parts}
     bases = (fused,) if issubclass(fused, original) else (original, fused)
     return type(fused.__name__, bases, attributes)
 
@@ -169,6 +172,16 @@ def _transition_parts(transition: Any) -> TransitionParts:
     description = transition.fused_settings.description
     parts = FusedTransition.parts(transition) if description is None else described_transition(transition, description)
     return parts._replace(changes=[*_patched(transition), *parts.changes])
+
+
+def _residual_parts(block: Any) -> ResidualParts:
+    parts = described_residual(block, block.fused_settings.description)
+    return parts._replace(changes=[*_patched(block), *parts.changes])
+
+
+def described_residual(block: nn.Module, description: ResidualDescription) -> ResidualParts:
+    """A dense block without norms, taken apart by its description."""
+    return ResidualParts(*description.parts(block), seen=True)
 
 
 def described_transition(transition: nn.Module, description: TransitionDescription) -> TransitionParts:

@@ -155,13 +155,16 @@ def stage_reasons(stage: Stage) -> list[str]:
     """Why a norm-relu-conv cannot run fused."""
     norm, relu, conv = stage.names
     reasons = norm_relu_reasons(stage.norm, stage.activations, norm, relu, stage.seen)
-    if stage.conv is None:
-        reasons.append(f"{conv} is missing")
-    elif type(stage.conv) not in CONVS and not (stage.seen and isinstance(stage.conv, CONVS)):
-        reasons.append(f"{conv} is a {type(stage.conv).__name__}")
-    else:
-        reasons += [f"{conv} {reason}" for reason in _conv_reasons(stage.conv)]
-    return reasons
+    return reasons + convolution_reasons(stage.conv, conv, stage.seen)
+
+
+def convolution_reasons(conv: Any, name: str, seen: bool = False) -> list[str]:
+    """Why a convolution that messages call ``name`` cannot run fused."""
+    if conv is None:
+        return [f"{name} is missing"]
+    if type(conv) not in CONVS and not (seen and isinstance(conv, CONVS)):
+        return [f"{name} is a {type(conv).__name__}"]
+    return [f"{name} {reason}" for reason in _conv_reasons(conv)]
 
 
 def norm_relu_reasons(

@@ -195,3 +195,27 @@ class TransitionDescription(Description):
         if self.pools:
             pool = _HALVING[stage.conv.weight.dim() - 3] if self.pool is None else found[self.pool]
         return self.named(found), stage, pool, []
+
+
+@dataclass(frozen=True)
+class ResidualDescription(Description):
+    """A dense block without norms.
+
+    Attributes:
+        layers: for each layer the number of its convolution, and the slope of its activation for negative numbers.
+        last: number of the convolution that reads all features; None where they are the result.
+        scale: what that is multiplied by.
+        residual: whether the input is added.
+    """
+
+    layers: tuple[tuple[int, float], ...]
+    last: int | None
+    scale: float
+    residual: bool
+
+    def parts(self, block: nn.Module) -> tuple[dict[str, Any], list[str], list[float], str, float, bool, list[str]]:
+        """Its modules by path, which of them are the layers' and the last convolution, and what has changed."""
+        found, changes = self.find(block)
+        convs, slopes = [self.places[number].path for number, _ in self.layers], [slope for _, slope in self.layers]
+        last = "" if self.last is None else self.places[self.last].path
+        return {} if changes else self.named(found), convs, slopes, last, self.scale, self.residual, changes

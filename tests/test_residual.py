@@ -129,12 +129,12 @@ def test_memory() -> None:
         assert kept(ours, x * 1) <= PLANES * plane
 
 
-class Noisy(Five):
+class NoisyDenseBlock(Five):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + 1e-9 * torch.randn_like(x))
 
 
-class OwnScale(Five):
+class ScaledDenseBlock(Five):
     def __init__(self, features: int, growth: int) -> None:
         super().__init__(features, growth)
         self.beta = nn.Parameter(torch.ones(()))
@@ -143,7 +143,7 @@ class OwnScale(Five):
         return super().forward(x) * self.beta
 
 
-class Skipping(Five):
+class SkippingDenseBlock(Five):
     """The second layer's result is added to by the first's, as ESRGAN+ does."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class Skipping(Five):
         return self.conv5(torch.cat((x, a, b, c, d), 1)) * 0.2 + x
 
 
-class Reflecting(Five):
+class ReflectingDenseBlock(Five):
     """As DenseFuse pads."""
 
     def __init__(self, features: int, growth: int) -> None:
@@ -163,11 +163,21 @@ class Reflecting(Five):
         self.conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("kind", [Noisy, OwnScale, Skipping, Reflecting])
+LEFT = {
+    NoisyDenseBlock: "its forward calls randn_like",
+    ScaledDenseBlock: "it does not concatenate its input with what convolutions and activations make of it",
+    SkippingDenseBlock: "it does not concatenate its input with what convolutions and activations make of it",
+    ReflectingDenseBlock: "conv2 is a Conv2d|conv2 calls pad",
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
 @pytest.mark.filterwarnings("ignore:not every dense block can be fused")
 def test_left_alone(kind: type[Five]) -> None:
     ours = fuse(kind(8, 4))
     assert type(ours) is kind and not blocks(ours)
+    (report,) = explain(ours).blocks
+    assert any(part in report.reasons[0] for part in LEFT[kind].split("|")), report.reasons
 
 
 def test_changed_after_fuse() -> None:

@@ -21,6 +21,7 @@ _CONV = frozenset({"conv1d", "conv2d", "conv3d"})
 _RELU = frozenset({"relu", "leaky_relu"})
 _NORM = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm"})
 _POOL = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
+_RESIDUAL_PARTS = frozenset({"input", "cat", "add", "mul", *_RELU, *_CONV})
 _PARTS = frozenset({"input", "batch_norm", "cat", *_RELU, *_CONV, *_POOL, *DROPOUTS})
 
 
@@ -134,8 +135,10 @@ def read_transition(module: nn.Module, trace: Trace) -> Reading:
 def read_residual(module: nn.Module, trace: Trace) -> Reading:
     """A dense block without norms: convolutions, each followed by an activation, and perhaps one more and the input added."""
     first, end = trace.nodes[0], trace.result
+    hints = [f"{caller or 'its forward'} {remark}" for caller, remark in trace.remarks]
+    hints += [_described(module, node) for node in trace.nodes if node.op not in _RESIDUAL_PARTS]
     if end is None or _is_around_another(trace):
-        return Reading()
+        return Reading(hints=hints)
     seen, scale, residual = [end], 1.0, False
     if end.op == "add" and any(node is first for node in end.inputs) and len(end.inputs) == 2 and not _scaled(end):
         residual, end = True, next((node for node in end.inputs if node is not first), first)
@@ -148,7 +151,7 @@ def read_residual(module: nn.Module, trace: Trace) -> Reading:
     pieces = _pieces(end if last is None else last.inputs[0])
     layers = [_then_activation(piece, pieces[:number]) for number, piece in enumerate(pieces[1:], 1)]
     if pieces[0] is not first or not layers or None in layers or (last is None and len(seen) > 1):
-        return Reading()
+        return Reading(hints=list(dict.fromkeys(hints)))
     convs = [conv for conv in layers if conv is not None]
     parts = [*seen, *([] if last is None else [last]), *convs, *pieces]
     places = _places(module, [])

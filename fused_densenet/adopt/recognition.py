@@ -190,7 +190,7 @@ def _tried(module: nn.Module, name: str, called_block: bool, called_transition: 
     """What a module of an unknown class computes on a small input; nothing where neither that nor its name tells."""
     kind: type[nn.Module] = FusedTransition if called_transition and not called_block else FusedDenseBlock
     growing = _input_shape_without_norms(module)
-    finding = None if growing is None else _tried_without_norms(module, name, growing)
+    finding = None if growing is None else _tried_without_norms(module, name, growing, called_block)
     if finding is not None:
         return finding
     shape = _input_shape(module)
@@ -216,7 +216,7 @@ def _tried(module: nn.Module, name: str, called_block: bool, called_transition: 
     return Finding(name, module, kind, _obstacles(module, own, kind, shape, description), description)
 
 
-def _tried_without_norms(module: nn.Module, name: str, shape: tuple[int, int]) -> Finding | None:
+def _tried_without_norms(module: nn.Module, name: str, shape: tuple[int, int], called_block: bool) -> Finding | None:
     """What a module without norms whose convolutions read one another's results is; nothing where it is no dense block."""
     kind: type[nn.Module] = FusedResidualDenseBlock
     try:
@@ -225,7 +225,9 @@ def _tried_without_norms(module: nn.Module, name: str, shape: tuple[int, int]) -
         return Finding(name, module, kind, [_failed(module, error)])
     reading = read(read_residual, own, traces)
     if reading.description is None:
-        return Finding(name, module, kind, reading.reasons) if reading.reasons else None
+        other = reading.hints or ["it does not concatenate its input with what convolutions and activations make of it"]
+        reasons = reading.reasons or (other if called_block else [])
+        return Finding(name, module, kind, reasons) if reasons else None
     return Finding(name, module, kind, _obstacles(module, own, kind, shape, reading.description), reading.description)
 
 

@@ -15,6 +15,9 @@ Three kinds of rows:
 - a network's dense blocks alone. A block's input is allocated inside the measurement, as in a network, so it counts if
   it is kept; the blocks are joined by strided copies in place of the transitions, which keep nothing;
 - the whole network: stem, dense blocks, transitions, classifier, cross-entropy.
+
+``--networks rrdb`` is another kind, ESRGAN's generator (see rrdb.py) on 64x64 crops with an L1 loss; it has dense blocks
+without norms, and two variants, ``reference`` and ``ours``.
 """
 
 import argparse
@@ -41,10 +44,13 @@ from common import (
 )
 from provenance import describe, environment
 from rich.table import Table
+from rrdb import RRDBNet, floor_bytes
 from torch import Tensor, nn
 
+import fused_densenet
 from fused_densenet.reference import DenseNet
 
+RRDB, CROP = "rrdb", 64
 DEPTHS = (4, 8, 16, 32, 48, 64)
 
 
@@ -154,6 +160,29 @@ def measure(case: Case, variant: str, batch: int, device: torch.device, dtype: t
     }
 
 
+def measure_rrdb(variant: str, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(0)
+    network = RRDBNet().to(device, dtype)
+    if variant == "ours":
+        fused_densenet.fuse(network, strict=True)
+    crops = torch.rand(batch, 3, CROP, CROP, device=device, dtype=dtype)
+    targets = torch.rand(batch, 3, 4 * CROP, 4 * CROP, device=device, dtype=dtype)
+    memory = step_memory(
+        lambda: F.l1_loss(network(crops), targets), lambda: network.zero_grad(set_to_none=True), device
+    )
+    return {
+        "network": RRDB,
+        "variant": variant,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "size": CROP,
+        "saved_bytes": memory.saved_bytes,
+        "peak_bytes": memory.peak_bytes,
+        "floor_bytes": floor_bytes(batch * CROP * CROP, dtype),
+    }
+
+
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
     """Kept for backward / peak, MiB per image, a line per network."""
     result = Table(title=title, caption="kept for backward / peak of a training step, MiB per image")
@@ -243,18 +272,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=224, help="of the image")
-    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--networks", nargs="*", choices=[*NETWORKS, RRDB], default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS), metavar="LAYERS", help="of one block")
     add_output_options(parser)
     args = parser.parse_args()
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
 
-    todo = [(c, variant) for c in cases(args.networks, args.depths, args.size) for variant in variants(c.blocks_only)]
+    densenets = [name for name in args.networks if name != RRDB]
+    todo = [(c, variant) for c in cases(densenets, args.depths, args.size) for variant in variants(c.blocks_only)]
+    others = ["reference", "ours"] if RRDB in args.networks else []
     rows = []
-    with progress(len(todo)) as advance:
+    with progress(len(todo) + len(others)) as advance:
         for case, variant in todo:
             rows.append(measure(case, variant, args.batch, device, dtype))
             advance(f"{case.network}: {variant}")
+        for variant in others:
+            rows.append(measure_rrdb(variant, args.batch, device, dtype))
+            advance(f"{RRDB}: {variant}")
 
     sweep = [row for row in rows if row["network"].startswith("block of")]
     blocks = [row for row in rows if row["network"].endswith("dense blocks")]
@@ -267,6 +301,9 @@ def main() -> None:
     if networks:
         console.print(table(f"Whole networks, {args.size}×{args.size} images, {setting}", networks))
         print_ratios(networks)
+    if others:
+        rrdb = [row for row in rows if row["network"] == RRDB]
+        console.print(table(f"RRDBNet, {CROP}×{CROP} crops, {setting}", rrdb))
     where = environment(device, dtype)
     console.print(describe(where), highlight=False)
     if args.json:

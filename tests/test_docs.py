@@ -71,7 +71,7 @@ def _reasons(file: Path) -> Iterator[str]:
 def test_every_reason_is_explained() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     files = [
-        *("fallback/reasons", "fallback/anatomy", "fallback/description", "nn/transition"),
+        *("fallback/reasons", "fallback/anatomy", "fallback/description", "nn/transition", "nn/residual"),
         *("adopt/recognition", "adopt/trace", "adopt/interpretation", "adopt/trial"),
     ]
     phrases = {phrase for name in files for phrase in _reasons(ROOT / "fused_densenet" / f"{name}.py")}

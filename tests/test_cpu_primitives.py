@@ -289,6 +289,29 @@ def test_norm_relu_pool_of_a_nan(backend: str) -> None:
 
 
 @all_backends
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=NAMES[2:])
+def test_halves_are_rounded_to_even(backend: str, dtype: torch.dtype) -> None:
+    """All instruction sets round as torch does; every other result lies halfway between two numbers of 16 bits."""
+    x = (1 + torch.arange(48) * ulp(dtype) / 2).to(dtype).repeat(3, 1)[None, None, None]
+    half = torch.full((48,), ulp(dtype) / 2)
+    out = torch.empty_like(x)
+    BACKENDS[backend].norm_relu_pool(x, Norm(torch.zeros(48), torch.ones(48), torch.ones(48), half, 0.0), out)
+    assert torch.equal(out, (x.float() + half).to(dtype))
+
+
+def test_long_sums_round_seldom() -> None:
+    """4096 equal terms, which one chain of additions would round the same way over and over: off by 300 ulp."""
+    ones = torch.ones(4096)
+    x, weight = torch.full((1, 1, 1, 16, 4096), 0.9), torch.ones(32, 4096, 1, 1, 1)
+    out = torch.empty(1, 1, 1, 16, 32)
+    BACKENDS["cpu"].norm_relu_conv(
+        x, Norm(torch.zeros(4096), ones, ones, torch.zeros(4096), 0.0), weight, out, None, None
+    )
+    exact = torch.full_like(out, 4096 * x[0, 0, 0, 0, 0].double().item(), dtype=torch.float64)
+    assert_entries(out, exact, exact, torch.float32, "output")
+
+
+@all_backends
 @pytest.mark.parametrize(
     ("pixels", "distance"), [((8, 1, 28, 28), 1e3), ((2, 3, 5, 7), 1e3), ((2, 3, 5, 7), 1e6)], ids=str
 )

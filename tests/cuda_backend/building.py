@@ -96,5 +96,6 @@ def build(
     work += others
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda item: compile_object(*item), work))
-    command = [COMPILER, *link_flags, *objects]
+    # A torch with CUDA brings the runtime's functions, which have the names of the runner's, into the process.
+    command = [COMPILER, *link_flags, "-Wl,-Bsymbolic", *objects]
     return cached("" if main else ".so", command, lambda made: run([*command, "-o", made]))

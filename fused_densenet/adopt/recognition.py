@@ -40,6 +40,10 @@ _PARTS_CALLED = ["its owner calls its parts one by one"]
 _SCRIPTED = ["it is scripted; fuse the network before torch.jit.script"]
 
 
+Trials = dict[type, list[tuple[Described, list[torch.Size], str]]]
+"""What was tried in one survey: for a class, of which description and sizes of parameters, and how it differed."""
+
+
 @dataclass
 class Finding:
     """A module that is a dense block, a transition or a sequence with a stem, or looks like one.
@@ -70,7 +74,7 @@ class Finding:
 def survey(model: nn.Module) -> list[Finding]:
     """Every dense block, transition and sequence of ``model``, fused or not, and everything that looks like one."""
     callers = [name for name, module in model.named_modules() if _calls_parts(module)]
-    findings = list(_search(model, "", {}))
+    findings = list(_search(model, "", {}, {}))
     for finding in findings:
         if finding.fused_class is FusedTransition and any(_is_inside(finding.name, caller) for caller in callers):
             finding.reasons = _PARTS_CALLED
@@ -99,19 +103,21 @@ def _gains(module: nn.Module, kinds: dict[nn.Module, type[nn.Module]]) -> bool:
     )
 
 
-def _search(module: nn.Module, name: str, seen: dict[int, None]) -> Iterator[Finding]:
+def _search(module: nn.Module, name: str, seen: dict[int, None], trials: Trials) -> Iterator[Finding]:
     """The findings in ``module`` and below; where it is one itself, only those that it calls around its layers."""
     if id(module) in seen:
         return
     seen[id(module)] = None
-    finding = _found(module, name)
+    finding = _found(module, name, trials)
     if finding is not None and not finding.reasons:
         yield finding
         inside = getattr(finding.description or _description_of(module), "around", ())
         below = [(key, module._modules[key]) for key in inside]
     else:
         below = list(module._modules.items())
-    found = [f for key, child in below if child is not None for f in _search(child, f"{name}.{key}".strip("."), seen)]
+    found = [
+        f for key, child in below if child is not None for f in _search(child, f"{name}.{key}".strip("."), seen, trials)
+    ]
     if finding is None or not finding.reasons:
         yield from found
         return
@@ -143,7 +149,7 @@ def class_name(module: nn.Module) -> str:
     return scripted if isinstance(scripted, str) else own_class(module).__name__
 
 
-def _found(module: nn.Module, name: str) -> Finding | None:
+def _found(module: nn.Module, name: str, trials: Trials) -> Finding | None:
     """What ``module`` itself is, or looks like."""
     for kind in (*DENSE_BLOCKS, FusedTransition):
         if isinstance(module, kind):
@@ -157,7 +163,7 @@ def _found(module: nn.Module, name: str) -> Finding | None:
         return Finding(name, module, FusedTransition, _standing_reasons(module, FusedTransition))
     if _is_known(type(module)) and _consists_of_layers(module) and all(map(_is_known, kinds_of(module.children()))):
         return Finding(name, module, FusedDenseBlock, _standing_reasons(module, FusedDenseBlock))
-    return _tried(module, name, called_block or _consists_of_layers(module), called_transition)
+    return _tried(module, name, called_block or _consists_of_layers(module), called_transition, trials)
 
 
 def _consists_of_layers(module: nn.Module) -> bool:
@@ -186,11 +192,11 @@ def _standing_reasons(module: Any, fused_class: type[nn.Module]) -> list[str]:
     return reasons
 
 
-def _tried(module: nn.Module, name: str, called_block: bool, called_transition: bool) -> Finding | None:
+def _tried(module: nn.Module, name: str, called_block: bool, called_transition: bool, trials: Trials) -> Finding | None:
     """What a module of an unknown class computes on a small input; nothing where neither that nor its name tells."""
     kind: type[nn.Module] = FusedTransition if called_transition and not called_block else FusedDenseBlock
     growing = _input_shape_without_norms(module)
-    finding = None if growing is None else _tried_without_norms(module, name, growing, called_block)
+    finding = None if growing is None else _tried_without_norms(module, name, growing, called_block, trials)
     if finding is not None:
         return finding
     shape = _input_shape(module)
@@ -213,10 +219,12 @@ def _tried(module: nn.Module, name: str, called_block: bool, called_transition: 
             "it does not concatenate its input with what norms, ReLUs and convolutions make of it"
         ]
         return Finding(name, module, kind, reasons)
-    return Finding(name, module, kind, _obstacles(module, own, kind, shape, description), description)
+    return Finding(name, module, kind, _obstacles(module, own, kind, shape, description, trials), description)
 
 
-def _tried_without_norms(module: nn.Module, name: str, shape: tuple[int, int], called_block: bool) -> Finding | None:
+def _tried_without_norms(
+    module: nn.Module, name: str, shape: tuple[int, int], called_block: bool, trials: Trials
+) -> Finding | None:
     """What a module without norms whose convolutions read one another's results is; nothing where it is no dense block."""
     kind: type[nn.Module] = FusedResidualDenseBlock
     try:
@@ -228,19 +236,24 @@ def _tried_without_norms(module: nn.Module, name: str, shape: tuple[int, int], c
         other = reading.hints or ["it does not concatenate its input with what convolutions and activations make of it"]
         reasons = reading.reasons or (other if called_block else [])
         return Finding(name, module, kind, reasons) if reasons else None
-    return Finding(name, module, kind, _obstacles(module, own, kind, shape, reading.description), reading.description)
+    description = reading.description
+    return Finding(name, module, kind, _obstacles(module, own, kind, shape, description, trials), description)
 
 
 def _input_shape_without_norms(module: nn.Module) -> tuple[int, int] | None:
-    """Channels and dimensions of what the first convolution reads, where the second one reads its result beside that."""
+    """Channels and dimensions of what its first convolution reads, where each of the others reads all before it beside that."""
     if not _is_callable(module) or any(map(nn.parameter.is_lazy, module.parameters())):
         return None
     parts: list[Any] = list(module.modules())
-    convs = [part for part in parts if isinstance(part, CONVS)][:2]
+    convs = sorted((part for part in parts if isinstance(part, CONVS)), key=lambda conv: conv.in_channels)
     if len(convs) < 2 or any(isinstance(part, (*NORMS, *_OTHER_NORMS)) for part in parts):
         return None
-    read: int = convs[0].in_channels
-    return (read, len(convs[0].kernel_size)) if convs[1].in_channels == read + convs[0].out_channels else None
+    width = convs[0].in_channels
+    for conv in convs:
+        if conv.in_channels != width:
+            return None
+        width += conv.out_channels
+    return convs[0].in_channels, len(convs[0].kernel_size)
 
 
 def _is_callable(module: nn.Module) -> bool:
@@ -265,7 +278,12 @@ def _input_shape(module: nn.Module) -> tuple[int, int] | str:
 
 
 def _obstacles(
-    module: nn.Module, own: nn.Module, kind: type[nn.Module], shape: tuple[int, int], description: Described
+    module: nn.Module,
+    own: nn.Module,
+    kind: type[nn.Module],
+    shape: tuple[int, int],
+    description: Described,
+    trials: Trials,
 ) -> list[str]:
     """Why a module that was found to be a dense block or transition cannot be fused all the same."""
     if isinstance(description, BlockDescription):
@@ -279,10 +297,14 @@ def _obstacles(
         reasons.append("its forward was replaced")
     if reasons:
         return reasons
+    sizes = [parameter.shape for parameter in own.parameters()]
+    alike = [known for known in trials.get(type(module), []) if known[:2] == (description, sizes)]
     try:
-        difference = differs(own, *shape, kind, description)
+        difference = alike[0][2] if alike else differs(own, *shape, kind, description)
     except Exception as error:
         return [_failed(module, error)]
+    if not alike:
+        trials.setdefault(type(module), []).append((description, sizes, difference))
     what = f"the forward of {class_name(module)} computes something else than a {kind.__name__}"
     return [f"{what}: {difference}"] if difference else []
 

@@ -133,7 +133,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def _world() -> Iterator[Any]:
     yield random.getstate()
     if "numpy" in sys.modules:
-        yield [str(part) for part in sys.modules["numpy"].random.get_state()]
+        state = sys.modules["numpy"].random.get_state()
+        yield [part.tobytes() if hasattr(part, "tobytes") else part for part in state]
 
 
 class _Recorder(TorchFunctionMode):

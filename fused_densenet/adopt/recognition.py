@@ -230,7 +230,7 @@ def _tried_without_norms(
     try:
         own, traces = observe(module, *shape)
     except Exception as error:
-        return Finding(name, module, kind, [_failed(module, error)])
+        return Finding(name, module, kind, [_failed(module, error)]) if called_block else None
     reading = read(read_residual, own, traces)
     if reading.description is None:
         other = reading.hints or ["it does not concatenate its input with what convolutions and activations make of it"]

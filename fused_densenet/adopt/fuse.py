@@ -87,6 +87,7 @@ def _report(name: str, findings: list[Finding]) -> None:
     counts = [
         f"{sum(f.fused for f in findings if f.fused_class is kind)} {kind.__name__}"
         for kind in (FusedDenseBlock, FusedResidualDenseBlock, FusedTransition, FusedFeatures)
+        if kind is not FusedResidualDenseBlock or any(f.fused_class is kind for f in findings)
     ]
     _log.info("fuse(%s): %s", name, ", ".join(counts) if findings else "no dense block was found")
     for line in _described([finding for finding in findings if not finding.fused]):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.build import compile_module_from_src
+from triton.runtime import build
 
 from fused_densenet import backends
 from fused_densenet.backends import extension, triton
@@ -23,15 +23,21 @@ def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(extension, "cuda", None)
     monkeypatch.setattr(extension, "cuda_missing", "it was lost")
-    triton._no_compiler.cache_clear()
+    remembered = [
+        triton._no_compiler,
+        *([build._find_compiler] if hasattr(build, "_find_compiler") else []),
+    ]  # from 3.9 on
+    for function in remembered:
+        function.cache_clear()
     yield
-    triton._no_compiler.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 def _triton_compiles() -> bool:
     """Whether triton's own way to compile what launches a kernel works."""
     try:
-        compile_module_from_src(SOURCE, "probe")
+        build.compile_module_from_src(SOURCE, "probe")
     except (RuntimeError, OSError):
         return False
     return True

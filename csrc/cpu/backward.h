@@ -220,8 +220,9 @@ class BackwardKernel {
     for (int64_t c = 0; c < f_.shape.out; c += V::size) {
       const int n = static_cast<int>(least(V::size, f_.shape.out - c));
       V sum = V::zero();
+      const auto column = gradient.column(c, n);
       for_each_row(grid_, b, false, [&](int64_t, int64_t first, int64_t, int64_t) {
-        for (int64_t w = 0; w < b.size[2]; ++w) sum += gradient.at(first + w, c, n);
+        for (int64_t w = 0; w < b.size[2]; ++w) sum += column.at(first + w, n);
       });
       store(sums + c, sum, n);
     }
@@ -324,20 +325,20 @@ class BackwardKernel {
     T* dx = static_cast<T*>(f_.dx.data);
     for (int64_t j = 0; j < channels; j += V::size) {
       const int n = static_cast<int>(least(V::size, channels - j));
-      const V scale = activation.norm ? load(activation.scale + c + j, n) : V::all(1);
+      const auto of_channels = activation.column(c + j, n);
       V sum = V::zero(), sum_centered = V::zero();
       const A* from = of_part(result_, part) + j;
       const auto column = [&](int lanes) {  // a constant for whole vectors
         for_each_pixel(b, part, [&](int64_t pixel, int64_t row) {
           V dz = load(from + row * kBlock) * share;
           if constexpr (form != Form::no_norm) {
-            const V centered = activation.centered(pixel, c + j, lanes);
-            dz = activation.gradient(activation.before(centered, c + j, lanes), dz);
+            const V centered = of_channels.centered(pixel, lanes);
+            dz = of_channels.gradient(of_channels.before(centered), dz);
             sum += dz;
             sum_centered = fma(dz, centered, sum_centered);
           }
           T* p = dx + pixel * f_.dx.ld + c + j;
-          store(p, f_.accumulate ? fma(scale, dz, load(p, lanes)) : scale * dz, lanes);
+          store(p, f_.accumulate ? fma(of_channels.scale, dz, load(p, lanes)) : of_channels.scale * dz, lanes);
         });
       };
       n == V::size ? column(V::size) : column(n);

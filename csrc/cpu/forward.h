@@ -28,7 +28,8 @@ class ForwardKernel {
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
     operand_ = arena.take<E>((blocks_ * grid_.padded_pixels() + kWhole - 1) * kBlock);
-    result_ = arena.take<A>((result_pixels(grid_) + kWhole - 1) * ldc_);
+    result_ = arena.take<A>(packed_.winograd ? grid_.box[1] * grid_.box[2] * ldc_ : kTileRows * packed_.width);
+    pivot_ = arena.take<A>(ldc_);
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     steps_ = arena.take<Step>(f.shape.taps() * blocks_);
     product_ = {f.shape.in, f.shape.out};
@@ -70,7 +71,6 @@ class ForwardKernel {
 
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
-    A* result = of_part(result_, part);
     const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
     with_activation<T>(f_.x, norm_, [&](const auto& activation) {
@@ -88,20 +88,16 @@ class ForwardKernel {
       prefetch.add(static_cast<const T*>(f_.x.data) + (pools() ? windows_.first_pixel(next) : next) * f_.x.ld,
                    b.size[0] * b.size[1] * b.size[2] * windows_.count, f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
     }
-    if (packed_.winograd)
-      by_patches(b, part, height * width * kBlock, block_size, prefetch);
-    else
-      tap_by_tap(b, part, height, width, block_size, prefetch);
     const bool wanted = f_.moments.mean != nullptr;
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;
-    A* m2 = wanted ? mean + f_.shape.out : nullptr;
-    const auto runs = [&](auto f) {
-      for_each_row(grid_, b, false, [&](int64_t row, int64_t first, int64_t, int64_t) {
-        f(first, b.size[2], row * result_width(grid_, b));
-      });
-    };
-    store_with_moments<T>(result, ldc_, b.size[0] * b.size[1] * b.size[2], f_.shape.out, static_cast<T*>(f_.out.data),
-                          f_.out.ld, runs, mean, m2, {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)});
+    Output<T> output(static_cast<T*>(f_.out.data), f_.out.ld, f_.shape.out, mean,
+                     wanted ? mean + f_.shape.out : nullptr, of_part(pivot_, part),
+                     {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)});
+    if (packed_.winograd)
+      by_patches(b, part, height * width * kBlock, block_size, output, prefetch);
+    else
+      tap_by_tap(b, part, height, width, block_size, output, prefetch);
+    output.finish(b.size[0] * b.size[1] * b.size[2]);
   }
 
   template <class S>
@@ -117,10 +113,10 @@ class ForwardKernel {
     });
   }
 
-  void tap_by_tap(const Box& b, int64_t part, int64_t height, int64_t width, int64_t block_size,
+  void tap_by_tap(const Box& b, int64_t part, int64_t height, int64_t width, int64_t block_size, Output<T>& output,
                   Prefetch& prefetch) const {
     const E* operand = of_part(operand_, part);
-    A* result = of_part(result_, part);
+    const Result<A> tile{of_part(result_, part), packed_.width, true};
     Step* steps = of_part(steps_, part);
     int64_t count = 0;
     for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
@@ -134,22 +130,34 @@ class ForwardKernel {
     prefetch.spread(b.size[0] * runs.count * tiles_of<P, Reduce::channels>(runs.pixels, f_.shape.out));
     for (int64_t d = 0; d < b.size[0]; ++d) {
       for (int64_t h = 0; h < runs.count; ++h) {
+        const int64_t first = grid_.pixel(b, d, h, 0);
+        const auto store_tile = [&](int64_t row, int64_t rows, int64_t column) {
+          runs.pieces(row, rows, [&](int64_t skipped, int64_t pixel, int64_t count) {
+            output.store_rows(tile.data + skipped * tile.ld, tile.ld, first + pixel, count, column);
+          });
+        };
         multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
-                                      packed_.panel_size(),
-                                      result + (d * b.size[1] + h) * result_width(grid_, b) * ldc_, ldc_, runs.pixels,
-                                      f_.shape.out, steps, count, false, prefetch);
+                                      packed_.panel_size(), tile, runs.pixels, f_.shape.out, steps, count, false,
+                                      prefetch, store_tile);
       }
     }
   }
 
-  void by_patches(const Box& b, int64_t part, int64_t plane_size, int64_t block_size, Prefetch& prefetch) const {
+  void by_patches(const Box& b, int64_t part, int64_t plane_size, int64_t block_size, Output<T>& output,
+                  Prefetch& prefetch) const {
     if constexpr (P::pair == 1) {
       const TilePlane plane{b.size[1], b.size[2]};
       prefetch.spread(b.size[0] * product_.calls(plane));
       for (int64_t d = 0; d < b.size[0]; ++d) {
         product_.run(plane, of_part(operand_, part) + d * plane_size, block_size, weight_, packed_.panel_size(),
-                     of_part(result_, part) + d * b.size[1] * b.size[2] * ldc_, ldc_, of_part(patches_, part),
-                     of_part(products_, part), of_part(steps_, part), prefetch);
+                     of_part(result_, part), ldc_, of_part(patches_, part), of_part(products_, part),
+                     of_part(steps_, part), prefetch);
+        for (int64_t h = 0; h < b.size[1]; ++h) {
+          for (int64_t j = 0; j < f_.shape.out; j += Output<T>::columns) {
+            output.store_rows(of_part(result_, part) + h * b.size[2] * ldc_ + j, ldc_, grid_.pixel(b, d, h, 0),
+                              b.size[2], j);
+          }
+        }
       }
     }
   }
@@ -163,7 +171,7 @@ class ForwardKernel {
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *operand_, *patches_;
-  A *partial_, *bias_, *result_, *products_;
+  A *partial_, *bias_, *result_, *pivot_, *products_;
   Step* steps_;
   int64_t* first_pixels_;
   size_t for_parts_, part_bytes_;

@@ -22,15 +22,25 @@ struct Activation {  // leaky((x - mean) * scale + shift), or x
         shift(n.shift()),
         slope(V::all(n.slope())) {}
 
-  V centered(int64_t pixel, int64_t c, int n) const { return load(x + pixel * ld + c, n) - load(mean + c, n); }
-  V before(V centered, int64_t c, int n) const { return fma(centered, load(scale + c, n), load(shift + c, n)); }
-  V at(int64_t pixel, int64_t c, int n) const {
-    if constexpr (F == Form::no_norm) return load(x + pixel * ld + c, n);
-    const V z = before(centered(pixel, c, n), c, n);
-    return F == Form::leaky ? leaky(z, slope) : relu(z);
-  }
-  V gradient(V before, V da) const {  // by what is `before` the activation
-    return F == Form::leaky ? where_positive(before, da, slope * da) : where_positive(before, da);
+  // `n` channels, whose vectors stay in registers from pixel to pixel.
+  struct Column {
+    const T* x;
+    int64_t ld;
+    V mean, scale, shift, slope;
+    V centered(int64_t pixel, int n) const { return load(x + pixel * ld, n) - mean; }
+    V before(V centered) const { return fma(centered, scale, shift); }
+    V at(int64_t pixel, int n) const {
+      if constexpr (F == Form::no_norm) return load(x + pixel * ld, n);
+      const V z = before(centered(pixel, n));
+      return F == Form::leaky ? leaky(z, slope) : relu(z);
+    }
+    V gradient(V before, V da) const {  // by what is `before` the activation
+      return F == Form::leaky ? where_positive(before, da, slope * da) : where_positive(before, da);
+    }
+  };
+  Column column(int64_t c, int n) const {
+    if constexpr (F == Form::no_norm) return {x + c, ld, V::zero(), V::all(1), V::zero(), slope};
+    return {x + c, ld, load(mean + c, n), load(scale + c, n), load(shift + c, n), slope};
   }
 };
 
@@ -101,12 +111,17 @@ struct PooledActivation {  // the average of a window's activations
         begin(begin),
         share(V::all(A(1) / static_cast<A>(windows.count))) {}
 
-  V at(int64_t pixel, int64_t c, int n) const {
-    const int64_t first = first_pixels[pixel - begin];
-    V sum = activation.at(first, c, n);
-    for (int64_t i = 1; i < windows.count; ++i) sum += activation.at(first + windows.offset[i], c, n);
-    return sum * share;
-  }
+  struct Column {
+    const PooledActivation& of;
+    typename Pixel::Column column;
+    V at(int64_t pixel, int n) const {
+      const int64_t first = of.first_pixels[pixel - of.begin];
+      V sum = column.at(first, n);
+      for (int64_t i = 1; i < of.windows.count; ++i) sum += column.at(first + of.windows.offset[i], n);
+      return sum * of.share;
+    }
+  };
+  Column column(int64_t c, int n) const { return {*this, activation.column(c, n)}; }
 };
 
 template <class T>
@@ -128,12 +143,25 @@ struct LoadedGradient {  // stored + (slope * (value - mean) + constant), or tha
         slope(static_cast<const A*>(g.slope)),
         negative(V::all(static_cast<A>(g.negative_slope))) {}
 
-  V at(int64_t pixel, int64_t c, int n) const {
-    const V d = load(stored + pixel * ld_stored + c, n);
-    if (value == nullptr) return d;
-    const V v = load(value + pixel * ld_value + c, n);
-    if (mean == nullptr) return where_positive(v, d, negative * d);
-    return d + fma(load(slope + c, n), v - load(mean + c, n), load(constant + c, n));
+  struct Column {
+    const T *stored, *value;
+    int64_t ld_stored, ld_value;
+    bool corrected;
+    V mean, constant, slope, negative;
+    V at(int64_t pixel, int n) const {
+      const V d = load(stored + pixel * ld_stored, n);
+      if (value == nullptr) return d;
+      const V v = load(value + pixel * ld_value, n);
+      return corrected ? d + fma(slope, v - mean, constant) : where_positive(v, d, negative * d);
+    }
+  };
+  Column column(int64_t c, int n) const {
+    const auto entries = [&](const A* p) { return p == nullptr ? V::zero() : load(p + c, n); };
+    return {stored + c,        value == nullptr ? nullptr : value + c,
+            ld_stored,         ld_value,
+            mean != nullptr,   entries(mean),
+            entries(constant), entries(slope),
+            negative};
   }
 };
 
@@ -205,14 +233,18 @@ struct Fill<Plain<A>, S> {
   // `count` channels from `c` of `width` pixels; out[pixel][kBlock].
   static void by_channel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
                          A* out) {
-    for (int64_t i = 0; i < width; ++i, out += kBlock) {
-      if (i >= low && i < high) {
-        int64_t j = 0;
-        for (; j + V::size <= count; j += V::size) store(out + j, s.at(first + i, c + j, V::size));
-        if (j < count) store(out + j, s.at(first + i, c + j, static_cast<int>(count - j)));
-      } else {
-        for (int64_t j = 0; j < count; j += V::size) store(out + j, V::zero());
-      }
+    for (int64_t j = 0; j < count; j += V::size) {
+      const int n = static_cast<int>(least(V::size, count - j));
+      const auto column = s.column(c + j, n);
+      const auto pixels = [&](int lanes) {  // a constant for whole vectors
+        for (int64_t i = low; i < high; ++i) store(out + i * kBlock + j, column.at(first + i, lanes));
+      };
+      n == V::size ? pixels(V::size) : pixels(n);
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      if (i >= low && i < high) i = high;
+      if (i == width) break;
+      for (int64_t j = 0; j < count; j += V::size) store(out + i * kBlock + j, V::zero());
     }
   }
   static void by_pixel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
@@ -227,36 +259,48 @@ template <class S>
 struct Fill<Paired, S> {
   static void by_channel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
                          uint32_t* out) {
-    for (int64_t i = 0; i < width; ++i, out += kBlock) {
-      const bool inside = i >= low && i < high;
-      for (int64_t j = 0; j < count; j += 32) {
-        const int n = static_cast<int>(count - j);
-        const VecF a = inside ? s.at(first + i, c + j, n) : VecF::zero();
-        const VecF b = inside && n > 16 ? s.at(first + i, c + j + 16, n - 16) : VecF::zero();
-        _mm512_storeu_si512(out + j / 2, pair_channels(a, b));
-      }
+    for (int64_t j = 0; j < count; j += 32) {
+      const int n = static_cast<int>(least(32, count - j)), left = n < 16 ? n : 16, right = n - left;
+      const auto a = s.column(c + j, left), b = s.column(c + j + left, right);
+      const auto pixels = [&](int left, int right) {  // constants for whole vectors
+        for (int64_t i = low; i < high; ++i) {
+          const VecF beside = right > 0 ? b.at(first + i, right) : VecF::zero();
+          _mm512_storeu_si512(out + i * kBlock + j / 2, pair_channels(a.at(first + i, left), beside));
+        }
+      };
+      n == 32 ? pixels(16, 16) : pixels(left, right);
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      if (i >= low && i < high) i = high;
+      if (i == width) break;
+      for (int64_t j = 0; j < count; j += 32) _mm512_storeu_si512(out + i * kBlock + j / 2, __m512i{});
     }
   }
   static void by_pixel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
                        uint32_t* out) {
     for (int64_t j = 0; j < count; j += 16) {
-      const int n = static_cast<int>(count - j);
-      VecF a = low == 0 && high > 0 ? s.at(first, c + j, n) : VecF::zero();
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t next = i + 1;
-        const VecF b = next >= low && next < high ? s.at(first + next, c + j, n) : VecF::zero();
-        _mm512_storeu_si512(out + i * kBlock + j, pair_pixels(a, b));
-        a = b;
-      }
+      const int n = static_cast<int>(least(16, count - j));
+      const auto column = s.column(c + j, n);
+      const auto pixels = [&](int lanes) {  // a constant for whole vectors
+        VecF a = low == 0 && high > 0 ? column.at(first, lanes) : VecF::zero();
+        for (int64_t i = 0; i < width; ++i) {
+          const int64_t next = i + 1;
+          const VecF b = next >= low && next < high ? column.at(first + next, lanes) : VecF::zero();
+          _mm512_storeu_si512(out + i * kBlock + j, pair_pixels(a, b));
+          a = b;
+        }
+      };
+      n == 16 ? pixels(16) : pixels(n);
     }
   }
   // Pixels 0 and 1, 2 and 3, ... of a row, nothing beside the last of an odd number.
   static void pairs_of_pixels(const S& s, int64_t first, int64_t width, int64_t c, int64_t count, uint32_t* out) {
-    for (int64_t i = 0; i < width; i += 2, out += kBlock) {
-      for (int64_t j = 0; j < count; j += 16) {
-        const int n = static_cast<int>(count - j);
-        const VecF b = i + 1 < width ? s.at(first + i + 1, c + j, n) : VecF::zero();
-        _mm512_storeu_si512(out + j, pair_pixels(s.at(first + i, c + j, n), b));
+    for (int64_t j = 0; j < count; j += 16) {
+      const int n = static_cast<int>(least(16, count - j));
+      const auto column = s.column(c + j, n);
+      for (int64_t i = 0; i < width; i += 2) {
+        const VecF b = i + 1 < width ? column.at(first + i + 1, n) : VecF::zero();
+        _mm512_storeu_si512(out + i / 2 * kBlock + j, pair_pixels(column.at(first + i, n), b));
       }
     }
   }
@@ -266,13 +310,14 @@ struct Fill<Paired, S> {
   static void transposed_pairs(const S& s, int64_t first, int64_t image_width, int64_t height, int64_t width,
                                int64_t padded_width, int64_t pairs, int64_t c, int n, uint32_t* out) {
     int64_t w = 0, h = 0;
+    const auto column = s.column(c, n);
     for (int64_t begin = 0; begin < pairs; begin += kWhole, out += kWhole * kWhole) {
       VecF rows[kWhole];
       for (int i = 0; i < kWhole; ++i) {
         const bool inside = h < height && w < width;
         const int64_t pixel = first + h * image_width + w;
-        const VecF a = inside ? s.at(pixel, c, n) : VecF::zero();
-        const VecF b = inside && w + 1 < width ? s.at(pixel + 1, c, n) : VecF::zero();
+        const VecF a = inside ? column.at(pixel, n) : VecF::zero();
+        const VecF b = inside && w + 1 < width ? column.at(pixel + 1, n) : VecF::zero();
         rows[i] = {_mm512_castsi512_ps(pair_pixels(a, b))};
         w += 2;
         if (w >= padded_width) w = 0, ++h;

@@ -56,9 +56,13 @@ class PlaceKernel {
       const bool wanted = f_.moments.mean != nullptr;
       A* mean = wanted ? partial_ + 2 * i * f_.shape.out + c : nullptr;
       A* m2 = wanted ? mean + f_.shape.out : nullptr;
-      store_with_moments<T>(
-          numbers, kBlock, pixels, channels, f_.out.data == nullptr ? nullptr : static_cast<T*>(f_.out.data) + c,
-          f_.out.ld, [&](auto f) { f(i * kRun, pixels, 0); }, mean, m2);
+      A pivot[kBlock];
+      T* out = f_.out.data == nullptr ? nullptr : static_cast<T*>(f_.out.data) + c;
+      Output<T> output(out, f_.out.ld, channels, mean, m2, pivot);
+      for (int64_t j = 0; j < channels; j += Output<T>::columns) {
+        output.store_rows(numbers + j, kBlock, i * kRun, pixels, j);
+      }
+      output.finish(pixels);
     }
   }
 
@@ -104,7 +108,7 @@ class PlaceBackwardKernel {
         T* to = step == 1 ? out + offsets[p] + c : numbers + p * kBlock;
         for (int64_t j = 0; j < channels; j += V::size) {
           const int n = static_cast<int>(least(V::size, channels - j));
-          store(to + j, gradient.at(i * kRun + p, c + j, n), n);
+          store(to + j, gradient.column(c + j, n).at(i * kRun + p, n), n);
         }
       }
       if (step == 1) continue;

@@ -38,10 +38,25 @@ inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, 
 
 // The pixels of a plane that are multiplied together: each row by itself, or all of them with the margins between.
 struct Runs {
-  int64_t count, pixels;
+  int64_t count, pixels, width, padded_width, image_width;
   Runs(const Grid& g, const Box& b)
       : count(kWhole > 1 ? 1 : b.size[1]),
-        pixels(kWhole > 1 ? (b.size[1] - 1) * g.padded_width(b.size[2]) + b.size[2] : b.size[2]) {}
+        pixels(kWhole > 1 ? (b.size[1] - 1) * g.padded_width(b.size[2]) + b.size[2] : b.size[2]),
+        width(b.size[2]),
+        padded_width(g.padded_width(width)),
+        image_width(g.image[2]) {}
+
+  // Calls f(skipped, pixel, count) for every stretch of neighbouring pixels in `rows` rows of a run from `row` on: it
+  // begins after `skipped` of these rows, `pixel` pixels from the run's first.
+  template <class F>
+  void pieces(int64_t row, int64_t rows, F f) const {
+    if (count > 1 || pixels == width) return f(0, row, rows);
+    for (int64_t i = 0; i < rows;) {
+      const int64_t h = (row + i) / padded_width, w = (row + i) % padded_width;
+      if (w < width) f(i, h * image_width + w, least(rows - i, width - w));
+      i += padded_width - w;
+    }
+  }
 };
 
 // From one row of results to the next.

@@ -18,61 +18,123 @@ struct Epilogue {
   Column column(int64_t c, int n) const { return {load(bias + c, n), Vec<A>::all(slope), slope == 0}; }
 };
 
-// Stores a tile of numbers c[row][ldc] as `columns` channels of out and takes, of the values as stored, mean and the
-// sum of squared deviations per channel, unless `mean` is null; with a null `out` nothing is stored. `runs(f)` calls
-// f(pixel, count, row) for each run of neighbouring pixels, which begins at a row of c.
-template <class T, class F>
-void store_with_moments(Accumulate<T>* c, int64_t ldc, int64_t rows, int64_t columns, T* out, int64_t ld, F runs,
-                        Accumulate<T>* mean, Accumulate<T>* m2, const Epilogue<Accumulate<T>>& epilogue = {}) {
+// Stores numbers as channels of `out` (unless that is null) and takes, of the values as stored, mean and sum of squared
+// deviations per channel (unless `mean` is null).
+//
+// In one pass, of deviations from a pivot, the average of a channel's first few rows: it lies within sqrt(rows / few)
+// standard deviations of the mean, so that what is subtracted in the end is of the size of what is left.
+template <class T>
+class Output {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  for (int64_t j = 0; j < columns; j += V::size) {
-    const int n = static_cast<int>(least(V::size, columns - j));
-    V sum = V::zero();
-    if (epilogue.bias != nullptr) {
-      const auto finish = epilogue.column(j, n);
-      runs([&](int64_t, int64_t count, int64_t row) {
-        A* p = c + row * ldc + j;
-        for (int64_t i = 0; i < count; ++i, p += ldc) store(p, finish(load(p)));
-      });
-    }
-    const auto column = [&](int lanes) {  // a constant for whole vectors
-      runs([&](int64_t pixel, int64_t count, int64_t row) {
-        A* from = c + row * ldc + j;
-        if (out == nullptr) {
-          for (int64_t i = 0; i < count; ++i, from += ldc) sum += load(from);
-          return;
-        }
-        T* p = out + pixel * ld + j;
-        for (int64_t i = 0; i < count; ++i, p += ld, from += ldc) {
-          V x = load(from);
-          store(p, x, lanes);
-          if constexpr (sizeof(T) == 2) {
-            x = load(p, lanes);
-            store(from, x);
-          }
-          sum += x;
-        }
-      });
-    };
-    n == V::size ? column(V::size) : column(n);
-    if (mean == nullptr) continue;
-    // The rounding of the first average is seen in the second pass: the sum of the deviations from it is not zero.
-    const V share = V::all(A(1) / static_cast<A>(rows));
-    const V average = sum * share;
-    V squares = V::zero(), rest = V::zero();
-    runs([&](int64_t, int64_t count, int64_t row) {
-      const A* from = c + row * ldc + j;
-      for (int64_t i = 0; i < count; ++i, from += ldc) {
-        const V d = load(from) - average;
-        squares = fma(d, d, squares);
-        rest += d;
-      }
-    });
-    store(mean + j, fma(rest, share, average), n);
-    store(m2 + j, squares - rest * rest * share, n);
+
+ public:
+  static constexpr int64_t columns = 2 * V::size;  // that are stored at once
+
+  // `pivot` has room for a number a channel.
+  Output(T* out, int64_t ld, int64_t channels, A* mean, A* m2, A* pivot, const Epilogue<A>& epilogue = {})
+      : out_(out), ld_(ld), channels_(channels), mean_(mean), m2_(m2), pivot_(pivot), epilogue_(epilogue) {}
+
+  // Rows of c, from `channel` on, as neighbouring pixels from `pixel`. A panel of columns comes for the first time
+  // before the next one does.
+  void store_rows(const A* c, int64_t ldc, int64_t pixel, int64_t rows, int64_t channel) {
+    const int n = static_cast<int>(least(columns, channels_ - channel));
+    const bool begins = mean_ != nullptr && channel >= begun_;
+    if (begins) begun_ = channel + columns;
+    T* out = out_ == nullptr ? nullptr : out_ + pixel * ld_ + channel;
+    if (n == columns)
+      store_columns<2>(c, ldc, out, rows, channel, V::size, begins);
+    else if (n > V::size)
+      store_columns<2>(c, ldc, out, rows, channel, n - V::size, begins);
+    else
+      store_columns<1>(c, ldc, out, rows, channel, n, begins);
   }
-}
+
+  // After all `rows`.
+  void finish(int64_t rows) const {
+    if (mean_ == nullptr) return;
+    const V share = V::all(A(1) / static_cast<A>(rows));
+    for (int64_t j = 0; j < channels_; j += V::size) {
+      const int n = static_cast<int>(least(V::size, channels_ - j));
+      const V sum = load(mean_ + j, n);
+      store(m2_ + j, load(m2_ + j, n) - sum * sum * share, n);
+      store(mean_ + j, fma(sum, share, load(pivot_ + j, n)), n);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPivotRows = 16;
+
+  // `lanes` of the last vector.
+  template <int vectors>
+  void store_columns(const A* c, int64_t ldc, T* out, int64_t rows, int64_t channel, int lanes, bool begins) const {
+    typename Epilogue<A>::Column finish[vectors];
+    V pivot[vectors], sum[vectors], squares[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t j = channel + v * V::size;
+      const int n = v + 1 < vectors ? V::size : lanes;
+      if (epilogue_.bias != nullptr) finish[v] = epilogue_.column(j, n);
+      if (mean_ == nullptr) continue;
+      if (begins) {
+        sum[v] = V::zero();
+        const int64_t few = least(rows, kPivotRows);
+        for (int64_t i = 0; i < few; ++i) {
+          const V x = load(c + i * ldc + v * V::size);
+          sum[v] += epilogue_.bias != nullptr ? finish[v](x) : x;
+        }
+        store(pivot_ + j, sum[v] * V::all(A(1) / static_cast<A>(few)), n);
+      }
+      pivot[v] = load(pivot_ + j, n);
+      sum[v] = squares[v] = V::zero();
+    }
+    const auto store_each = [&](int lanes, auto finishes, auto moments) {
+      for (int64_t i = 0; i < rows; ++i, c += ldc) {
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) {
+          const int n = v + 1 < vectors ? V::size : lanes;
+          V x = load(c + v * V::size);
+          if constexpr (finishes) x = finish[v](x);
+          if (out != nullptr) {
+            T* p = out + i * ld_ + v * V::size;
+            store(p, x, n);
+            if constexpr (sizeof(T) == 2) x = load(p, n);
+          }
+          if constexpr (moments) {
+            const V d = x - pivot[v];
+            sum[v] += d;
+            squares[v] = fma(d, d, squares[v]);
+          }
+        }
+      }
+    };
+    const auto store_all = [&](int lanes) {  // a constant for whole vectors
+      if (epilogue_.bias != nullptr)
+        mean_ == nullptr ? store_each(lanes, Yes{}, No{}) : store_each(lanes, Yes{}, Yes{});
+      else
+        mean_ == nullptr ? store_each(lanes, No{}, No{}) : store_each(lanes, No{}, Yes{});
+    };
+    lanes == V::size ? store_all(V::size) : store_all(lanes);
+    for (int v = 0; v < vectors && mean_ != nullptr; ++v) {
+      const int64_t j = channel + v * V::size;
+      const int n = v + 1 < vectors ? V::size : lanes;
+      store(mean_ + j, begins ? sum[v] : load(mean_ + j, n) + sum[v], n);
+      store(m2_ + j, begins ? squares[v] : load(m2_ + j, n) + squares[v], n);
+    }
+  }
+
+  struct Yes {
+    constexpr operator bool() const { return true; }
+  };
+  struct No {
+    constexpr operator bool() const { return false; }
+  };
+
+  T* out_;
+  int64_t ld_, channels_;
+  A *mean_, *m2_, *pivot_;  // until the end mean and m2 hold sums of deviations and their squares, of each call's rows
+  Epilogue<A> epilogue_;
+  int64_t begun_ = 0;
+};
 
 // Partial moments [tile][2][channels] to mean and biased variance, by pairwise updates in the order of the tiles
 // (Chan, Golub, LeVeque 1979). `size(tile)` is the number of values in a tile.

@@ -76,7 +76,8 @@ class NormReluPoolKernel {
       const int64_t channels = least(kBlock, f_.shape.in - c);
       const auto read = [&](int64_t pixel) {
         for (int64_t j = 0; j < channels; j += V::size) {
-          store(a + j, activation.at(pixel, c + j, static_cast<int>(channels - j)));
+          store(a + j,
+                activation.column(c + j, static_cast<int>(channels - j)).at(pixel, static_cast<int>(channels - j)));
         }
       };
       Largest<A> largest;
@@ -181,15 +182,15 @@ class NormReluPoolBackwardKernel {
               A (&sums)[2][kBlock], F dz_of) const {
     for (int64_t j = 0; j < channels; j += V::size) {
       const int lanes = static_cast<int>(least(V::size, channels - j));
-      const V scale = load(activation.scale + c + j, lanes);
+      const auto column = activation.column(c + j, lanes);
       V sum = load(sums[0] + j), sum_centered = load(sums[1] + j);
       T* p = static_cast<T*>(f_.dx.data) + first * f_.dx.ld + c + j;
       for (int64_t i = 0; i < count; ++i, p += f_.dx.ld) {
-        const V centered = activation.centered(first + i, c + j, lanes);
-        const V dz = dz_of(i, j, lanes, activation.before(centered, c + j, lanes));
+        const V centered = column.centered(first + i, lanes);
+        const V dz = dz_of(i, j, lanes, column.before(centered));
         sum += dz;
         sum_centered = fma(dz, centered, sum_centered);
-        store(p, scale * dz, lanes);
+        store(p, column.scale * dz, lanes);
       }
       store(sums[0] + j, sum);
       store(sums[1] + j, sum_centered);
@@ -204,7 +205,9 @@ class NormReluPoolBackwardKernel {
     A number = 0;
     image_.for_each_pixel(out_pixel, [&](int64_t pixel) {
       for (int64_t j = 0; j < channels; j += V::size) {
-        store(a + j, activation.at(first + pixel, c + j, static_cast<int>(channels - j)));
+        store(
+            a + j,
+            activation.column(c + j, static_cast<int>(channels - j)).at(first + pixel, static_cast<int>(channels - j)));
       }
       largest.add(a, number, place);
       number += 1;

@@ -158,35 +158,61 @@ class Prefetch {
   int64_t streams_ = 0, lines_ = 0, per_call_ = 0, stream_ = 0, row_ = 0, line_ = 0;
 };
 
-// C[rows][columns] (+)= A B in tiles; `a_stride` elements of A from row to row, `b_panel` elements of B from one panel
-// of columns to the next. Every panel but the last of B is full; C has room for whole panels.
+// Where products go: `data` is the first of all numbers, or, where `one_tile`, of every tile in turn.
+template <class A>
+struct Result {
+  A* data;
+  int64_t ld;
+  bool one_tile;
+};
+
 template <class P, Reduce R>
 int64_t tiles_of(int64_t rows, int64_t columns) {
   return ceil_div(rows, kTileRows) * ceil_div(columns, Layout<P, R>::panel);
+}
+
+// One tile, in chains; `a_stride` elements of A from row to row.
+template <class P, Reduce R>
+void multiply_tile(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, typename P::Acc* c,
+                   int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count, bool accumulate) {
+  (void)a_stride;
+  const int vectors = columns > Vec<typename P::Acc>::size ? 2 : 1;
+  const TileFunction<P> function = Tiles<P, R>::find(static_cast<int>(rows), vectors);
+  for (int64_t s = 0, next = 0; s < count; s = next) {
+    for (int64_t k = 0; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
+      k += steps[next].k;
+    }
+    function(a, b, c, ldc, steps + s, next - s, accumulate || s > 0);
+  }
+}
+
+// C[rows][columns] (+)= A B in tiles; `b_panel` elements of B from one panel of columns to the next. Every panel but
+// the last of B is full; C has room for whole panels. Calls after(row, rows, column) when a tile is done.
+template <class P, Reduce R, class F>
+void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
+              Result<typename P::Acc> c, int64_t rows, int64_t columns, const Step* steps, int64_t count,
+              bool accumulate, Prefetch& prefetch, F after) {
+  constexpr int64_t panel = Layout<P, R>::panel;
+  const int64_t row_tiles = ceil_div(rows, kTileRows);
+  for (int64_t i = 0; i < row_tiles; ++i) {
+    const Range whole{i * kTileRows, least(rows, (i + 1) * kTileRows)};
+    const Range r = kWhole > 1 ? whole : split(rows, row_tiles, i);
+    for (int64_t j = 0; j < columns; j += panel) {
+      multiply_tile<P, R>(a + r.begin * a_stride, a_stride, b + j / panel * b_panel,
+                          c.one_tile ? c.data : c.data + r.begin * c.ld + j, c.ld, r.size(), least(panel, columns - j),
+                          steps, count, accumulate);
+      after(r.begin, r.size(), j);
+      prefetch.some();
+    }
+  }
 }
 
 template <class P, Reduce R>
 void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
               typename P::Acc* c, int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count,
               bool accumulate, Prefetch& prefetch) {
-  constexpr int panel = Layout<P, R>::panel;
-  constexpr int vector = Vec<typename P::Acc>::size;
-  const int64_t row_tiles = ceil_div(rows, kTileRows);
-  for (int64_t i = 0; i < row_tiles; ++i) {
-    const Range r = split(rows, row_tiles, i);
-    for (int64_t j = 0; j * panel < columns; ++j) {
-      const int vectors = columns - j * panel > vector ? 2 : 1;
-      const TileFunction<P> function = Tiles<P, R>::find(static_cast<int>(r.size()), vectors);
-      for (int64_t s = 0, next = 0; s < count; s = next) {
-        for (int64_t k = 0; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
-          k += steps[next].k;
-        }
-        function(a + r.begin * a_stride, b + j * b_panel, c + r.begin * ldc + j * panel, ldc, steps + s, next - s,
-                 accumulate || s > 0);
-      }
-      prefetch.some();
-    }
-  }
+  multiply<P, R>(a, a_stride, b, b_panel, Result<typename P::Acc>{c, ldc, false}, rows, columns, steps, count,
+                 accumulate, prefetch, [](int64_t, int64_t, int64_t) {});
 }
 
 }  // namespace fused_densenet::FD_ISA

@@ -13,6 +13,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 BATCH, PIXELS, FLOAT = 2, 8 * 8, 4
 DEPTHS = (4, 8, 12, 16)
 WIDTH, GROWTH_RATE, BOTTLENECK = 64, 32, 128
+WAYS = ("forward", "backward")
 
 
 def run(script: str, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
@@ -108,3 +109,26 @@ def test_speed(tmp_path: pathlib.Path) -> None:
     fused = next(r for r in written["rows"] if (r["mode"], r["variant"]) == ("training", "fused"))
     assert fused["times_as_fast_as"].keys() == {"torchvision, NCHW", "torchvision, channels-last"}
     assert 0 < written["parity"]["densenet121"]["fused"]["inference output"] < 1e-4
+
+
+def test_primitives(tmp_path: pathlib.Path) -> None:
+    file, plot = tmp_path / "primitives.json", tmp_path / "primitives.png"
+    arguments = ["--blocks", "7x40", "5x16", "--batch", "1", "--rounds", "1", "--threads", "1"]
+    done = run("primitives.py", *arguments, "--json", file, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(file.read_text())
+    assert {"machine", "versions", "commit", "backend", "command"} <= written.keys()
+    expected = [(d, b, k, w) for d in ("float32", "bfloat16") for b in ("7x40", "5x16") for k in (1, 3) for w in WAYS]
+    assert [(r["dtype"], r["block"], r["kernel"], r["direction"]) for r in written["rows"]] == expected
+    for row in written["rows"]:
+        rates = written["flop_and_bytes_per_second"][row["dtype"]]
+        seconds, bare = row["seconds"][0], row["bare_seconds"][0]
+        channels, out = (int(row["block"].partition("x")[2]), 128) if row["kernel"] == 1 else (128, 32)
+        pixels, passes = int(row["block"].partition("x")[0]) ** 2, 1 + (row["direction"] == "backward")
+        flops = 2 * passes * pixels * channels * out * row["kernel"] ** 2
+        moved = passes * pixels * (channels + out) * (4 if row["dtype"] == "float32" else 2)
+        roof = max(flops / rates["product"], moved / rates["copy"])
+        assert row["gflop_per_second"] == pytest.approx(flops / seconds / 1e9)
+        assert row["times_as_fast_as_bare"]["median"] == pytest.approx(bare / seconds)
+        assert row["of_the_roof"]["median"] == pytest.approx(roof / seconds)

@@ -251,7 +251,7 @@ def _compare_backward(
     old_correction: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    stored, value, mean, (constant, slope) = (t.double() for t in grad)  # type: ignore[union-attr]
+    stored, value, mean, (constant, slope) = (t.double() for t in grad[:4])  # type: ignore[union-attr]
     g = stored + (slope * (value - mean) + constant)
     g_size = stored.abs() + (slope * (value - mean)).abs() + constant.abs()
     a, centred, scale = _activation(x, norm), x.double() - norm.mean.double(), scale_of(norm)

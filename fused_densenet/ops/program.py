@@ -103,6 +103,10 @@ def execute(program: Program, operands: Operands, backend: ModuleType, context: 
         if code is not None and backend.runs_program(x.device, x.dtype, context.pixels, program.kinds):
             backend.run_program(code, [tensor for tensors in lists for tensor in tensors])
             return
+    weights = [weight_5d(weight) for weight in operands["weight"]]
+    if hasattr(backend, "pack_weights"):
+        weights = backend.pack_weights(weights, lists[0][0])
+    operands = {**operands, "weight": weights}
     for function, arguments in program.calls:
         run = BETWEEN.get(function)
         tensors = [_resolve(argument, operands) for argument in arguments]
@@ -162,7 +166,8 @@ def _resolve(argument: Any, operands: Operands) -> Any:
             return whole.as_strided((2, argument.length), (argument.row, 1), whole.storage_offset() + argument.offset)
         return whole if whole.dim() == 1 else whole.view(-1)[argument.offset : argument.offset + argument.length]
     if isinstance(argument, Weight):
-        return weight_5d(operands[argument.operand][argument.number])
+        weight = operands[argument.operand][argument.number]
+        return weight_5d(weight) if argument.operand == "dweight" else weight
     if isinstance(argument, Norm | Gradient | Owed):
         return type(argument)(*[_resolve(part, operands) for part in argument])
     return argument

@@ -21,6 +21,7 @@ _PRIMITIVES = (
     "norm_relu_conv_backward",
     "norm_relu_pool",
     "norm_relu_pool_backward",
+    "pack_weights",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

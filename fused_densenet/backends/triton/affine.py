@@ -1,4 +1,4 @@
-"""A norm and a gradient as Triton's kernels take them: finished affine maps."""
+"""A gradient as Triton's kernels take it: a finished affine map."""
 
 import functools
 from typing import NamedTuple
@@ -6,15 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import Gradient, Norm
-
-
-class Affine(NamedTuple):
-    """``(x - mean) * scale + shift``."""
-
-    mean: Tensor
-    scale: Tensor
-    shift: Tensor
+from ..contract import Gradient
 
 
 class Loaded(NamedTuple):
@@ -26,12 +18,6 @@ class Loaded(NamedTuple):
     slope: Tensor
     mean: Tensor
     offset: Tensor
-
-
-def affine(norm: Norm) -> Affine:
-    rstd = torch.rsqrt(norm.var + norm.eps)
-    bias = norm.bias if norm.bias.dtype is rstd.dtype else norm.bias.to(rstd.dtype)
-    return Affine(norm.mean, rstd.mul_(norm.weight), bias)
 
 
 def loaded(grad: Gradient) -> Loaded:

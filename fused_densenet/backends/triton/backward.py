@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .operands import (
+    affine,
     gradient,
     normalise,
     operand,
@@ -82,8 +83,9 @@ def backward_pointwise(
     g_offset,
     x,
     mean,
-    scale,
-    shift,
+    var,
+    gamma,
+    beta,
     weight,
     dx,
     partials,
@@ -99,6 +101,7 @@ def backward_pointwise(
     C,
     K,
     tiles_per_program,
+    EPS: tl.constexpr,
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -128,9 +131,7 @@ def backward_pointwise(
     tiles = tl.minimum(tiles_per_program, tl.cdiv(pixels, BLOCK_P) - first_tile)
     row = tl.arange(0, BLOCK_P)
     w = tl.load(weight + (k * length)[:, None] + c[None, :], mask=in_k[:, None] & (c < length)[None, :], other=0.0)
-    x_mean = tl.load(mean + c, mask=in_c, other=0.0)
-    x_scale = tl.load(scale + c, mask=in_c, other=0.0)
-    x_shift = tl.load(shift + c, mask=in_c, other=0.0)
+    x_mean, x_scale, x_shift = affine(mean, var, gamma, beta, c, in_c, EPS)
     dw = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for i in range(0, tiles):
         start = (first_tile + i) * BLOCK_P
@@ -192,8 +193,9 @@ def backward_data(
     g_offset,
     x,
     mean,
-    scale,
-    shift,
+    var,
+    gamma,
+    beta,
     weight,
     dx,
     partials,
@@ -207,6 +209,7 @@ def backward_data(
     W,
     C,
     K,
+    EPS: tl.constexpr,
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -265,6 +268,7 @@ def backward_data(
             other=0.0,
         )
         da = tl.dot(g, w, da, input_precision=PRECISION)
+    x_mean, x_scale, x_shift = affine(mean, var, gamma, beta, c, in_c, EPS)
     _store_dz(
         da,
         None,
@@ -276,9 +280,9 @@ def backward_data(
         window_start(p, D, H, W, KD, KH, KW) if POOL else p.to(tl.int64),
         c,
         valid[:, None] & in_c[None, :],
-        tl.load(mean + c, mask=in_c, other=0.0),
-        tl.load(scale + c, mask=in_c, other=0.0),
-        tl.load(shift + c, mask=in_c, other=0.0),
+        x_mean,
+        x_scale,
+        x_shift,
         C,
         H,
         W,
@@ -300,8 +304,9 @@ def backward_weight(
     g_offset,
     x,
     mean,
-    scale,
-    shift,
+    var,
+    gamma,
+    beta,
     partials,
     stored_stride,
     value_stride,
@@ -314,6 +319,7 @@ def backward_weight(
     C,
     K,
     tiles_per_program,
+    EPS: tl.constexpr,
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -349,6 +355,7 @@ def backward_weight(
     first_tile = program * tiles_per_program
     tiles = tl.minimum(tiles_per_program, tl.cdiv(pixels, BLOCK_P) - first_tile)
     row = tl.arange(0, BLOCK_P)
+    x_mean, x_scale, x_shift = affine(mean, var, gamma, beta, c, in_c, EPS)
     dw = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for i in range(0, tiles):
         start = (first_tile + i) * BLOCK_P
@@ -376,9 +383,9 @@ def backward_weight(
             window_start(p, D, H, W, KD, KH, KW) if POOL else p.to(tl.int64),
             c,
             valid[:, None] & in_c[None, :],
-            tl.load(mean + c, mask=in_c, other=0.0),
-            tl.load(scale + c, mask=in_c, other=0.0),
-            tl.load(shift + c, mask=in_c, other=0.0),
+            x_mean,
+            x_scale,
+            x_shift,
             H,
             W,
             KD if POOL else 1,

@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .operands import normalise, operand, pointers, pooled_activation, position, relu, tile_moments, window_start
+from .operands import (
+    affine,
+    normalise,
+    operand,
+    pointers,
+    pooled_activation,
+    position,
+    relu,
+    tile_moments,
+    window_start,
+)
 from .packing import row_length
 
 
@@ -11,8 +21,9 @@ from .packing import row_length
 def norm_relu_conv(
     x,
     mean,
-    scale,
-    shift,
+    var,
+    gamma,
+    beta,
     weight,
     out,
     moments,
@@ -24,6 +35,7 @@ def norm_relu_conv(
     W,
     C,
     K,
+    EPS: tl.constexpr,
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -59,9 +71,7 @@ def norm_relu_conv(
     for step in range(0, tl.cdiv(C, BLOCK_C) * TAPS):
         c = step // TAPS * BLOCK_C + tl.arange(0, BLOCK_C)
         in_c = c < C
-        x_mean = tl.load(mean + c, mask=in_c, other=0.0)
-        x_scale = tl.load(scale + c, mask=in_c, other=0.0)
-        x_shift = tl.load(shift + c, mask=in_c, other=0.0)
+        x_mean, x_scale, x_shift = affine(mean, var, gamma, beta, c, in_c, EPS)
         if POOL:
             mask = valid[:, None] & in_c[None, :]
             a = pooled_activation(x, x_stride, first, c, mask, x_mean, x_scale, x_shift, H, W, KD, KH, KW, ALIGN)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .operands import rstd_of
+
 
 @triton.jit(do_not_specialize=["rows", "rows_per_image", "row_pixels", "image_pixels"])
 def merge_moments(
@@ -47,11 +49,51 @@ def merge_moments(
     tl.store(var + k, tl.sum(m2, 0) / total, mask=in_k)
 
 
-@triton.jit(do_not_specialize=["weight_values", "weight_splits", "sum_rows"])
+@triton.jit
+def _settle(
+    sums,
+    j,
+    var,
+    gamma,
+    dgamma,
+    dbeta,
+    correction,
+    norm_pixels,
+    count,
+    correction_stride,
+    C,
+    EPS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """Sum ``j`` is of dz of channel j, or of dz * (x - mean) of channel j - C."""
+    centred, c = j >= C, j % C
+    exists = j < 2 * C
+    rstd = rstd_of(var, c, exists, EPS)
+    scaled = tl.where(centred, sums * rstd, sums)
+    tl.store(dbeta + c, scaled.to(dbeta.dtype.element_ty), mask=exists & (j < C))
+    tl.store(dgamma + c, scaled.to(dgamma.dtype.element_ty), mask=exists & centred)
+    if correction is not None:
+        values = count.to(tl.float32)
+        if norm_pixels is not None:
+            values = tl.load(norm_pixels)
+        scale = tl.load(gamma + c, mask=exists, other=0.0).to(tl.float32) * rstd
+        owed = -scale / values * tl.where(centred, scaled * rstd, scaled)
+        target = correction + tl.where(centred, correction_stride + c, c)
+        if ACCUMULATE:
+            owed += tl.load(target, mask=exists, other=0.0)
+        tl.store(target, owed, mask=exists)
+
+
+@triton.jit(do_not_specialize=["weight_values", "weight_splits", "sum_rows", "count", "correction_stride"])
 def add_partials(
     partials,
     dweight,
-    sums,
+    var,
+    gamma,
+    dgamma,
+    dbeta,
+    correction,
+    norm_pixels,
     weights_at,
     weight_values,
     weight_splits,
@@ -61,16 +103,23 @@ def add_partials(
     weight_d,
     weight_h,
     weight_w,
+    count,
+    correction_stride,
     C,
     K,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    EPS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last ``sums`` (2, C)."""
+    """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last the sums.
+
+    These are (2, C), of dz and of dz * (x - mean); what they are to the norm (contract.Owed) is what is stored.
+    """
     weight_programs = tl.cdiv(weight_values, BLOCK)
     program = tl.program_id(0)
     if dweight is not None and program < weight_programs:
@@ -95,41 +144,18 @@ def add_partials(
             first = (r + tile).to(tl.int64) * 2 * C
             mask = (r + tile < sum_rows)[:, None] & (j < 2 * C)[None, :]
             total += tl.load(partials + first[:, None] + j[None, :], mask=mask, other=0.0)
-        tl.store(sums + j, tl.sum(total, 0), mask=j < 2 * C)
-
-
-@triton.jit(do_not_specialize=["count", "correction_stride"])
-def settle(
-    sums,
-    scale,
-    var,
-    dgamma,
-    dbeta,
-    correction,
-    pixels,
-    C,
-    count,
-    correction_stride,
-    EPS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """What ``sums`` (2, C), of dz and dz * (x - mean), are to the norm (contract.Owed)."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_c = c < C
-    rstd = 1.0 / tl.sqrt(tl.load(var + c, mask=in_c, other=1.0) + EPS)
-    total = tl.load(sums + c, mask=in_c, other=0.0)
-    scaled = tl.load(sums + C + c, mask=in_c, other=0.0) * rstd
-    tl.store(dbeta + c, total.to(dbeta.dtype.element_ty), mask=in_c)
-    tl.store(dgamma + c, scaled.to(dgamma.dtype.element_ty), mask=in_c)
-    if correction is not None:
-        values = count.to(tl.float32)
-        if pixels is not None:
-            values = tl.load(pixels)
-        share = tl.load(scale + c, mask=in_c, other=0.0) / values
-        constant, slope = -share * total, -share * scaled * rstd
-        if ACCUMULATE:
-            constant += tl.load(correction + c, mask=in_c, other=0.0)
-            slope += tl.load(correction + correction_stride + c, mask=in_c, other=0.0)
-        tl.store(correction + c, constant, mask=in_c)
-        tl.store(correction + correction_stride + c, slope, mask=in_c)
+        _settle(
+            tl.sum(total, 0),
+            j,
+            var,
+            gamma,
+            dgamma,
+            dbeta,
+            correction,
+            norm_pixels,
+            count,
+            correction_stride,
+            C,
+            EPS,
+            ACCUMULATE,
+        )

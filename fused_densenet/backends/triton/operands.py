@@ -5,6 +5,20 @@ import triton.language as tl
 
 
 @triton.jit
+def rstd_of(var, channels, mask, EPS: tl.constexpr):
+    """``1 / sqrt(var + eps)`` of channels."""
+    return 1.0 / tl.sqrt(tl.load(var + channels, mask=mask, other=1.0) + EPS)
+
+
+@triton.jit
+def affine(mean, var, gamma, beta, channels, mask, EPS: tl.constexpr):
+    """A norm's mean, scale and shift, float32, of channels; zero where there are none."""
+    scale = tl.load(gamma + channels, mask=mask, other=0.0).to(tl.float32) * rstd_of(var, channels, mask, EPS)
+    shift = tl.load(beta + channels, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(mean + channels, mask=mask, other=0.0), scale, shift
+
+
+@triton.jit
 def normalise(x, mean, scale, shift):
     """ReLU's input. Forward and backward use this very expression, so that they agree on its sign."""
     return (x.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from . import backward, forward, merging, packing, placement, pooling, tuning
 from .launch import Launch, kernels
@@ -29,6 +30,7 @@ class Problem(NamedTuple):
         x, out, weight: shapes; ``out`` is the gradient's in backward, and says whether to pool.
         arithmetic: as in :class:`tuning.ShapeClass`.
         address: the low four bits that any address of ``x``, ``out`` and, in backward, ``value`` and ``dx`` has.
+        eps, norm_dtype: the norm's, and the dtype of its weight and bias.
     """
 
     x: Size
@@ -42,6 +44,8 @@ class Problem(NamedTuple):
     arithmetic: str
     address: int
     device: torch.device
+    eps: float
+    norm_dtype: torch.dtype
 
     @property
     def pixels(self) -> int:
@@ -77,7 +81,8 @@ class Problem(NamedTuple):
         size = self.dtype.itemsize
         divided = [size * number for number in (*pixel_strides, *self.weight[:2])]
         align = math.gcd(16, self.address, *divided) // size
-        return {"KD": kd, "KH": kh, "KW": kw, "POOL": self.pool, "PRECISION": self.precision, "ALIGN": align}
+        sizes = {"EPS": self.eps, "KD": kd, "KH": kh, "KW": kw, "POOL": self.pool}
+        return {**sizes, "PRECISION": self.precision, "ALIGN": align}
 
     @property
     def precision(self) -> str:
@@ -86,16 +91,34 @@ class Problem(NamedTuple):
     def blocks(self, tile: Tile) -> dict[str, Any]:
         return {"BLOCK_P": tile.p, "BLOCK_C": min(tile.c, power(self.weight[1])), "BLOCK_K": tile.k}
 
-    def pack(self) -> tuple[Launch | None, Size]:
-        """``launch(weight, packed)`` and the shape of ``packed``; None where the weight is packed as it is."""
-        k, c, *kernel = self.weight
-        shape = (self.taps, k, triton.cdiv(c, 16) * 16)
-        as_it_is = self.weight_dtype == self.dtype and self.arithmetic != "tf32" and self.taps == 1
-        if as_it_is and c % 16 == 0 and self.weight_strides[:2] == (c, 1):
-            return None, shape
-        constants = dict(zip(("KD", "KH", "KW"), kernel, strict=True)) | {"PRECISION": self.precision, "BLOCK": 512}
-        grid = (triton.cdiv(math.prod(shape), 512), 1, 1)
-        return Launch(packing.pack, grid, (*self.weight_strides, c, k), 4, 1, **constants), shape
+    @property
+    def packs(self) -> bool:
+        """Whether the weight must be packed first."""
+        return must_be_packed(
+            self.weight, self.weight_strides, self.weight_dtype, self.dtype, self.arithmetic == "tf32"
+        )
+
+
+def must_be_packed(weight: Size, strides: Size, weight_dtype: torch.dtype, dtype: torch.dtype, tf32: bool) -> bool:
+    """A weight of such shape and strides for data of ``dtype``; others lie as the products load them."""
+    c = weight[1]
+    as_it_is = weight_dtype == dtype and not tf32 and math.prod(weight[2:]) == 1
+    return not (as_it_is and c % 16 == 0 and strides[:2] == (c, 1))
+
+
+class Owes(NamedTuple):
+    """What a backward owes its norm: its channels, of so many pixels, by ``eps``.
+
+    Attributes:
+        row: from one row of the correction to the other.
+        kinds: dtype of the gradients, whether there is a correction, whether the pixels are counted: the tensors there are.
+    """
+
+    eps: float
+    pixels: int
+    row: int
+    accumulate: bool
+    kinds: tuple[torch.dtype, bool, bool]
 
 
 @dataclass(slots=True)
@@ -109,14 +132,13 @@ class Place:
 
 @dataclass(slots=True)
 class Forward:
-    """``pack(weight, packed)`` unless None, ``product(x, *norm, packed, out, moments)``, ``merge`` as in :class:`Place`.
+    """``product(x, *norm, weight, out, moments)``, ``merge`` as in :class:`Place`.
 
     Attributes:
-        packed: the shape of the packed weight.
+        packs: whether the weight must be packed first.
     """
 
-    pack: Launch | None
-    packed: Size
+    packs: bool
     product: Launch
     workspace: Size
     merge: Launch
@@ -124,16 +146,16 @@ class Forward:
 
 @dataclass(slots=True)
 class Backward:
-    """``pack`` as in :class:`Forward`, ``data(*grad, x, *norm, packed, dx, partials)``, ``weight(*grad, x, *norm, partials)`` unless the former does it
-    or nothing of the kind is wanted, ``add(partials, dweight, sums)``.
+    """``data(*grad, x, *norm, weight, dx, partials)``, ``weight(*grad, x, *norm, partials)`` unless the former does it
+    or nothing of the kind is wanted, ``add(partials, dweight, *settled)``, the norm's variance and weight and its :class:`contract.Owed`.
 
     Attributes:
+        packs: as in :class:`Forward`.
         workspace: values of ``partials``.
         rest: (dimension, start, length) of the pixels that odd sizes leave without a window, where ``dx`` is zero.
     """
 
-    pack: Launch | None
-    packed: Size
+    packs: bool
     data: Launch
     weight: Launch | None
     add: Launch
@@ -144,7 +166,7 @@ class Backward:
 @dataclass(slots=True)
 class PoolBackward:
     """``look(x, *norm, None, places)`` where anything is pooled, ``data(grad, places, x, *norm, dx, partials)``,
-    ``add(partials, None, sums)``.
+    ``add(partials, None, *settled)`` as in :class:`Backward`.
 
     Attributes:
         workspace: values of ``partials``.
@@ -154,6 +176,40 @@ class PoolBackward:
     data: Launch
     add: Launch
     workspace: Size
+
+
+class Packing(NamedTuple):
+    """``launch(weights, table, packed)`` of several weights.
+
+    Attributes:
+        size: numbers of ``packed``.
+        places: where each begins there, and its shape ``(taps, K, C)``, C rounded up.
+    """
+
+    launch: Launch
+    table: Tensor
+    size: int
+    places: tuple[tuple[int, Size], ...]
+
+
+@_kept
+def pack(
+    shapes: tuple[Size, ...],
+    strides: tuple[Size, ...],
+    dtypes: tuple[torch.dtype, ...],
+    tf32: bool,
+    device: torch.device,
+) -> Packing:
+    """Of weights that lie one behind the other."""
+    rows, places, begin, end = [], [], 0, 0
+    for (k, c, *kernel), steps in zip(shapes, strides, strict=True):
+        shape = (math.prod(kernel), k, triton.cdiv(c, 16) * 16)
+        rows.append((begin, end, k, c, *steps, *kernel))
+        places.append((end, shape))
+        begin, end = begin + k * c * math.prod(kernel), end + math.prod(shape)
+    grid = (triton.cdiv(max(math.prod(shape) for _, shape in places), 512), len(rows), 1)
+    launch = Launch(packing.pack, grid, (), 4, 1, PRECISION="tf32" if tf32 else "ieee", BLOCK=512)
+    return Packing(launch, torch.tensor(rows, dtype=torch.int32, device=device), end, tuple(places))
 
 
 @_kept
@@ -209,7 +265,7 @@ def norm_relu_conv(problem: Problem, moments: bool, tile: Tile | None = None) ->
         MOMENTS=moments,
         **problem.blocks(tile),
     )
-    return Forward(*problem.pack(), product, (rows, 2, k), _merge(rows, rows, tile.p, problem.pixels, k))
+    return Forward(problem.packs, product, (rows, 2, k), _merge(rows, rows, tile.p, problem.pixels, k))
 
 
 def has_pointwise(problem: Problem) -> bool:
@@ -230,12 +286,12 @@ def norm_relu_conv_backward(
     problem: Problem,
     value: Size,
     dx: Size,
-    accumulate: bool,
     dweight: Size | None,
+    owes: Owes,
     tiles: tuple[tuple[str, Tile], ...] = (),
 ) -> Backward:
     """``value`` and ``dx`` are strides, as ``dweight``, which is None where none is wanted; ``tiles`` by kernel."""
-    chosen = dict(tiles)
+    chosen, accumulate = dict(tiles), owes.accumulate
     k, c = problem.weight[:2]
     stored = pixel_stride(problem.out, problem.out_strides)
     strides = (stored, pixel_stride(problem.out, value), _x_stride(problem), pixel_stride(problem.x, dx))
@@ -260,9 +316,9 @@ def norm_relu_conv_backward(
             weight, splits = _backward_weight(problem, strides[:3], weights_at, weight_tile)
     function = getattr(backward, name)
     data = Launch(function, grid, numbers, tile.warps, tile.stages, **constants, **problem.blocks(tile))
-    add = _add(weights_at, values, splits, rows, c, k, dweight or (0,) * 5, problem.weight[3:])
+    add = _add(weights_at, values, splits, rows, owes, c, k, dweight or (0,) * 5, problem.weight[3:])
     return Backward(
-        *problem.pack(), data, weight, add, (weights_at + splits * values,), _rest(problem) if not accumulate else []
+        problem.packs, data, weight, add, (weights_at + splits * values,), _rest(problem) if not accumulate else []
     )
 
 
@@ -289,38 +345,38 @@ def _add(
     values: int,
     splits: int,
     rows: int,
+    owes: Owes,
     c: int,
     k: int = 1,
     strides: Size = (0,) * 5,
     kernel: Size = (1, 1),
 ) -> Launch:
     """``strides`` are those of the weight's gradient, ``kernel`` the last two sizes of it."""
-    blocks = {"KH": kernel[0], "KW": kernel[1], "BLOCK_S": 16, "BLOCK": 256, "BLOCK_R": 512, "BLOCK_C": 8}
+    blocks = {"KH": kernel[0], "KW": kernel[1], "EPS": owes.eps, "ACCUMULATE": owes.accumulate}
+    blocks |= {"BLOCK_S": 16, "BLOCK": 256, "BLOCK_R": 512, "BLOCK_C": 8}
     grid = (triton.cdiv(values, 256) + triton.cdiv(2 * c, 8), 1, 1)
-    return Launch(merging.add_partials, grid, (weights_at, values, splits, rows, *strides, c, k), 8, 1, **blocks)
+    numbers = (weights_at, values, splits, rows, *strides, owes.pixels, owes.row, c, k)
+    return Launch(merging.add_partials, grid, numbers, 8, 1, **blocks)
 
 
 @_kept
-def settle(
-    c: int, count: int, row: int, eps: float, accumulate: bool, dtype: torch.dtype, owes: bool, counted: bool
+def norm_relu_pool(
+    x: Size, x_strides: Size, out: Size, out_strides: Size, eps: float, dtypes: tuple[torch.dtype, ...]
 ) -> Launch:
-    """``launch(sums, scale, var, dgamma, dbeta, correction, pixels)``, ``row`` from one of correction's to the other.
-
-    The last three are what decides which of the tensors there are, and their dtypes.
-    """
-    constants = {"EPS": eps, "ACCUMULATE": accumulate, "BLOCK": 256}
-    return Launch(merging.settle, (triton.cdiv(c, 256), 1, 1), (c, count, row), 4, 1, **constants)
-
-
-@_kept
-def norm_relu_pool(x: Size, x_strides: Size, out: Size, out_strides: Size, dtype: torch.dtype) -> Launch:
-    """``launch(x, *norm, out, None)``."""
-    return _windows(x, pixel_stride(x, x_strides), out, pixel_stride(out, out_strides))
+    """``launch(x, *norm, out, None)``; ``dtypes`` of ``x`` and the norm's weight."""
+    return _windows(x, pixel_stride(x, x_strides), out, pixel_stride(out, out_strides), eps)
 
 
 @_kept
 def norm_relu_pool_backward(
-    x: Size, x_strides: Size, dx_strides: Size, grad: Size, grad_strides: Size, dtype: torch.dtype, device: torch.device
+    x: Size,
+    x_strides: Size,
+    dx_strides: Size,
+    grad: Size,
+    grad_strides: Size,
+    owes: Owes,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> PoolBackward:
     pixels, c = math.prod(x[:4]), x[4]
     window, blocks = _window(x, grad), _pool_blocks(c)
@@ -328,18 +384,19 @@ def norm_relu_pool_backward(
     share, programs = _split(pixels, blocks["BLOCK_P"], 8 * tuning.multiprocessors(device) // c_tiles)
     strides = (pixel_stride(grad, grad_strides), pixel_stride(x, x_strides), pixel_stride(x, dx_strides))
     numbers = (*strides, pixels, *x[1:], share)
-    data = Launch(pooling.norm_relu_pool_backward, (programs, c_tiles, 1), numbers, 8, 1, **window, **blocks)
-    look = None if grad == x else _windows(x, strides[1], grad, 0)
-    return PoolBackward(look, data, _add(0, 0, 0, programs, c), (programs * 2 * c,))
+    data = Launch(
+        pooling.norm_relu_pool_backward, (programs, c_tiles, 1), numbers, 8, 1, EPS=owes.eps, **window, **blocks
+    )
+    look = None if grad == x else _windows(x, strides[1], grad, 0, owes.eps)
+    return PoolBackward(look, data, _add(0, 0, 0, programs, owes, c), (programs * 2 * c,))
 
 
-def _windows(x: Size, x_stride: int, out: Size, out_stride: int) -> Launch:
+def _windows(x: Size, x_stride: int, out: Size, out_stride: int, eps: float) -> Launch:
     pixels, c = math.prod(out[:4]), x[4]
     blocks = _pool_blocks(c)
     grid = (triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(c, blocks["BLOCK_C"]), 1)
-    return Launch(
-        pooling.norm_relu_pool, grid, (x_stride, out_stride, pixels, *x[1:]), 8, 1, **_window(x, out), **blocks
-    )
+    numbers = (x_stride, out_stride, pixels, *x[1:])
+    return Launch(pooling.norm_relu_pool, grid, numbers, 8, 1, EPS=eps, **_window(x, out), **blocks)
 
 
 def _window(x: Size, out: Size) -> dict[str, int]:
@@ -365,13 +422,13 @@ def forget() -> None:
     """Drops what is kept: the tiles in use changed."""
     kernels.clear()
     for plan in (
+        pack,
         place,
         place_backward,
         norm_relu_conv,
         norm_relu_conv_backward,
         norm_relu_pool,
         norm_relu_pool_backward,
-        settle,
     ):
         plan.cache_clear()
 

@@ -8,7 +8,7 @@ their maximum takes their gradients, and is written once.
 import triton
 import triton.language as tl
 
-from .operands import at, normalise, position
+from .operands import affine, at, normalise, position
 
 _NONE = tl.constexpr(255)
 
@@ -17,8 +17,9 @@ _NONE = tl.constexpr(255)
 def norm_relu_pool(
     x,
     mean,
-    scale,
-    shift,
+    var,
+    gamma,
+    beta,
     out,
     places,
     x_stride,
@@ -28,6 +29,7 @@ def norm_relu_pool(
     H,
     W,
     C,
+    EPS: tl.constexpr,
     WD: tl.constexpr,
     WH: tl.constexpr,
     WW: tl.constexpr,
@@ -45,9 +47,7 @@ def norm_relu_pool(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid, in_c = p < pixels, c < C
-    x_mean = tl.load(mean + c, mask=in_c, other=0.0)
-    x_scale = tl.load(scale + c, mask=in_c, other=0.0)
-    x_shift = tl.load(shift + c, mask=in_c, other=0.0)
+    x_mean, x_scale, x_shift = affine(mean, var, gamma, beta, c, in_c, EPS)
     windows_d, windows_h, windows_w = tl.cdiv(D, SD), tl.cdiv(H, SH), tl.cdiv(W, SW)
     depth, height, width = position(p, windows_d, windows_h, windows_w)
     image = p // windows_w // windows_h // windows_d
@@ -80,8 +80,9 @@ def norm_relu_pool_backward(
     places,
     x,
     mean,
-    scale,
-    shift,
+    var,
+    gamma,
+    beta,
     dx,
     partials,
     grad_stride,
@@ -93,6 +94,7 @@ def norm_relu_pool_backward(
     W,
     C,
     tiles_per_program,
+    EPS: tl.constexpr,
     WD: tl.constexpr,
     WH: tl.constexpr,
     WW: tl.constexpr,
@@ -108,9 +110,7 @@ def norm_relu_pool_backward(
     SW: tl.constexpr = (WW + 1) // 2
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
-    x_mean = tl.load(mean + c, mask=in_c, other=0.0)
-    x_scale = tl.load(scale + c, mask=in_c, other=0.0)
-    x_shift = tl.load(shift + c, mask=in_c, other=0.0)
+    x_mean, x_scale, x_shift = affine(mean, var, gamma, beta, c, in_c, EPS)
     windows_d, windows_h, windows_w = tl.cdiv(D, SD), tl.cdiv(H, SH), tl.cdiv(W, SW)
     sum_dz = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_dz_centered = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)

@@ -4,6 +4,9 @@ Nothing here waits for the device or allocates by the data's values, so a block 
 """
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +14,47 @@ from torch import Tensor
 from .. import eager
 from ..contract import Gradient, Norm, Owed, is_plain, uses_tf32
 from . import plans, tuning
-from .affine import Affine, Loaded, affine, loaded
-from .plans import Backward, Forward, Problem
+from .affine import Loaded, loaded
+from .plans import Backward, Forward, Owes, Problem
 from .tiles_on_disk import Tile
+
+
+class Packed(NamedTuple):
+    """A weight ``(K, C, kd, kh, kw)``, and its numbers as the products load them."""
+
+    weight: Tensor
+    matrix: Tensor
+
+
+def pack_weights(weights: Sequence[Tensor], x: Tensor) -> list[Tensor | Packed]:
+    """Of convolutions of data like ``x``, all that must be at once; none where their dtypes differ."""
+    dtype, tf32 = weights[0].dtype, uses_tf32(x)
+    if any(weight.dtype != dtype for weight in weights):
+        return list(weights)
+    needed = [plans.must_be_packed(w.shape, w.stride(), dtype, x.dtype, tf32) for w in weights]
+    packed = iter(_pack([weight for weight, wanted in zip(weights, needed, strict=True) if wanted], x))
+    return [next(packed) if wanted else weight for weight, wanted in zip(weights, needed, strict=True)]
+
+
+def _pack(weights: Sequence[Tensor], x: Tensor) -> list[Packed]:
+    if not weights:
+        return []
+    flat, strides = zip(*map(_in_a_row, weights), strict=True)
+    dtypes = (weights[0].dtype, x.dtype)
+    plan = plans.pack(tuple([weight.shape for weight in weights]), strides, dtypes, uses_tf32(x), x.device)
+    packed = torch.empty(plan.size, dtype=x.dtype, device=x.device)
+    plan.launch(flat[0] if len(flat) == 1 else torch.cat(flat), plan.table, packed)
+    places = [packed.narrow(0, begin, math.prod(shape)) for begin, shape in plan.places]
+    return [Packed(weight, matrix) for weight, matrix in zip(weights, places, strict=True)]
+
+
+def _in_a_row(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The numbers of a weight one behind the other as they lie, and their strides."""
+    last = weight.permute(0, 2, 3, 4, 1)
+    if not weight.is_contiguous() and last.is_contiguous():
+        return last.reshape(-1), weight.stride()
+    weight = weight.contiguous()
+    return weight.view(-1), weight.stride()
 
 
 def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:
@@ -53,24 +94,25 @@ def place_backward(grad: Gradient, out: Tensor) -> None:
 def norm_relu_conv(
     x: Tensor,
     norm: Norm | None,
-    weight: Tensor,
+    weight: Tensor | Packed,
     out: Tensor,
     mean: Tensor | None,
     var: Tensor | None,
     bias: Tensor | None = None,
     negative_slope: float = 1.0,
 ) -> None:
+    weight, matrix = weight if isinstance(weight, Packed) else (weight, None)
     if norm is None or not is_plain(norm, bias, negative_slope):
         eager.norm_relu_conv(x, norm, weight, out, mean, var, bias, negative_slope)
         return
     if not out.numel():
         return
-    problem = _problem(x, out, weight, x.data_ptr() | out.data_ptr())
-    vectors = affine(norm)
+    problem = _problem(x, out, weight, x.data_ptr() | out.data_ptr(), norm)
+    vectors = norm[:4]
     if tuning.AUTOTUNE:
         _tune_forward(problem, x, vectors, weight, out, mean)
     plan = plans.norm_relu_conv(problem, mean is not None)
-    packed = _packed(plan, weight, x)
+    packed = _packed(plan, weight, matrix, x)
     if mean is None:
         plan.product(x, *vectors, packed, out, None)
     else:
@@ -83,19 +125,19 @@ def norm_relu_conv_backward(
     grad: Gradient,
     x: Tensor,
     norm: Norm | None,
-    weight: Tensor,
+    weight: Tensor | Packed,
     dx: Tensor,
     accumulate: bool,
     dweight: Tensor | None,
     owed: Owed | None,
     dbias: Tensor | None = None,
 ) -> None:
+    weight, matrix = weight if isinstance(weight, Packed) else (weight, None)
     if norm is None or owed is None or not is_plain(norm, dbias, grad.negative_slope):
         eager.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
         return
     terms = loaded(grad)
     stored = terms.stored
-    sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device=x.device)
     if not stored.numel():
         for result in (dweight, None if accumulate else dx):
             if result is not None:
@@ -103,52 +145,50 @@ def norm_relu_conv_backward(
         _settle_nothing(accumulate, owed)
         return
     address = x.data_ptr() | stored.data_ptr() | terms.value.data_ptr() | dx.data_ptr()
-    problem = _problem(x, stored, weight, address)
-    vectors = affine(norm)
-    strides = terms.value.stride(), dx.stride(), accumulate, None if dweight is None else dweight.stride()
+    problem = _problem(x, stored, weight, address, norm)
+    vectors = norm[:4]
+    owes = _owes(norm, x, accumulate, owed)
+    strides = terms.value.stride(), dx.stride(), None if dweight is None else dweight.stride(), owes
     if tuning.AUTOTUNE:
         _tune_backward(problem, strides, terms, x, vectors, weight, dx)
     plan = plans.norm_relu_conv_backward(problem, *strides)
-    packed, partials = _packed(plan, weight, x), _workspace(plan.workspace, x)
+    packed, partials = _packed(plan, weight, matrix, x), _workspace(plan.workspace, x)
     for rest in plan.rest:
         dx.narrow(*rest).zero_()
     plan.data(*terms, x, *vectors, packed, dx, partials)
     if plan.weight is not None:
         plan.weight(*terms, x, *vectors, partials)
-    plan.add(partials, dweight, sums)
-    _settle(sums, x, vectors, norm, accumulate, owed)
+    plan.add(partials, dweight, norm.var, norm.weight, *owed)
 
 
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
     if out.numel():
-        plans.norm_relu_pool(x.shape, x.stride(), out.shape, out.stride(), x.dtype)(x, *affine(norm), out, None)
+        dtypes = x.dtype, norm.weight.dtype
+        plan = plans.norm_relu_pool(x.shape, x.stride(), out.shape, out.stride(), norm.eps, dtypes)
+        plan(x, *norm[:4], out, None)
 
 
 def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
-    sums = torch.empty(2, x.shape[-1], dtype=torch.float32, device=x.device)
-    if x.numel():
-        vectors = affine(norm)
-        plan = plans.norm_relu_pool_backward(
-            x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), x.dtype, x.device
-        )
-        places = None
-        if plan.look is not None:
-            places = torch.empty(grad.shape, dtype=torch.uint8, device=x.device)
-            plan.look(x, *vectors, None, places)
-        partials = _workspace(plan.workspace, x)
-        plan.data(grad, places, x, *vectors, dx, partials)
-        plan.add(partials, None, sums)
-        _settle(sums, x, vectors, norm, False, owed)
-    else:
+    if not x.numel():
         _settle_nothing(False, owed)
+        return
+    plan = plans.norm_relu_pool_backward(
+        x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), _owes(norm, x, False, owed), x.dtype, x.device
+    )
+    vectors, places = norm[:4], None
+    if plan.look is not None:
+        places = torch.empty(grad.shape, dtype=torch.uint8, device=x.device)
+        plan.look(x, *vectors, None, places)
+    partials = _workspace(plan.workspace, x)
+    plan.data(grad, places, x, *vectors, dx, partials)
+    plan.add(partials, None, norm.var, norm.weight, *owed)
 
 
-def _settle(sums: Tensor, x: Tensor, vectors: Affine, norm: Norm, accumulate: bool, owed: Owed) -> None:
+def _owes(norm: Norm, x: Tensor, accumulate: bool, owed: Owed) -> Owes:
     correction, channels = owed.correction, x.shape[-1]
     row = channels if correction is None else correction.stride(0)
     kinds = (owed.dweight.dtype, correction is not None, owed.pixels is not None)
-    launch = plans.settle(channels, x.numel() // channels, row, norm.eps, accumulate, *kinds)
-    launch(sums, vectors.scale, norm.var, owed.dweight, owed.dbias, correction, owed.pixels)
+    return Owes(norm.eps, x.numel() // channels, row, accumulate, kinds)
 
 
 def _settle_nothing(accumulate: bool, owed: Owed) -> None:
@@ -158,7 +198,7 @@ def _settle_nothing(accumulate: bool, owed: Owed) -> None:
             result.zero_()
 
 
-def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int) -> Problem:
+def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int, norm: Norm) -> Problem:
     dtype = x.dtype
     arithmetic = "half" if dtype is not torch.float32 else "tf32" if uses_tf32(x) else "ieee"
     return Problem(
@@ -173,33 +213,36 @@ def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int) -> Problem:
         arithmetic,
         address & 15,
         x.device,
+        norm.eps,
+        norm.weight.dtype,
     )
 
 
-def _packed(plan: Forward | Backward, weight: Tensor, x: Tensor) -> Tensor:
-    if plan.pack is None:
+def _packed(plan: Forward | Backward, weight: Tensor, matrix: Tensor | None, x: Tensor) -> Tensor:
+    """What the product loads: the packed weight, or the weight where it lies so already."""
+    if not plan.packs:
         return weight
-    packed = torch.empty(plan.packed, dtype=x.dtype, device=x.device)
-    plan.pack(weight, packed)
-    return packed
+    return _pack([weight], x)[0].matrix if matrix is None else matrix
 
 
 def _workspace(size: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=like.device)
 
 
-def _tune_forward(problem: Problem, x: Tensor, norm: Affine, weight: Tensor, out: Tensor, mean: Tensor | None) -> None:
+def _tune_forward(
+    problem: Problem, x: Tensor, norm: tuple[Tensor, ...], weight: Tensor, out: Tensor, mean: Tensor | None
+) -> None:
     def run(tile: Tile) -> None:
         plan = plans.norm_relu_conv(problem, mean is not None, tile)
         moments = None if mean is None else _workspace(plan.workspace, x)
-        plan.product(x, *norm, _packed(plan, weight, x), out, moments)
+        plan.product(x, *norm, _packed(plan, weight, None, x), out, moments)
 
     if tuning.tune(problem.shape_class("norm_relu_conv"), problem.device, run):
         plans.forget()
 
 
 def _tune_backward(
-    problem: Problem, strides: tuple, grad: Loaded, x: Tensor, norm: Affine, weight: Tensor, dx: Tensor
+    problem: Problem, strides: tuple, grad: Loaded, x: Tensor, norm: tuple[Tensor, ...], weight: Tensor, dx: Tensor
 ) -> None:
     """On a copy of ``dx``, which runs would accumulate into."""
     copy: list[Tensor] = []
@@ -210,12 +253,12 @@ def _tune_backward(
         plan = plans.norm_relu_conv_backward(problem, *strides, ((kernel, tile),))
         partials = _workspace(plan.workspace, x)
         if kernel != "backward_weight":
-            plan.data(*grad, x, *norm, _packed(plan, weight, x), copy[0], partials)
+            plan.data(*grad, x, *norm, _packed(plan, weight, None, x), copy[0], partials)
         elif plan.weight is not None:
             plan.weight(*grad, x, *norm, partials)
 
     tuned = False
-    for kernel in plans.kernels_of_backward(problem, strides[-1] is not None):
+    for kernel in plans.kernels_of_backward(problem, strides[2] is not None):
         shape = problem.shape_class(kernel)
         tuned |= tuning.tune(shape, problem.device, functools.partial(run, kernel))
     if tuned:

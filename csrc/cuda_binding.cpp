@@ -209,24 +209,22 @@ struct Cuda {
     });
     const Workspace workspace(data, prepared + scratch);
     unsigned char* const memory = static_cast<unsigned char*>(workspace.address());
-    // body(problem, its needs, its prepared memory).
-    const auto with_memory = [&](auto body) {
-      const Needs* own = needs.data();
-      unsigned char* at = memory;
-      each([&](const auto& problem) {
-        if (problem.shape.pixels() != 0) body(problem, *own, at);
-        at += (own++)->prepared;
-      });
-    };
     if (prepared > 0) {
       std::vector<Preparation> preparations;
-      with_memory([&](const auto& problem, const Needs& own, void* at) {
-        if (own.prepared > 0) preparations.push_back(launcher(problem).preparation(problem, arithmetic, device, at));
-      });
+      unsigned char* at = memory;
+      for (const Needs& own : needs) {
+        if (own.prepared > 0) preparations.push_back(own.preparation), preparations.back().at = at;
+        at += own.prepared;
+      }
       succeed(prepare(preparations.data(), static_cast<int64_t>(preparations.size()), arithmetic, queue.stream));
     }
-    with_memory([&](const auto& problem, const Needs&, void* at) {
-      succeed(launcher(problem).run(problem, arithmetic, device, at, memory + prepared, queue.stream));
+    const Needs* own = needs.data();
+    unsigned char* at = memory;
+    each([&](const auto& problem) {
+      if (problem.shape.pixels() != 0) {
+        succeed(launcher(problem).run(problem, arithmetic, device, at, memory + prepared, queue.stream));
+      }
+      at += (own++)->prepared;
     });
   }
 

@@ -372,11 +372,6 @@ Needs conv1x1_forward_needs(const Forward& f, Arithmetic arithmetic, const Devic
                          [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.needs(); });
 }
 
-Preparation conv1x1_forward_preparation(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared) {
-  return with_arithmetic(
-      arithmetic, [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.preparation(prepared); });
-}
-
 int conv1x1_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared, void* workspace,
                     void* stream) {
   if (f.shape.out_pixels() == 0) return 0;

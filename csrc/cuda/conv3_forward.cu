@@ -377,11 +377,6 @@ Needs conv3_forward_needs(const Forward& f, Arithmetic arithmetic, const Device&
                          [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.needs(); });
 }
 
-Preparation conv3_forward_preparation(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared) {
-  return with_arithmetic(
-      arithmetic, [&](auto kind) { return make_plan<decltype(kind)::value>(f, device).shared.preparation(prepared); });
-}
-
 int conv3_forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared, void* workspace,
                   void* stream) {
   if (f.shape.pixels() == 0) return 0;

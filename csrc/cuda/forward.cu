@@ -71,7 +71,7 @@ Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, v
   o.partial_split = pixels * o.partial_pitch;
   o.moments = plan.moments;
   if (plan.moments.bytes() > 0) o.moments.data = reinterpret_cast<float*>(partial + plan.partial_bytes);
-  o.moments.counters = plan.preparation(prepared).counters_at;
+  o.moments.counters = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(prepared) + plan.packed_bytes);
   return o;
 }
 

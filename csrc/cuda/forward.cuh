@@ -32,11 +32,9 @@ struct ForwardPlan {
   int64_t counters;
   size_t packed_bytes, pooled_bytes, partial_bytes;
   Needs needs() const {
-    return {packed_bytes + aligned(counters * sizeof(unsigned)), pooled_bytes + partial_bytes + moments.bytes()};
-  }
-  Preparation preparation(void* prepared) const {
-    const auto at = static_cast<unsigned char*>(prepared) + packed_bytes;
-    return {packing, prepared, reinterpret_cast<unsigned*>(at), counters};
+    const Preparation preparation{packing, nullptr, static_cast<int64_t>(packed_bytes), counters};
+    return {packed_bytes + aligned(counters * sizeof(unsigned)), pooled_bytes + partial_bytes + moments.bytes(),
+            preparation};
   }
 };
 

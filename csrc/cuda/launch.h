@@ -30,22 +30,22 @@ struct Packing {
   int64_t numbers;
 };
 
-// What is done before a call: its weight packed, what counts its blocks at zero.
+// What is done before a call in its prepared memory: a weight packed at its beginning, what counts blocks at zero, so
+// many bytes behind it.
 struct Preparation {
   Packing packing;
-  void* packed;
-  unsigned* counters_at;
-  int64_t counters;
+  void* at;
+  int64_t counters_at, counters;
 };
 
 struct Needs {
   size_t prepared, workspace;
+  Preparation preparation;  // but for its address
 };
 
 int prepare(const Preparation* calls, int64_t count, Arithmetic, void* stream);
 
 Needs place_needs(const Place&, Arithmetic, const Device&);
-Preparation place_preparation(const Place&, Arithmetic, const Device&, void* prepared);
 int place(const Place&, Arithmetic, const Device&, void* prepared, void* workspace, void* stream);
 
 size_t place_backward_workspace(const PlaceBackward&, Arithmetic, const Device&);
@@ -61,11 +61,9 @@ size_t update_running_workspace(const RunningUpdates&, Arithmetic, const Device&
 int update_running(const RunningUpdates&, Arithmetic, const Device&, void* workspace, void* stream);  // of float32
 
 Needs conv1x1_forward_needs(const Forward&, Arithmetic, const Device&);
-Preparation conv1x1_forward_preparation(const Forward&, Arithmetic, const Device&, void* prepared);
 int conv1x1_forward(const Forward&, Arithmetic, const Device&, void* prepared, void* workspace, void* stream);
 
 Needs conv3_forward_needs(const Forward&, Arithmetic, const Device&);
-Preparation conv3_forward_preparation(const Forward&, Arithmetic, const Device&, void* prepared);
 int conv3_forward(const Forward&, Arithmetic, const Device&, void* prepared, void* workspace, void* stream);
 
 size_t conv1x1_backward_workspace(const Backward&, Arithmetic, const Device&);
@@ -76,11 +74,6 @@ int conv3_backward(const Backward&, Arithmetic, const Device&, void* workspace, 
 
 inline Needs forward_needs(const Forward& f, Arithmetic arithmetic, const Device& device) {
   return (f.shape.taps() == 1 ? conv1x1_forward_needs : conv3_forward_needs)(f, arithmetic, device);
-}
-
-inline Preparation forward_preparation(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared) {
-  return (f.shape.taps() == 1 ? conv1x1_forward_preparation : conv3_forward_preparation)(f, arithmetic, device,
-                                                                                         prepared);
 }
 
 inline int forward(const Forward& f, Arithmetic arithmetic, const Device& device, void* prepared, void* workspace,
@@ -102,8 +95,7 @@ struct Launcher {
   size_t (*bytes)(const Problem&, Arithmetic, const Device&);
   int (*launch)(const Problem&, Arithmetic, const Device&, void* workspace, void* stream);
 
-  Needs needs(const Problem& f, Arithmetic a, const Device& d) const { return {0, bytes(f, a, d)}; }
-  Preparation preparation(const Problem&, Arithmetic, const Device&, void*) const { return {}; }
+  Needs needs(const Problem& f, Arithmetic a, const Device& d) const { return {0, bytes(f, a, d), {}}; }
   int run(const Problem& f, Arithmetic a, const Device& d, void*, void* workspace, void* stream) const {
     return launch(f, a, d, workspace, stream);
   }
@@ -112,12 +104,11 @@ struct Launcher {
 template <class Problem>
 struct PreparedLauncher {
   Needs (*needs)(const Problem&, Arithmetic, const Device&);
-  Preparation (*preparation)(const Problem&, Arithmetic, const Device&, void* prepared);
   int (*run)(const Problem&, Arithmetic, const Device&, void* prepared, void* workspace, void* stream);
 };
 
-inline PreparedLauncher<Place> launcher(const Place&) { return {place_needs, place_preparation, place}; }
-inline PreparedLauncher<Forward> launcher(const Forward&) { return {forward_needs, forward_preparation, forward}; }
+inline PreparedLauncher<Place> launcher(const Place&) { return {place_needs, place}; }
+inline PreparedLauncher<Forward> launcher(const Forward&) { return {forward_needs, forward}; }
 inline Launcher<PlaceBackward> launcher(const PlaceBackward&) { return {place_backward_workspace, place_backward}; }
 inline Launcher<Backward> launcher(const Backward&) { return {backward_workspace, backward}; }
 inline Launcher<NormReluPool> launcher(const NormReluPool&) { return {norm_relu_pool_workspace, norm_relu_pool}; }

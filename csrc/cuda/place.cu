@@ -171,13 +171,8 @@ int run(const PlaceBackward& f, void* stream) {
 
 Needs place_needs(const Place& f, Arithmetic, const Device&) {
   const MomentRows rows = rows_of(f, nullptr, nullptr);
-  const size_t counters = static_cast<size_t>(rows.all_counters(grid(f.shape).y)) * sizeof(unsigned);
-  return {(counters + 255) / 256 * 256, rows.bytes()};
-}
-
-Preparation place_preparation(const Place& f, Arithmetic, const Device&, void* prepared) {
-  const int64_t counters = rows_of(f, nullptr, nullptr).all_counters(grid(f.shape).y);
-  return {{}, nullptr, static_cast<unsigned*>(prepared), counters};
+  const int64_t counters = rows.all_counters(grid(f.shape).y), bytes = counters * int64_t{sizeof(unsigned)};
+  return {static_cast<size_t>((bytes + 255) / 256 * 256), rows.bytes(), {{}, nullptr, 0, counters}};
 }
 
 int place(const Place& f, Arithmetic arithmetic, const Device&, void* prepared, void* workspace, void* stream) {

@@ -36,7 +36,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   const Preparation& own = all.of[blockIdx.y];
   const Packing& p = own.packing;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < own.counters) own.counters_at[i] = 0;
+  if (i < own.counters) {
+    reinterpret_cast<unsigned*>(static_cast<unsigned char*>(own.at) + own.counters_at)[i] = 0;
+  }
   if (i >= p.numbers) return;
   const Place3 at = p.groups == 0 ? place_in_rows(p, i) : place_in_fragments<A>(p, i);
   float value = 0;
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
                            at.tap / kw % kh * w.stride_tap[1] + at.tap % kw * w.stride_tap[2];
     value = w.is_float ? static_cast<const float*>(w.data)[offset] : as_float(static_cast<const T*>(w.data)[offset]);
   }
-  static_cast<T*>(own.packed)[i] = Product<A>::number(value);
+  static_cast<T*>(own.at)[i] = Product<A>::number(value);
 }
 
 Packing packing_of(const Forward& f) {
@@ -96,7 +98,7 @@ int prepare(const Preparation* calls, int64_t count, Arithmetic arithmetic, void
       Preparations batch{};
       std::copy_n(calls + first, together, batch.of);
       int64_t most = 1;
-      for (const Preparation& p : batch.of) most = std::max({most, p.packing.numbers, int64_t{p.counters}});
+      for (const Preparation& p : batch.of) most = std::max({most, p.packing.numbers, p.counters});
       const dim3 grid(static_cast<unsigned>(ceil_div(most, kThreads)), static_cast<unsigned>(together));
       const int error = LAUNCH(prepare_kernel<decltype(kind)::value>, grid, dim3(kThreads), 0, stream, batch);
       if (error != cudaSuccess) return error;

@@ -11,11 +11,8 @@ namespace fused_densenet {
 #define FD_ABSENT(name, Problem)                                                                         \
   __attribute__((weak)) size_t name##_workspace(const Problem&, Arithmetic, const Device&) { return 0; } \
   __attribute__((weak)) int name(const Problem&, Arithmetic, const Device&, void*, void*) { return 801; }
-#define FD_ABSENT_PREPARED(name, Problem)                                                                  \
-  __attribute__((weak)) Needs name##_needs(const Problem&, Arithmetic, const Device&) { return {}; }       \
-  __attribute__((weak)) Preparation name##_preparation(const Problem&, Arithmetic, const Device&, void*) { \
-    return {};                                                                                             \
-  }                                                                                                        \
+#define FD_ABSENT_PREPARED(name, Problem)                                                            \
+  __attribute__((weak)) Needs name##_needs(const Problem&, Arithmetic, const Device&) { return {}; } \
   __attribute__((weak)) int name(const Problem&, Arithmetic, const Device&, void*, void*, void*) { return 801; }
 FD_ABSENT_PREPARED(place, Place)
 FD_ABSENT(place_backward, PlaceBackward)
@@ -42,7 +39,8 @@ extern "C" {
     const Arithmetic a = static_cast<Arithmetic>(arithmetic);                                   \
     const Needs needs = launcher(*f).needs(*f, a, *device);                                     \
     if (needs.prepared > 0) {                                                                   \
-      const Preparation preparation = launcher(*f).preparation(*f, a, *device, memory);         \
+      Preparation preparation = needs.preparation;                                              \
+      preparation.at = memory;                                                                  \
       if (const int error = prepare(&preparation, 1, a, nullptr); error != 0) return error;     \
     }                                                                                           \
     void* const workspace = static_cast<unsigned char*>(memory) + needs.prepared;               \

@@ -4,7 +4,7 @@ import counted_triton
 import launch_counts
 import pytest
 
-MOST = {"training": 1815, "inference": 615}
+MOST = {"training": 700, "inference": 200}
 
 
 @pytest.mark.parametrize("kind", launch_counts.KINDS)

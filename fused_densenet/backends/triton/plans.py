@@ -44,8 +44,8 @@ class Problem(NamedTuple):
     arithmetic: str
     address: int
     device: torch.device
-    eps: float
-    norm_dtype: torch.dtype
+    eps: float = 1e-5
+    norm_dtype: torch.dtype = torch.float32
 
     @property
     def pixels(self) -> int:

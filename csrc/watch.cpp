@@ -1,7 +1,8 @@
 // Whether Python objects are as they were: what fused_densenet/fallback/standing.py asks at every call of a module.
 //
 // Of Python's C API only functions of its stable ABI are used, declared here: one library serves every Python from 3.10
-// on, is compiled without Python's headers, and loads (unused) in a process without Python. Whoever calls holds the GIL.
+// on, is compiled without Python's headers, and loads (unused) in a process without Python. Whoever calls holds the
+// GIL.
 
 #include <cstddef>
 #include <vector>

@@ -187,6 +187,21 @@ def test_global_hooks_and_parametrized_weights(where: str) -> None:
     assert [w.category for w in caught] == [FallbackWarning]
 
 
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+def test_computed_weights_are_computed_once_for_each_call() -> None:
+    """spectral_norm iterates whenever a weight is read in training."""
+    ours, theirs = _blocks(lambda _: None)
+    for block in (ours, theirs):
+        for part in list(block.modules()):
+            if isinstance(part, nn.Conv2d):
+                torch.manual_seed(6)
+                nn.utils.parametrizations.spectral_norm(part)
+        for _ in range(2):
+            block(torch.ones(2, SIZE[1], 4, 4, dtype=torch.float64).cumsum(2))
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
 def test_every_kind_of_global_hook(kind: str) -> None:
     handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)

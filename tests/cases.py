@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from forms import FORMS, Form
 from primitives import scale_of
 from tolerances import assert_entries, assert_unbiased
 from torch import Tensor
@@ -13,11 +14,16 @@ from torch import Tensor
 from fused_densenet.backends import triton
 from fused_densenet.backends.contract import Gradient, Norm, Owed, pooled
 
+PLAIN = Form()
+LEAKY = Form(slope=0.1)
+RESIDUAL, RESIDUAL_RELU = (Form(norm=False, bias=True, out_slope=slope) for slope in (0.2, 0.0))
+ALL = Form(slope=0.3, bias=True, out_slope=0.5)
+
 
 class Case(NamedTuple):
     """A norm-relu-conv of ``x`` (N, D, H, W, C) with ``K`` outputs; ``accumulate`` and ``weight`` are backward's.
 
-    ``weights`` is the dtype of the weight, None for that of the data.
+    ``weights`` is the dtype of the weight and of the bias, None for that of the data.
     """
 
     pixels: tuple[int, int, int, int]
@@ -28,6 +34,7 @@ class Case(NamedTuple):
     weight: bool = True
     pool: bool = False
     weights: torch.dtype | None = torch.float32
+    form: Form = PLAIN
 
     @property
     def out_pixels(self) -> tuple[int, ...]:
@@ -36,6 +43,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         size = "x".join(map(str, self.pixels))
         words = ["" if self.accumulate else "-stored", "-pooled" * self.pool, "-narrow" * (self.weights is None)]
+        words.append("" if self.form == PLAIN else f"-{self.form}")
         return f"{size}-C{self.C}-K{self.K}-{'x'.join(map(str, self.kernel))}{''.join(words)}"
 
 
@@ -69,6 +77,17 @@ NARROW_WEIGHTS = [
     Case(IMAGE, 48, 12, SQUARE, accumulate=False, weights=None),
 ]
 
+IN_OTHER_FORMS = [
+    *[Case(LINE, 36, 48, ONE, form=form) for form in FORMS],
+    *[Case(IMAGE, 48, 12, SQUARE, accumulate=False, form=form) for form in FORMS],
+    Case((1, 1, 9, 9), 64, 32, SQUARE, weights=None, form=RESIDUAL),
+    Case(VOLUME, 24, 12, CUBE, form=ALL),
+    Case((3, 1, 5, 5), 70, 300, ONE, weight=False, form=ALL),
+    Case((5, 1, 3, 2), 33, 17, (1, 5, 1), weight=False, form=RESIDUAL_RELU),
+    Case((2, 1, 9, 22), 36, 24, ONE, accumulate=False, pool=True, form=ALL),
+    Case((2, 3, 5, 4), 24, 33, ONE, pool=True, weights=None, form=Form(norm=False)),
+]
+
 NAN = [
     Case((1, 1, 5, 6), 16, 8, SQUARE, accumulate=False),
     Case((1, 1, 5, 6), 16, 8, ONE, accumulate=False),
@@ -79,7 +98,7 @@ NAN = [
 class _Inputs(NamedTuple):
     draw: "_Draw"
     x: Tensor
-    norm: Norm
+    norm: Norm | None
     weight: Tensor
     out: Tensor
     mean: Tensor
@@ -96,17 +115,21 @@ def run_forward(
     """
     rounding = rounding or dtype
     draw = _Draw(device, torch.Generator().manual_seed(case.C + case.K))
-    norm = Norm(draw(case.C), draw.positive(case.C), draw.positive(case.C), 0.3 * draw(case.C), 1e-3)
+    vectors = draw(case.C), draw.positive(case.C), draw.positive(case.C), 0.3 * draw(case.C)
+    norm = Norm(*vectors, 1e-3, case.form.slope) if case.form.norm else None
     buffer, outputs = _buffers(case, draw, dtype)
     x, out = buffer[..., : case.C], outputs[..., case.C : case.C + case.K]
-    _keep_clear_of_zero(x, norm)
+    if norm is not None:
+        _keep_clear_of_zero(x, norm)
     fan_in = case.C * case.kernel[0] * case.kernel[1] * case.kernel[2]
     weight = (draw(case.K, case.C, *case.kernel) / fan_in**0.5).to(case.weights or dtype)
+    bias = draw(case.K).to(weight.dtype) if case.form.bias else None
     before = buffer.clone(), outputs.clone()
     out.fill_(torch.nan)
     mean, var = draw.nothing(case.K), draw.nothing(case.K)
-    backend.norm_relu_conv(x, norm, weight, out, mean, var)
-    _compare_forward(case, x.cpu(), _on_cpu(norm), weight.cpu(), out.cpu(), mean.cpu(), var.cpu(), rounding)
+    backend.norm_relu_conv(x, norm, weight, out, mean, var, bias, case.form.out_slope)
+    on_cpu = (None if t is None else t.cpu() for t in (weight, bias, out, mean, var))
+    _compare_forward(case, x.cpu(), _on_cpu(norm), *on_cpu, rounding)
     _assert_bits(outputs[..., case.C + case.K :], before[1][..., case.C + case.K :], "channels behind the output")
     _assert_bits(x, before[0][..., : case.C], "the input")
     return _Inputs(draw, x, norm, weight, out, mean, rounding)
@@ -115,11 +138,16 @@ def run_forward(
 def run_case(
     case: Case, dtype: torch.dtype, device: str = "cpu", rounding: torch.dtype | None = None, backend: Any = triton
 ) -> None:
-    """:func:`run_forward`, then the backward primitive with the output as its gradient's value."""
+    """:func:`run_forward`, then the backward primitive with the output as its gradient's value.
+
+    The gradient owes something, or is that of the output's activation.
+    """
     draw, x, norm, weight, out, mean, rounding = run_forward(case, dtype, device, rounding, backend)
     gradients, stored_gradients = _buffers(case, draw, dtype)
     stored = stored_gradients[..., case.C : case.C + case.K]
     grad = Gradient(stored, out, mean, 0.1 * draw(2, case.K))
+    if case.form.out_slope != 1:
+        grad = Gradient(stored, out, negative_slope=case.form.out_slope)
     before = gradients.clone()
     dx = gradients[..., : case.C]
     if not case.accumulate:
@@ -128,9 +156,10 @@ def run_case(
     dgamma, dbeta = draw.nothing(case.C), draw.nothing(case.C)
     correction = draw(2, case.C) if case.accumulate else draw.nothing(2, case.C)
     old = correction.cpu().double() if case.accumulate else torch.zeros(2, case.C)
-    owed = Owed(dgamma, dbeta, correction)
-    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, case.accumulate, dweight, owed)
-    results = [None if t is None else t.cpu() for t in (dx, dweight, dgamma, dbeta)]
+    owed = Owed(dgamma, dbeta, correction) if case.form.norm else None
+    dbias = draw.nothing(case.K).to(weight.dtype) if case.form.bias else None
+    backend.norm_relu_conv_backward(grad, x, norm, weight, dx, case.accumulate, dweight, owed, dbias)
+    results = [None if t is None else t.cpu() for t in (dx, dweight, dbias, dgamma, dbeta)]
     results += [correction.cpu(), old]
     dx_before = before[..., : case.C].cpu()
     _compare_backward(case, _on_cpu(grad), x.cpu(), _on_cpu(norm), weight.cpu(), dx_before, *results, rounding)
@@ -168,8 +197,8 @@ def run_nan(case: Case, dtype: torch.dtype, backend: Any = triton) -> None:
 
 
 def _on_cpu(operand: Any) -> Any:
-    """A Norm or a Gradient. Not every gradient of torch's own is deterministic on a GPU, which the tests insist on."""
-    return type(operand)(*(t.cpu() if isinstance(t, Tensor) else t for t in operand))
+    """A Norm, if any, or a Gradient. Not every gradient of torch's own is deterministic on a GPU, which the tests insist on."""
+    return operand and type(operand)(*(t.cpu() if isinstance(t, Tensor) else t for t in operand))
 
 
 def _buffers(case: Case, draw: "_Draw", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -218,16 +247,30 @@ def _last(x: Tensor) -> Tensor:
     return x.movedim(1, 4)
 
 
-def _activation(x: Tensor, norm: Norm) -> Tensor:
-    return ((x.double() - norm.mean.double()) * scale_of(norm) + norm.bias.double()).relu()
+def _activation(x: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return x.double()
+    return _leaky((x.double() - norm.mean.double()) * scale_of(norm) + norm.bias.double(), norm.negative_slope)
+
+
+def _leaky(z: Tensor, slope: float) -> Tensor:
+    return torch.where(z > 0, z, slope * z)
 
 
 def _compare_forward(
-    case: Case, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, mean: Tensor, var: Tensor, dtype: torch.dtype
+    case: Case,
+    x: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dtype: torch.dtype,
 ) -> None:
-    a = _activation(x, norm)
-    exact = _last(_convolve(case, _first(a), weight.double()))
-    magnitude = _last(_convolve(case, _first(a), weight.double().abs()))
+    a, shift = _activation(x, norm), torch.zeros(case.K) if bias is None else bias
+    exact = _leaky(_last(_convolve(case, _first(a), weight.double())) + shift.double(), case.form.out_slope)
+    magnitude = _last(_convolve(case, _first(a).abs(), weight.double().abs())) + shift.double().abs()
     assert_entries(out, exact, magnitude, dtype, "output")
     assert_unbiased(out, exact, dtype, "output")
     stored = out.double().reshape(-1, case.K)
@@ -240,24 +283,24 @@ def _compare_backward(
     case: Case,
     grad: Gradient,
     x: Tensor,
-    norm: Norm,
+    norm: Norm | None,
     weight: Tensor,
     dx_before: Tensor,
     dx: Tensor,
     dweight: Tensor | None,
+    dbias: Tensor | None,
     dgamma: Tensor,
     dbeta: Tensor,
     correction: Tensor,
     old_correction: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    stored, value, mean, (constant, slope) = (t.double() for t in grad[:4])  # type: ignore[union-attr]
-    g = stored + (slope * (value - mean) + constant)
-    g_size = stored.abs() + (slope * (value - mean)).abs() + constant.abs()
-    a, centred, scale = _activation(x, norm), x.double() - norm.mean.double(), scale_of(norm)
+    g, g_size = _load(grad)
+    a, scale = _activation(x, norm), torch.ones(case.C) if norm is None else scale_of(norm)
     da, dw = _convolution_backward(case, _first(g), _first(a), weight.double())
-    da_size, dw_size = _convolution_backward(case, _first(g_size), _first(a), weight.double().abs())
-    dz, dz_size = da.masked_fill(a <= 0, 0), da_size.masked_fill(a <= 0, 0)
+    da_size, dw_size = _convolution_backward(case, _first(g_size), _first(a).abs(), weight.double().abs())
+    passed = torch.ones_like(a) if norm is None else torch.where(a > 0, 1.0, norm.negative_slope)
+    dz, dz_size = passed * da, passed * da_size
     if case.accumulate:
         size = dx_before.double().abs() + dz_size * scale.abs()
         assert_entries(dx, dx_before.double() + dz * scale, size, dtype, "input's gradient")
@@ -267,6 +310,11 @@ def _compare_backward(
     if dweight is not None:
         assert_entries(dweight, dw, dw_size, dtype, "weight's gradient")
         assert_unbiased(dweight, dw, dtype, "weight's gradient")
+    if dbias is not None:
+        assert_entries(dbias, g.sum((0, 1, 2, 3)), g_size.sum((0, 1, 2, 3)), dbias.dtype, "bias's gradient")
+    if norm is None:
+        return
+    centred = x.double() - norm.mean.double()
     rstd = (norm.var.double() + norm.eps).rsqrt()
     sums = torch.stack([dz, dz * centred * rstd]).flatten(1, 4).sum(1)
     sizes = torch.stack([dz_size, dz_size * centred.abs() * rstd]).flatten(1, 4).sum(1)
@@ -276,6 +324,17 @@ def _compare_backward(
     in_float32 = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps * old_correction.abs()
     size = owed.abs() * sizes + in_float32
     assert_entries(correction, old_correction - owed * sums, size, dtype, "correction")
+
+
+def _load(grad: Gradient) -> tuple[Tensor, Tensor]:
+    """The gradient, and the sum of the absolute values of its terms."""
+    stored = grad.stored.double()
+    if grad.mean is None or grad.value is None or grad.correction is None:
+        g = stored if grad.value is None else torch.where(grad.value > 0, 1.0, grad.negative_slope) * stored
+        return g, g.abs()
+    constant, slope = grad.correction.double()
+    owed = slope * (grad.value.double() - grad.mean.double())
+    return stored + (owed + constant), stored.abs() + owed.abs() + constant.abs()
 
 
 def _convolve(case: Case, a: Tensor, weight: Tensor) -> Tensor:

@@ -66,7 +66,11 @@ class BackwardBlock {
         if (plan_.data) {
           if (i == 0) clear_data();
           with_pairs([&](auto full) { data_product<decltype(full)::value>(pass); });
-          if (last_pass) with_pairs([&](auto full) { finish_data<decltype(full)::value>(buffer, slot); });
+          if (last_pass) {
+            with_activation(plan_.slope, [&](auto activation) {
+              with_pairs([&](auto full) { finish_data<decltype(full)::value>(activation, buffer, slot); });
+            });
+          }
         }
         if (plan_.weight) with_pairs([&](auto full) { weight_product<decltype(full)::value>(pass); });
         pass = next;
@@ -140,9 +144,9 @@ class BackwardBlock {
     return {at.n * box.n, at.d * box.d - kernel.d / 2, at.h * box.h - kernel.h / 2, at.w * box.w - kernel.w / 2};
   }
 
-  // ReLU's mask, the sums, and what goes into dx, in shared memory.
-  template <bool Full>
-  __device__ void finish_data(int buffer, int slot) {
+  // The activation's backward, the sums, and what goes into dx, in shared memory.
+  template <bool Full, class Activation>
+  __device__ void finish_data(Activation activation, int buffer, int slot) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int window = plan_.window_pixels, count = plan_.box_pixels;
     const int* const pixels = o_.x_pixels(slot);
@@ -174,8 +178,8 @@ class BackwardBlock {
             const bool cut = !exists[i][h];
             const float2 z =
                 make_float2(normalised(in.x, mean.x, scale.x, shift.x), normalised(in.y, mean.y, scale.y, shift.y));
-            const float2 dz =
-                make_float2(cut || z.x <= 0 ? 0 : da_[i][j][2 * h], cut || z.y <= 0 ? 0 : da_[i][j][2 * h + 1]);
+            const float2 dz = make_float2(cut ? 0 : activation.backward(da_[i][j][2 * h], z.x),
+                                          cut ? 0 : activation.backward(da_[i][j][2 * h + 1], z.y));
             sums_[j][0] += dz.x;
             sums_[j][1] += dz.y;
             sums_[j][2] = fmaf(dz.x, in.x - mean.x, sums_[j][2]);

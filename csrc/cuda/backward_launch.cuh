@@ -31,7 +31,7 @@ extern template int launch_backward<SmallBackward<Arithmetic::f32>>(const Backwa
 template <class Large, class Small>
 class BackwardLaunches {
  public:
-  BackwardLaunches(const Backward& f, const Device& device) : f_(f), device_(device) {
+  BackwardLaunches(const Backward& f, const Device& device) : f_(f), device_(device), biases_(bias_splits(f, device)) {
     const bool weight = f.dweight.data != nullptr;
     possible_ = f.shape.pixels() <= INT32_MAX;
     for (const Pixels& p : {f.grad.stored, f.grad.value, f.x, f.dx})
@@ -41,12 +41,18 @@ class BackwardLaunches {
     possible_ = add(true, false) && (!weight || add(false, true));
   }
 
-  size_t workspace() const { return weight_bytes() + sum_bytes(); }
+  size_t workspace() const {
+    return weight_bytes() + sum_bytes() + static_cast<size_t>(round_up(biases_ * f_.shape.out * 4, 256));
+  }
 
   int run(void* workspace, void* stream) const {
     if (!possible_) return cudaErrorInvalidConfiguration;
-    Partials weights{static_cast<float*>(workspace), 0};
-    Partials sums{reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + weight_bytes()), 0};
+    const auto at = [&](size_t bytes) {
+      return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + bytes);
+    };
+    Partials weights{at(0), 0, f_.dweight.data == nullptr ? 0 : weight_values()};
+    Partials sums{at(weight_bytes()), 0, f_.owed.dweight == nullptr ? 0 : sum_values()};
+    const Partials biases{at(weight_bytes() + sum_bytes()), biases_, biases_ == 0 ? 0 : f_.shape.out};
     for (int i = 0; i < count_; ++i) {
       const int error =
           (large_[i] ? launch_backward<Large> : launch_backward<Small>)(f_, plans_[i], weights.data, sums.data, stream);
@@ -54,7 +60,8 @@ class BackwardLaunches {
       if (plans_[i].weight) weights.splits = plans_[i].splits;
       if (plans_[i].data) sums.splits = plans_[i].splits;
     }
-    return add_partials(f_, Large::A, weights, sums, stream);
+    const int error = biases_ == 0 ? cudaSuccess : sum_gradient(f_, Large::A, biases, stream);
+    return error != cudaSuccess ? error : add_partials(f_, Large::A, weights, sums, biases, stream);
   }
 
  private:
@@ -70,8 +77,10 @@ class BackwardLaunches {
     large_[count_++] = large;
     return true;
   }
-  size_t weight_bytes() const { return bytes(&BackwardPlan::weight, f_.shape.taps() * f_.shape.out * f_.shape.in); }
-  size_t sum_bytes() const { return bytes(&BackwardPlan::data, 2 * f_.shape.in); }
+  int64_t weight_values() const { return f_.shape.taps() * f_.shape.out * f_.shape.in; }
+  int64_t sum_values() const { return 2 * f_.shape.in; }
+  size_t weight_bytes() const { return bytes(&BackwardPlan::weight, weight_values()); }
+  size_t sum_bytes() const { return bytes(&BackwardPlan::data, sum_values()); }
   size_t bytes(bool BackwardPlan::* wanted, int64_t values) const {
     size_t total = 0;
     for (int i = 0; i < count_; ++i) {
@@ -82,6 +91,7 @@ class BackwardLaunches {
 
   const Backward& f_;
   const Device& device_;
+  const int biases_;  // slices of the bias's gradient
   BackwardPlan plans_[2];
   bool large_[2];
   int count_ = 0;

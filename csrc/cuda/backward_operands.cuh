@@ -109,8 +109,9 @@ struct BackwardOperands {
     return p;
   }
 
-  // Whether the gradient is more than what is stored.
+  // Whether the gradient is more than what is stored: it owes something, or is that of an activation.
   __device__ bool owes() const { return f.grad.mean != nullptr; }
+  __device__ bool needs_value() const { return owes() || plan.gradient_slope != 1; }
 
   __device__ void load_gradient_vectors(const Pass& pass) {
     if (!owes()) return;
@@ -225,7 +226,7 @@ struct BackwardOperands {
     const int first = pass.first_output + own.column, valid = valid_bytes(static_cast<int>(f.shape.out) - first);
     const int stored_step = bytes_of(f.grad.stored), value_step = bytes_of(f.grad.value);
     const unsigned char *const stored = start_of(f.grad.stored, first), *const value = start_of(f.grad.value, first);
-    const bool more = owes();
+    const bool more = needs_value();
     const auto byte_of = [](T* at) { return reinterpret_cast<unsigned char*>(at); };
     const int to_step = own.step * plan.pass_outputs * int{sizeof(T)}, rows = plan.halo_pixels;
     with_access(plan.gradient_access, [&](auto width) {
@@ -269,13 +270,26 @@ struct BackwardOperands {
   __device__ void transform_gradient(const Pass& pass, int buffer) {
     const OwnChunks own = own_gradient(pass);
     if (own.column == kOutside) return;
-    float mean[kSize], constant[kSize], slope[kSize];
-    const bool more = owes();
-    if (more) {
+    if (owes()) {
+      float mean[kSize], constant[kSize], slope[kSize];
       g_vectors.read(mean, 0, own.column);
       g_vectors.read(constant, 1, own.column);
       g_vectors.read(slope, 2, own.column);
+      transform_rows<true>(own, buffer, [&](int i, float stored, float value) {
+        return load_gradient(stored, value, mean[i], constant[i], slope[i]);
+      });
+    } else if (needs_value()) {
+      const float slope = plan.gradient_slope;
+      transform_rows<true>(own, buffer,
+                           [&](int, float stored, float value) { return leaky_backward(stored, value, slope); });
+    } else {
+      transform_rows<false>(own, buffer, [](int, float stored, float) { return stored; });
     }
+  }
+
+  // form(number of the column, stored, value), for each column of the chunk.
+  template <bool Value, class Form>
+  __device__ __forceinline__ void transform_rows(const OwnChunks& own, int buffer, Form form) {
     const T* from = raw + own.turn * plan.pass_outputs + own.column;
     const T* from_value = from + plan.raw_rows * plan.pass_outputs;
     const int* pixel = gradient_pixels(buffer) + own.row;
@@ -285,11 +299,10 @@ struct BackwardOperands {
       if (*pixel != kOutside) {
         float stored[kSize], value[kSize];
         as_floats(stored, *reinterpret_cast<const Chunk<T>*>(from));
-        if (more) {
+        if constexpr (Value) {
           as_floats(value, *reinterpret_cast<const Chunk<T>*>(from_value));
 #pragma unroll
-          for (int i = 0; i < kSize; ++i)
-            stored[i] = load_gradient(stored[i], value[i], mean[i], constant[i], slope[i]);
+          for (int i = 0; i < kSize; ++i) stored[i] = form(i, stored[i], value[i]);
         }
         out = multiplied<C::A>(stored);
       }
@@ -307,26 +320,28 @@ struct BackwardOperands {
     const float share = 1.0f / static_cast<float>(window);
     const Affine<C::A> affine(x_vectors, own.column);
     const Matrix<T> from = x(buffer);
-    for (int row = own.row; row < plan.rows; row += own.step) {
-      uint4 out = make_uint4(0, 0, 0, 0);
-      const bool exists = row < count && pixels[row] != kOutside;
-      if (exists && window == 1) {
-        out = affine.activated(from.at(row, own.column));
-      } else if (exists) {
-        float mean[kSize] = {};
-        for (int w = 0; w < window; ++w) {
-          float z[kSize];
-          as_floats(z, *reinterpret_cast<const Chunk<T>*>(from.at(w * count + row, own.column)));
+    with_activation(plan.slope, [&](auto activation) {
+      for (int row = own.row; row < plan.rows; row += own.step) {
+        uint4 out = make_uint4(0, 0, 0, 0);
+        const bool exists = row < count && pixels[row] != kOutside;
+        if (exists && window == 1) {
+          out = affine.activated(from.at(row, own.column), activation);
+        } else if (exists) {
+          float mean[kSize] = {};
+          for (int w = 0; w < window; ++w) {
+            float z[kSize];
+            as_floats(z, *reinterpret_cast<const Chunk<T>*>(from.at(w * count + row, own.column)));
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const float a = relu(normalised(z[i], affine.mean[i], affine.scale[i], affine.shift[i]));
-            mean[i] = fmaf(a, share, mean[i]);
+            for (int i = 0; i < kSize; ++i) {
+              const float a = activation(normalised(z[i], affine.mean[i], affine.scale[i], affine.shift[i]));
+              mean[i] = fmaf(a, share, mean[i]);
+            }
           }
+          out = multiplied<C::A>(mean);
         }
-        out = affine.rectified(mean);
+        store_shared(a.at(row, own.column), out);
       }
-      store_shared(a.at(row, own.column), out);
-    }
+    });
   }
 };
 

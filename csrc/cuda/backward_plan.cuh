@@ -5,6 +5,7 @@
 
 #include "boxes.cuh"
 #include "forward.cuh"
+#include "gradient.cuh"
 #include "launch.h"
 
 namespace fused_densenet {
@@ -25,6 +26,7 @@ struct BackwardPlan {
   int weight_at, gradient_at, raw_at, x_at, activation_at, dx_at, vectors_at, tables_at, shared;
   int gradient_access, x_access;  // of stored and value; of x and dx
   int gradient_lanes;             // threads that share a row of the gradient, as a power of two
+  float slope, gradient_slope;    // of x's activation for negative inputs, and of the gradient's own
   __host__ __device__ int passes() const { return output_passes * tap_passes; }
 };
 
@@ -102,6 +104,8 @@ inline bool make_plan(BackwardPlan& plan, const Backward& f, bool data, bool wei
   plan = {};
   plan.data = data;
   plan.weight = weight;
+  plan.slope = slope_of(f.norm);
+  plan.gradient_slope = gradient_slope_of(f.grad);
   const int64_t most = round_up(s.out, 8);
   const bool one_pass = data && (weight || !tile.adds_passes);
   if (one_pass && tile.element * tile.channels * s.taps() * most > device.shared_per_block) return false;

@@ -34,6 +34,7 @@ struct Conv1x1 {
   const unsigned char* x;
   int64_t pixel;  // bytes
   Norm norm;
+  float slope;
   Rows weights;
   int64_t pixels;
   int in, split_channels, access;
@@ -56,7 +57,7 @@ struct Layout {
     vector_channels = (f.split_channels + channels - 1) / channels * channels;
     vectors = 0;
     statistics = NormVectors::kCount * vector_channels * int{sizeof(float)};
-    staging = statistics + static_cast<int>(Statistics::bytes(columns, parts));
+    staging = statistics + static_cast<int>(Statistics::bytes(columns, parts, f.output.bias));
     stages = staging + warps * staging_bytes;
     stage = (rows + columns) * kPitch;
   }
@@ -68,10 +69,10 @@ struct Pooling {
   int n, d, h, w, window_d, window_h, window_w, channels;
 };
 
-// The mean of relu(norm(x)) over each window: pooled[out pixel][chunks of channels]. Lanes take chunks, warps pixels.
+// The mean of the activation over each window: pooled[out pixel][chunks of channels]. Lanes take chunks, warps pixels.
 template <class T>
 __global__ void __launch_bounds__(kPackThreads)
-    pool_kernel(Pooling s, const T* x, int64_t ld, bool whole, Norm norm, T* pooled, int chunks) {
+    pool_kernel(Pooling s, const T* x, int64_t ld, bool whole, Norm norm, float slope, T* pooled, int chunks) {
   const int d = s.d / s.window_d, h = s.h / s.window_h, w = s.w / s.window_w;
   const int out = static_cast<int>(blockIdx.x) * (kPackThreads / 32) + static_cast<int>(threadIdx.x) / 32;
   if (out >= s.n * d * h * w) return;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kPackThreads)
     float sum[Chunk<T>::size] = {};
     ChannelNorm<T> own[Chunk<T>::size];
 #pragma unroll
-    for (int c = 0; c < Chunk<T>::size; ++c) own[c] = ChannelNorm<T>(norm, channel + (c < count ? c : 0));
+    for (int c = 0; c < Chunk<T>::size; ++c) own[c] = ChannelNorm<T>::of(norm, channel + (c < count ? c : 0));
     for (int i = 0; i < s.window_d * s.window_h; ++i) {
       for (int j = 0; j < s.window_w; ++j) {
         const int p = first + (i / s.window_h * s.h + i % s.window_h) * s.w + j;
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kPackThreads)
         }
 #pragma unroll
         for (int c = 0; c < Chunk<T>::size; ++c) {
-          sum[c] += relu(normalised(as_float(values.element[c]), own[c].mean, own[c].scale, own[c].shift));
+          sum[c] += leaky(normalised(as_float(values.element[c]), own[c].mean, own[c].scale, own[c].shift), slope);
         }
       }
     }
@@ -132,9 +133,9 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   tile.local = group * kGroup;
   tile.first = first_column + tile.local;
   tile.columns = clamp(f.output.channels - tile.first, 0, groups * kGroup);
-  tile.clear();
 
   vectors.load<T>(f.norm, first_channel, split_channels);
+  const float* const bias = statistics.load_bias<T>(f.output, first_column);
 
   const int64_t tiles = (f.pixels + layout.rows - 1) / layout.rows;
   const int steps = (split_channels + channels - 1) / channels;
@@ -170,11 +171,14 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   };
 
   const auto prepare = [&](int stage) {
+    if (multiplied_as_it_is<A>(f.norm)) return;
     const Affine<A> affine(vectors, preparing * channels + chunk * per_chunk);
-    unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
-    for (int i = rows_of(preparing, layout.rows); i > 0; --i, x += row_step * kPitch) {
-      store_shared(x, affine.activated(x));
-    }
+    with_activation(f.slope, [&](auto activation) {
+      unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
+      for (int i = rows_of(preparing, layout.rows); i > 0; --i, x += row_step * kPitch) {
+        store_shared(x, affine.activated(x, activation));
+      }
+    });
     preparing = preparing + 1 == steps ? 0 : preparing + 1;
   };
 
@@ -193,6 +197,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
     if (f.output.partial != nullptr) {
       tile.store_partial(f.output, static_cast<int>(blockIdx.z), pixel);
     } else {
+      tile.activate(f.output.slope);
       tile.template store<T>(f.output, staging, pixel);
       if (f.output.moments.data != nullptr) {
         const int valid = clamp(f.pixels - tile_index * layout.rows, 0, layout.rows);
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
         count += valid;
       }
     }
-    tile.clear();
+    tile.start(bias);
     tile_index += gridDim.x;
   };
 
@@ -243,6 +248,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   };
 
   __syncthreads();
+  tile.start(bias);
   pipeline(own_tiles * steps, f.stages, load, prepare, consume);
   if (f.output.moments.data != nullptr && f.output.partial == nullptr) {
     store_statistics(statistics, f.output.moments, static_cast<int>(blockIdx.x), first_column, count);
@@ -280,8 +286,8 @@ int pool(const Forward& f, void* pooled, void* stream) {
                         number(s.window_d), number(s.window_h), number(s.window_w), number(s.in)};
   const dim3 blocks(static_cast<unsigned>(ceil_div(s.out_pixels(), kPackThreads / 32)));
   return LAUNCH(pool_kernel<T>, blocks, dim3(kPackThreads), 0, stream, pooling, static_cast<const T*>(f.x.data), f.x.ld,
-                access_of(f.x.data, f.x.ld * int64_t{sizeof(T)}) == kChunk, f.norm, static_cast<T*>(pooled),
-                number(packed_row<T>(s) / kChunk));
+                access_of(f.x.data, f.x.ld * int64_t{sizeof(T)}) == kChunk, f.norm, slope_of(f.norm),
+                static_cast<T*>(pooled), number(packed_row<T>(s) / kChunk));
 }
 
 template <Arithmetic A>
@@ -294,6 +300,7 @@ Plan make_plan(const Forward& f, const Device& device) {
   Plan plan;
   Conv1x1& k = plan.kernel;
   k.in = static_cast<int>(s.in);
+  k.output.bias = f.bias;
   int64_t column_blocks;
   int warps_above;
   const auto take_columns = [&](int64_t most, int groups_of_warp) {
@@ -357,6 +364,7 @@ int run(const Forward& f, const Device& device, void* prepared, void* workspace,
     k.pixel = packed_row<T>(f.shape);
     k.norm = {};
   }
+  k.slope = slope_of(k.norm);
   k.access = access_of(k.x, k.pixels > 1 ? k.pixel : 0);
   k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
   k.weights = weights_of<T>(f, plan, prepared);

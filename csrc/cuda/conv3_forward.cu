@@ -30,6 +30,7 @@ struct Conv3 {
   const unsigned char* x;
   int64_t pixel;  // bytes
   Norm norm;
+  float slope;
   const unsigned char* weights;
   Box image, kernel, box, halo, tiles;  // tiles: boxes in each direction
   int in, split_channels, access, groups;
@@ -49,7 +50,7 @@ struct Layout {
     rows = kWarps * tiles * 16;
     taps = f.kernel.volume();
     statistics = NormVectors::kCount * vector_channels * int{sizeof(float)};
-    staging = statistics + static_cast<int>(Statistics::bytes(columns, kWarps));
+    staging = statistics + static_cast<int>(Statistics::bytes(columns, kWarps, f.output.bias));
     tables = staging + kWarps * staging_bytes;
     rows_at = tables + kTables * halo * int{sizeof(int)};
     taps_at = rows_at + rows * int{sizeof(int)};
@@ -116,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   tile.local = 0;
   tile.first = static_cast<int>(blockIdx.y) * layout.columns;
   tile.columns = clamp(f.output.channels - tile.first, 0, layout.columns);
-  tile.clear();
 
   vectors.load<T>(f.norm, first_channel, split_channels);
+  const float* const bias = statistics.load_bias<T>(f.output, tile.first);
 #pragma unroll 1
   for (int i = tid; i < layout.rows; i += kThreads) {
     row_places[i] = i < own_places ? index_in(f.halo, place_in(f.box, i)) : kOutside;
@@ -127,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   for (int i = tid; i < taps; i += kThreads) tap_offsets[i] = index_in(f.halo, place_in(f.kernel, i)) * kPitch;
   fill_table(f, blockIdx.x, table(0), layout.halo);
   __syncthreads();
+  tile.start(bias);
 
   const int centre = index_in(f.halo, {0, f.kernel.d / 2, f.kernel.h / 2, f.kernel.w / 2});
   const int chunk = tid % (kStage / kChunk), own_row = own_row_of(tid);
@@ -179,13 +181,16 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   };
 
   const auto prepare = [&](int stage) {
+    if (multiplied_as_it_is<A>(f.norm)) return;
     const Affine<A> affine(vectors, preparing.step * channels + chunk * per_chunk);
     const int* pixels = table(preparing.table);
     unsigned char* x = stage_at(stage) + chunk * kChunk;
     const int end = places_of(preparing.step);
-    for (int place = own_row; place < end; place += row_step) {
-      if (pixels[place] >= 0) store_shared(x + place * kPitch, affine.activated(x + place * kPitch));
-    }
+    with_activation(f.slope, [&](auto activation) {
+      for (int place = own_row; place < end; place += row_step) {
+        if (pixels[place] >= 0) store_shared(x + place * kPitch, affine.activated(x + place * kPitch, activation));
+      }
+    });
     preparing.advance(steps);
   };
 
@@ -198,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     if (f.output.partial != nullptr) {
       tile.store_partial(f.output, static_cast<int>(blockIdx.z), pixel);
     } else {
+      tile.activate(f.output.slope);
       tile.template store<T>(f.output, staging, pixel);
       if (f.output.moments.data != nullptr) {
         const int valid = pixels_of(f, consuming_tile);
@@ -205,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
         count += valid;
       }
     }
-    tile.clear();
+    tile.start(bias);
     consuming_tile += grid;
   };
 
@@ -316,6 +322,7 @@ Plan make_plan(const Forward& f, const Device& device) {
   k.image = box(s.n, s.d, s.h, s.w);
   k.kernel = box(1, s.kd, s.kh, s.kw);
   k.in = static_cast<int>(s.in);
+  k.output.bias = f.bias;
   k.groups = static_cast<int>(ceil_div(ceil_div(s.out, kGroup), column_blocks));
   int64_t splits = 1;
   for (int rows = kWarps * 16 * M::kTiles; rows >= 1; rows /= 2) {
@@ -355,6 +362,7 @@ int run(const Forward& f, const Device& device, void* prepared, void* workspace,
   k.pixel = f.x.ld * int64_t{sizeof(T)};
   k.access = access_of(f.x.data, f.shape.pixels() > 1 ? k.pixel : 0);
   k.norm = f.norm;
+  k.slope = slope_of(f.norm);
   k.weights = static_cast<const unsigned char*>(prepared);
   k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
   auto kernel = conv3_kernel<A, 2, 2 * kMostGroups>;

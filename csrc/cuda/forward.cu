@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Output o, int sp
     const float* from = o.partial + (first_pixel + p) * o.partial_pitch + first + channel;
     float sum = 0;
     for (int split = 0; split < splits; ++split) sum += from[split * o.partial_split];
-    const T stored = rounded<T>(sum);
+    if (o.bias.data != nullptr) sum += entry<T>(o.bias.data, o.bias.narrow, first + channel);
+    const T stored = rounded<T>(leaky(sum, o.slope));
     reinterpret_cast<T*>(o.data + (first_pixel + p) * o.pixel)[first + channel] = stored;
     tile[p][channel] = as_float(stored);
   }
@@ -66,6 +67,8 @@ Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, v
   o.pixel = f.out.ld * element;
   o.channels = static_cast<int>(channels);
   o.access = access_of(f.out.data, (pixels > 1 ? o.pixel : 0) | channels * element);
+  o.bias = f.bias;
+  o.slope = static_cast<float>(f.negative_slope);
   o.partial = plan.splits > 1 ? reinterpret_cast<float*>(partial) : nullptr;
   o.partial_pitch = ceil_div(channels, 8) * 8;
   o.partial_split = pixels * o.partial_pitch;

@@ -18,6 +18,8 @@ struct Output {
   unsigned char* data;
   int64_t pixel;  // bytes
   int channels, access;
+  Bias bias;
+  float slope;     // of what is stored
   float* partial;  // [split][pixel][pitch], null if there is one split
   int64_t partial_pitch, partial_split;
   MomentRows moments;
@@ -70,17 +72,29 @@ auto with_arithmetic(Arithmetic arithmetic, Body body) {
 constexpr int kMostSplit = 4096;
 
 // Moments of all tiles of a block, in shared memory: sums of distances from a pivot, which is the first tile's mean.
+// Behind them the channels' bias, where there is one.
 struct Statistics {
   float* data;
   int channels, parts;  // parts: warps that share the columns
 
-  __host__ __device__ static constexpr size_t bytes(int channels, int parts) {
-    return (3 + 2 * parts) * channels * sizeof(float);
+  __host__ __device__ static size_t bytes(int channels, int parts, const Bias& bias) {
+    return (3 + 2 * parts + (bias.data == nullptr ? 0 : 1)) * channels * sizeof(float);
   }
   __device__ float* pivot() const { return data; }
   __device__ float* distance() const { return data + channels; }
   __device__ float* squares() const { return data + 2 * channels; }
   __device__ float* part(int i, int which) const { return data + (3 + 2 * i + which) * channels; }
+
+  // The bias of channels from `first` on, zero beyond the last; null where it is not added to a block's sums.
+  template <class T>
+  __device__ const float* load_bias(const Output& o, int first) const {
+    if (o.bias.data == nullptr || o.partial != nullptr) return nullptr;
+    float* const to = part(parts, 0);
+    for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+      to[c] = first + c < o.channels ? entry<T>(o.bias.data, o.bias.narrow, first + c) : 0.0f;
+    }
+    return to;
+  }
 };
 
 // Of the first Entries of v, leaves in v[i] the sum over two lanes, which differ in bit Bit: of entry i in the lane
@@ -156,6 +170,33 @@ struct WarpTile {
           *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
         }
       }
+    }
+  }
+
+  // The sums of a tile before its first product: a block's bias in shared memory, null where there is none. Added here
+  // it takes no register of its own.
+  __device__ __forceinline__ void start(const float* bias) {
+    if (bias == nullptr) {
+      clear();
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      const float2 own = load2(bias + local + 2 * (threadIdx.x & 3) + 8 * j);
+#pragma unroll
+      for (int i = 0; i < 2 * MI; ++i) {
+        sum[i / 2][j][2 * (i & 1)] = own.x;
+        sum[i / 2][j][2 * (i & 1) + 1] = own.y;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void activate(float slope) {
+    if (slope == 1) return;
+#pragma unroll
+    for (int i = 0; i < MI * NT * 4; ++i) {
+      float& own = sum[i / (4 * NT)][i / 4 % NT][i % 4];
+      own = leaky(own, slope);
     }
   }
 

@@ -103,8 +103,46 @@ __device__ __forceinline__ float normalised(float x, float mean, float scale, fl
   return fmaf(x - mean, scale, shift);
 }
 
-// NaN stays NaN.
-__device__ __forceinline__ float relu(float x) { return x < 0 ? 0.0f : x; }
+// The activation, with `slope` for negative inputs: of 1 the identity, of 0 ReLU, which sends -inf to 0. NaN stays NaN.
+__device__ __forceinline__ float leaky(float x, float slope) { return x < 0 ? (slope == 0 ? 0.0f : slope * x) : x; }
+// Its backward, by the sign of its input or of its output.
+__device__ __forceinline__ float leaky_backward(float gradient, float of, float slope) {
+  return slope == 0 ? (of <= 0 ? 0.0f : gradient) : of > 0 ? gradient : slope * gradient;
+}
+
+// The same for loops, one for each kind of slope: ReLU, that of nearly all networks, costs what it costs alone.
+struct Relu {
+  __device__ __forceinline__ float operator()(float z) const { return z < 0 ? 0.0f : z; }
+  static __device__ __forceinline__ float backward(float gradient, float z) { return z <= 0 ? 0.0f : gradient; }
+};
+struct Leaky {
+  float slope;
+  __device__ __forceinline__ float operator()(float z) const { return z < 0 ? slope * z : z; }
+  __device__ __forceinline__ float backward(float gradient, float z) const {
+    return z > 0 ? gradient : slope * gradient;
+  }
+};
+
+// body(the activation).
+template <class Body>
+__device__ __forceinline__ void with_activation(float slope, Body body) {
+  if (slope == 0) {
+    body(Relu{});
+  } else {
+    body(Leaky{slope});
+  }
+}
+
+// Without a norm x is multiplied as it is.
+inline float slope_of(const Norm& norm) {
+  return norm.mean == nullptr ? 1.0f : static_cast<float>(norm.negative_slope);
+}
+
+// An entry of a vector in float32 or, where it is narrow, in the data's type.
+template <class T>
+__device__ __forceinline__ float entry(const void* vector, bool narrow, int64_t i) {
+  return narrow ? as_float(static_cast<const T*>(vector)[i]) : static_cast<const float*>(vector)[i];
+}
 
 // Vectors of channels in shared memory, `channels` (a multiple of eight) of each. Lanes that read eight channels each,
 // four at a time, find them in different banks: in every other 32 channels neighbouring fours are exchanged.
@@ -136,29 +174,29 @@ struct ChannelNorm {
   __device__ ChannelNorm() {}
   __device__ ChannelNorm(const Norm& norm, int64_t channel)
       : mean(static_cast<const float*>(norm.mean)[channel]),
-        scale(affine(norm.weight, norm.narrow, channel) * rstd(norm, channel)),
-        shift(affine(norm.bias, norm.narrow, channel)) {}
+        scale(entry<T>(norm.weight, norm.narrow, channel) * rstd(norm, channel)),
+        shift(entry<T>(norm.bias, norm.narrow, channel)) {}
 
+  // The identity where there is no norm.
+  static __device__ ChannelNorm of(const Norm& norm, int64_t channel) {
+    if (norm.mean != nullptr) return ChannelNorm(norm, channel);
+    ChannelNorm identity;
+    identity.scale = 1;
+    return identity;
+  }
   static __device__ float rstd(const Norm& norm, int64_t channel) {
     return 1.0f / sqrtf(static_cast<const float*>(norm.var)[channel] + static_cast<float>(norm.eps));
-  }
-
- private:
-  static __device__ float affine(const void* vector, bool narrow, int64_t channel) {
-    return narrow ? as_float(static_cast<const T*>(vector)[channel]) : static_cast<const float*>(vector)[channel];
   }
 };
 
 // A norm's affine map of a block's channels, zero beyond the last: what lies there becomes zero, because copies leave
-// zeros. Null pointers stand for the identity.
+// zeros.
 struct NormVectors : Vectors {
   static constexpr int kCount = 3;
   template <class T>
   __device__ void load(const Norm& norm, int64_t first, int count) const {
     for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-      ChannelNorm<T> own;
-      if (i < count && norm.mean == nullptr) own.scale = 1;
-      if (i < count && norm.mean != nullptr) own = ChannelNorm<T>(norm, first + i);
+      const ChannelNorm<T> own = i < count ? ChannelNorm<T>::of(norm, first + i) : ChannelNorm<T>();
       *at(0, i) = own.mean;
       *at(1, i) = own.scale;
       *at(2, i) = own.shift;
@@ -191,24 +229,38 @@ struct Affine {
     vectors.read(shift, 2, channel);
   }
   // What is multiplied.
-  __device__ uint4 activated(const void* place) const {
+  template <class Activation>
+  __device__ uint4 activated(const void* place, Activation activation) const {
     float z[size];
     as_floats(z, *static_cast<const Chunk<T>*>(place));
 #pragma unroll
     for (int i = 0; i < size; ++i) z[i] = normalised(z[i], mean[i], scale[i], shift[i]);
-    return rectified(z);
+    return rounded_activations(z, activation);
   }
-  static __device__ uint4 rectified(const float (&z)[size]) {
+
+ private:
+  static __device__ uint4 rounded_activations(float (&z)[size], Leaky leaky) {
+#pragma unroll
+    for (int i = 0; i < size; ++i) z[i] = leaky(z[i]);
+    return multiplied<A>(z);
+  }
+  static __device__ uint4 rounded_activations(const float (&z)[size], Relu relu) {
     if constexpr (sizeof(T) == 2) {
       using P = Product<A>;
       return make_uint4(P::rectified(z[0], z[1]), P::rectified(z[2], z[3]), P::rectified(z[4], z[5]),
                         P::rectified(z[6], z[7]));
     } else {
-      const auto bits = [](float x) { return __float_as_uint(Product<A>::number(relu(x))); };
+      const auto bits = [&](float x) { return __float_as_uint(Product<A>::number(relu(x))); };
       return make_uint4(bits(z[0]), bits(z[1]), bits(z[2]), bits(z[3]));
     }
   }
 };
+
+// Whether what was copied is what is multiplied; TF32 still has to be rounded.
+template <Arithmetic A>
+__device__ __forceinline__ bool multiplied_as_it_is(const Norm& norm) {
+  return A != Arithmetic::tf32 && norm.mean == nullptr;
+}
 
 __device__ __forceinline__ void wait_for_all_but(int groups) {
   if (groups >= 2) {

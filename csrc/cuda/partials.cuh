@@ -5,14 +5,21 @@
 
 namespace fused_densenet {
 
-// `splits` slices of sums, one after the other.
+// `splits` slices of `values` sums each, one after the other.
 struct Partials {
   float* data;
   int splits;
+  int64_t values;
 };
 
 // weights' slices (taps, out, in) into f.dweight; sums' slices (2, in), of dz and dz (x - mean), into what the norm is
-// owed.
-int add_partials(const Backward& f, Arithmetic arithmetic, const Partials& weights, const Partials& sums, void* stream);
+// owed; biases' slices (out) into f.dbias.
+int add_partials(const Backward& f, Arithmetic arithmetic, const Partials& weights, const Partials& sums,
+                 const Partials& biases, void* stream);
+
+// Where the bias's gradient is wanted: over the pixels, the gradient as it is loaded, into slices of `biases`, as many
+// as `bias_splits` says.
+int bias_splits(const Backward& f, const Device& device);
+int sum_gradient(const Backward& f, Arithmetic arithmetic, const Partials& biases, void* stream);
 
 }  // namespace fused_densenet

@@ -88,35 +88,23 @@ __global__ void __launch_bounds__(kThreads) place_kernel(Place f, Access in, Acc
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) place_backward_kernel(PlaceBackward f, Access in, Access out) {
+__global__ void __launch_bounds__(kThreads) place_backward_kernel(PlaceBackward f, float slope, Access in, Access out) {
   __shared__ int64_t offsets[kPixels];
   __shared__ Tile<T> tile;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPixels;
   const int64_t first_channel = static_cast<int64_t>(blockIdx.y) * kChannels;
   const int pixels = pixels_of_tile(f.shape, first);
-  const Gradient& g = f.grad;
-  const T *stored = static_cast<const T*>(g.stored.data), *value = static_cast<const T*>(g.value.data);
-  const float *mean = static_cast<const float*>(g.mean), *slope = static_cast<const float*>(g.slope);
-  const float* constant = static_cast<const float*>(g.constant);
   T* to = static_cast<T*>(f.out.data);
   pixel_offsets(offsets, f.shape, f.out, first, pixels);
-  for_each_chunk<T>(
-      in.along_pixels, pixels, first_channel, f.shape.out, [&](int pixel, int chunk, int64_t channel, int64_t left) {
-        const Chunk<T> d = load_numbers(stored + (first + pixel) * g.stored.ld + channel, 1, left, in.whole);
-        if (mean == nullptr) {
-          tile.at(pixel, chunk) = d;
-          return;
-        }
-        const Chunk<T> v = load_numbers(value + (first + pixel) * g.value.ld + channel, 1, left, in.whole);
-        Chunk<T> loaded;
+  for_each_chunk<T>(in.along_pixels, pixels, first_channel, f.shape.out,
+                    [&](int pixel, int chunk, int64_t channel, int64_t left) {
+                      float g[Chunk<T>::size];
+                      load_gradient<T>(g, f.grad, slope, first + pixel, channel, left, in.whole);
+                      Chunk<T> loaded;
 #pragma unroll
-        for (int i = 0; i < Chunk<T>::size; ++i) {
-          const int64_t c = channel + (i < left ? i : 0);
-          const float g = load_gradient(as_float(d.element[i]), as_float(v.element[i]), mean[c], constant[c], slope[c]);
-          loaded.element[i] = rounded<T>(g);
-        }
-        tile.at(pixel, chunk) = loaded;
-      });
+                      for (int i = 0; i < Chunk<T>::size; ++i) loaded.element[i] = rounded<T>(g[i]);
+                      tile.at(pixel, chunk) = loaded;
+                    });
   __syncthreads();
   for_each_chunk<T>(out.along_pixels, pixels, first_channel, f.shape.out,
                     [&](int pixel, int chunk, int64_t channel, int64_t left) {
@@ -163,8 +151,9 @@ int run(const Place& f, void* prepared, void* workspace, void* stream) {
 template <class T>
 int run(const PlaceBackward& f, void* stream) {
   Access in = access<T>(f.grad.stored);
-  in.whole = in.whole && (f.grad.mean == nullptr || access<T>(f.grad.value).whole);
-  return LAUNCH(place_backward_kernel<T>, grid(f.shape), dim3(kThreads), 0, stream, f, in, access<T>(f.shape, f.out));
+  in.whole = in.whole && (f.grad.value.data == nullptr || access<T>(f.grad.value).whole);
+  return LAUNCH(place_backward_kernel<T>, grid(f.shape), dim3(kThreads), 0, stream, f, gradient_slope_of(f.grad), in,
+                access<T>(f.shape, f.out));
 }
 
 }  // namespace

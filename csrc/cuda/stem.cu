@@ -374,7 +374,7 @@ int norm_relu_pool_backward(const NormReluPoolBackward& f, Arithmetic arithmetic
   sums.shape = f.shape;
   sums.norm = f.norm;
   sums.owed = f.owed;
-  return add_partials(sums, arithmetic, {nullptr, 0}, {partials, blocks}, stream);
+  return add_partials(sums, arithmetic, {}, {partials, blocks, 2 * f.shape.in}, {}, stream);
 }
 
 }  // namespace fused_densenet

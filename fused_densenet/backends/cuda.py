@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import choice, eager, extension, triton
-from .contract import Gradient, Norm, Owed, is_plain, uses_tf32
+from .contract import Gradient, Norm, Owed, uses_tf32
 
 MINIMUM_CAPABILITY = (7, 5)
 
@@ -80,7 +80,7 @@ def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None
 
 
 def place_backward(grad: Gradient, out: Tensor) -> None:
-    other = _other(out, "place_backward", out.shape) if grad.negative_slope == 1 else eager
+    other = _other(out, "place_backward", out.shape)
     if other is not None:
         other.place_backward(grad, out)
     else:
@@ -98,12 +98,11 @@ def norm_relu_conv(
     negative_slope: float = 1.0,
 ) -> None:
     other = _other(x, "norm_relu_conv", x.shape, weight.shape, out.shape)
-    if norm is None or not is_plain(norm, bias, negative_slope):
-        eager.norm_relu_conv(x, norm, weight, out, mean, var, bias, negative_slope)
-    elif other is not None:
-        other.norm_relu_conv(x, norm, weight, out, mean, var)
+    if other is not None:
+        other.norm_relu_conv(x, norm, weight, out, mean, var, bias, negative_slope)
     else:
-        _operators.norm_relu_conv.default(x, *norm, weight, out, mean, var, None, 1.0, uses_tf32(x))
+        terms = extension.NO_NORM if norm is None else norm
+        _operators.norm_relu_conv.default(x, *terms, weight, out, mean, var, bias, negative_slope, uses_tf32(x))
 
 
 def norm_relu_conv_backward(
@@ -118,13 +117,13 @@ def norm_relu_conv_backward(
     dbias: Tensor | None = None,
 ) -> None:
     other = _other(x, "norm_relu_conv_backward", x.shape, weight.shape, grad.stored.shape)
-    if norm is None or owed is None or not is_plain(norm, dbias, grad.negative_slope):
-        eager.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
-    elif other is not None:
-        other.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed)
+    if other is not None:
+        other.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
     else:
+        terms = extension.NO_NORM if norm is None else norm
+        debts = extension.NO_OWED if owed is None else owed
         _operators.norm_relu_conv_backward.default(
-            *grad, x, *norm, weight, dx, accumulate, dweight, *owed, None, uses_tf32(x)
+            *grad, x, *terms, weight, dx, accumulate, dweight, *debts, dbias, uses_tf32(x)
         )
 
 

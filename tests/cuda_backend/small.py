@@ -6,7 +6,7 @@ from typing import Any
 
 import cases
 import torch
-from cases import CUBE, IMAGE, LINE, ONE, ROW, SQUARE, VOLUME, Case
+from cases import ALL, CUBE, IMAGE, LEAKY, LINE, ONE, RESIDUAL, RESIDUAL_RELU, ROW, SQUARE, VOLUME, Case
 from emulated import Emulated, Executor
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -32,6 +32,10 @@ CASES = [
     Case((2, 1, 1, 1), 17, 5, SQUARE),
     Case((2, 1, 9, 13), 70, 33, ONE, accumulate=False, pool=True),
     Case((1, 3, 4, 5), 36, 12, ONE, pool=True),
+    Case(LINE, 36, 48, ONE, form=ALL),
+    Case(LINE, 36, 12, ONE, form=RESIDUAL_RELU),
+    Case(IMAGE, 48, 12, SQUARE, accumulate=False, form=RESIDUAL),
+    Case((2, 1, 9, 13), 70, 33, ONE, accumulate=False, pool=True, form=LEAKY),
 ]
 
 

@@ -31,7 +31,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "machine": machine,
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "backend": choose(device, dtype),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
@@ -56,7 +56,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this checkout, ``-dirty`` if the tree differs from it, None where there is no checkout."""
     git = [
         "git",

@@ -38,11 +38,14 @@ def instruction(*names: str) -> Callable[[Handler], Handler]:
 
 
 class Machine:
-    """A launch of ``kernel``; runs on construction.
+    """A launch of ``kernel``, or of some of its blocks, ``only``; runs on construction.
 
     ``counts`` are executed instructions by name, over all warps that run at once. Where ``measure`` is set,
     ``conflicts`` are the additional passes over shared memory that bank conflicts cost, by position of the instruction.
     """
+
+    make_memory: Callable[[list[np.ndarray], int], Any] = GlobalMemory
+    make_shared: Callable[[int, int, int], SharedMemory] = SharedMemory
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Machine:
         arguments: Sequence[int | bytes],
         tensors: list[np.ndarray],
         measure: bool = False,
+        only: Sequence[int] | None = None,
     ) -> None:
         self.kernel, self.grid, self.threads, self.measure = kernel, grid, threads, measure
         self.parameters = np.zeros(kernel.parameter_bytes + 16, np.uint8)
@@ -61,12 +65,12 @@ class Machine:
             self.parameters[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
         self.shared_size = kernel.static_shared + shared
         check_launch(kernel, grid, threads, self.shared_size)
-        self.memory = GlobalMemory(tensors, math.prod(grid))
+        self.memory = self.make_memory(tensors, math.prod(grid))
         self.counts: Counter[str] = Counter()
         self.conflicts: Counter[int] = Counter()
-        blocks, at_once = math.prod(grid), max(1, _LANES_AT_ONCE // threads)
-        for first in range(0, blocks, at_once):
-            self._start(np.arange(first, min(first + at_once, blocks)))
+        blocks, at_once = np.arange(math.prod(grid)) if only is None else np.array(only), _LANES_AT_ONCE // threads
+        for first in range(0, blocks.size, max(1, at_once)):
+            self._start(blocks[first : first + max(1, at_once)])
             with np.errstate(all="ignore"):
                 self._run()
 
@@ -87,7 +91,7 @@ class Machine:
             name: np.zeros(self.lanes, bool if bits == 1 else UNSIGNED[bits])
             for name, bits in self.kernel.registers.items()
         }
-        self.shared = SharedMemory(blocks.size, self.shared_size, self.threads)
+        self.shared = self.make_shared(blocks.size, self.shared_size, self.threads)
         self.local = np.full((self.lanes, self.kernel.local_bytes), 0xFF, np.uint8)
         self.unfenced = np.zeros(self.lanes, bool)  # threads that have written since they fenced
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # not waited for: addresses, data, lanes

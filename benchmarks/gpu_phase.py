@@ -40,6 +40,7 @@ PHASES = {
     "warm peers": ("gpu_warm", "peers"),
     "warm networks": ("gpu_warm", "networks"),
     "primitives": ("gpu_primitives", "items"),
+    "kernelbench": ("gpu_kernelbench", "items"),
     "networks": ("gpu_networks", "items"),
 }
 """By name, the module and its function that lists the items."""

@@ -11,6 +11,7 @@ import time
 from types import ModuleType
 from typing import NamedTuple
 
+import gpu_predictions
 import torch
 from gpu_phase import Item
 from gpu_run import Run, read_rows
@@ -190,9 +191,9 @@ def measure_problem(problem: Problem, arithmetic: str, run: Run, seconds: float)
 
     def add(name: str, ms: float) -> None:
         rate = {"gigabytes_per_second": moved / ms / 1e6, "teraflops": flops / ms / 1e9}
-        run.add(
-            "primitive", **about, backend=name, microseconds=ms * 1e3, times_the_floor=ms / floor, **rate, **seen[name]
-        )
+        predicted = gpu_predictions.of_primitive(str(problem), name, arithmetic)
+        found = {"microseconds": ms * 1e3, "predicted_microseconds": predicted, "times_the_floor": ms / floor}
+        run.add("primitive", **about, backend=name, **found, **rate, **seen[name])
 
     with tf32(False):
         expected = result_of(BACKENDS["eager"])
@@ -254,7 +255,8 @@ def measure_blocks(batch: int, image: int, run: Run) -> None:
     about = {"batch": batch, "floor_milliseconds": floor, "bytes": sum(p.moved(2, 4) for p in problems)}
 
     def add(name: str, ms: float) -> None:
-        run.add("blocks", backend=name, **about, milliseconds=ms, times_the_floor=ms / floor)
+        found = {"milliseconds": ms, "predicted_milliseconds": gpu_predictions.of_blocks("densenet121", batch, name)}
+        run.add("blocks", backend=name, **about, **found, times_the_floor=ms / floor)
 
     works: dict[str, Work] = {}
     for name in backends(run, torch.bfloat16):

@@ -4,8 +4,9 @@
 
 A checkout is enough, with torch, triton, numpy and pytest. It builds the package there, kernels required; runs the tests
 that need a GPU and, where it is installed, compute-sanitizer on the CUDA kernels; then it times every primitive of every
-backend against its floor, DenseNet-121's dense blocks alone, and training and inference steps of whole networks beside
-torchvision's (eager, channels-last, memory_efficient, torch.compile). Times are medians of interleaved rounds by the
+backend against its floor and beside what gpu_model.py predicted, DenseNet-121's dense blocks alone, KernelBench's problems
+with dense blocks, and training and inference steps of whole networks beside torchvision's (eager, channels-last,
+memory_efficient, torch.compile). Times are medians of interleaved rounds by the
 device's events. report.md and report.json name the GPU, the driver, the versions and the commit.
 
 The report is on disk from the first seconds on and holds what is known, whatever is killed: every figure is a line of
@@ -35,8 +36,9 @@ from gpu_phase import ALONE
 from gpu_run import POISONED, Process, Row, Run, ending, latest, nvidia_smi, read_rows
 from gpu_text import markdown, plain
 
-STAGES = ("build", "tests", "sanitizers", "primitives", "networks")
-LIMITS = {"build": 150, "CUDA": 75, "Triton": 110, "memcheck": 60, "racecheck": 50, "primitives": 80}
+STAGES = ("build", "tests", "sanitizers", "primitives", "kernelbench", "networks")
+MEASURING = STAGES[3:]
+LIMITS = {"build": 150, "CUDA": 75, "Triton": 110, "memcheck": 60, "racecheck": 50, "primitives": 80, "kernelbench": 35}
 """Seconds at most; what a stage leaves goes to the ones after it, and the networks have all that is left."""
 CLOSING = 6
 ASKED = (("gpu", "name"), ("driver", "driver_version"))
@@ -165,7 +167,7 @@ def make(report: Report, stages: list[str]) -> None:
         if run.smoke:
             process.wait(run.left())
         process.stop()
-    for stage in ("primitives", "networks"):
+    for stage in MEASURING:
         if stage in stages:
             work_through(report, stage, allowed(report, stage))
 
@@ -186,7 +188,7 @@ def start_phase(report: Report, name: str) -> Process:
 
 def start_warming(report: Report, names: list[str], stages: list[str]) -> list[Process]:
     processes = []
-    for name in names if {"primitives", "networks"} & set(stages) else []:
+    for name in names if set(MEASURING) & set(stages) else []:
         processes.append(start_phase(report, name))
         processes[-1].tell(first=0, seconds=report.run.left())
     return processes

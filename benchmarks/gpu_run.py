@@ -29,6 +29,7 @@ Row = dict[str, Any]
 IDENTITY = {
     "primitive": ("primitive", "arithmetic", "backend"),
     "blocks": ("backend", "batch"),
+    "kernelbench": ("problem", "variant"),
     "network": ("network", "mode", "precision", "batch", "compiled", "variant"),
     "where": (),
 }

@@ -19,6 +19,7 @@ def markdown(report: dict[str, Any]) -> str:
         *_checks(_of("check", rows)),
         *_tests([row for row in _of("test", rows) if row["outcome"] == "failed"]),
         *_blocks(_of("blocks", rows)),
+        *_kernelbench(_of("kernelbench", rows)),
         *_networks(_of("network", rows), [row["name"] for row in _of("peer", rows)]),
         *_errors(_of("error", rows)),
         *_primitives(_of("primitive", rows)),
@@ -87,12 +88,38 @@ def _blocks(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     cells = [
-        (row["backend"], row["batch"], _ms(row["milliseconds"]), _ms(row["floor_milliseconds"]), _x(row))
+        (
+            row["backend"],
+            row["batch"],
+            _ms(row["predicted_milliseconds"]),
+            _ms(row["floor_milliseconds"]),
+            _ms(row["milliseconds"]),
+            _x(row),
+        )
         for row in rows
     ]
-    header = ("backend", "batch", "ms", "floor, ms", "times the floor")
-    text = "Forward and backward of the four dense blocks of DenseNet-121, bfloat16, in a CUDA graph."
+    header = ("backend", "batch", "predicted, ms", "floor, ms", "measured, ms", "times the floor")
+    text = "Forward and backward of the four dense blocks of DenseNet-121, bfloat16, in a CUDA graph. Predicted by benchmarks/gpu_model.py before anything was measured."
     return ["## Dense blocks against their floor", text, table(header, cells)]
+
+
+def _kernelbench(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    cells = [
+        (
+            row["problem"],
+            row["variant"],
+            _ms(row["milliseconds"]),
+            f"{row['error']:.0e}",
+            _ms(row["published_eager"]),
+            _ms(row["published_compiled"]),
+        )
+        for row in rows
+    ]
+    header = ("problem", "", "ms", "error against eager", "published eager, ms", "published torch.compile, ms")
+    text = "Level 3, forward alone, float32, batch 10, batch statistics. The published times are KernelBench's own on an H100, not of this machine."
+    return ["## KernelBench", text, table(header, cells)]
 
 
 def _networks(rows: list[Row], peer: list[str]) -> list[str]:
@@ -130,15 +157,28 @@ def _errors(rows: list[Row]) -> list[str]:
 
 def _primitives(rows: list[Row]) -> list[str]:
     sections = []
-    text = "Device time inside a CUDA graph, with a second-level cache that holds other data; host time is that of a call's Python and launch. Errors: against eager."
-    header = ("", "backend", "µs", "floor, µs", "× floor", "GB/s", "TFLOP/s", "host, µs", "error")
+    text = "Device time inside a CUDA graph, with a second-level cache that holds other data; host time is that of a call's Python and launch. Errors: against eager. Predicted by benchmarks/gpu_model.py before anything was measured."
+    header = (
+        "",
+        "backend",
+        "predicted, µs",
+        "floor, µs",
+        "measured, µs",
+        "× floor",
+        "GB/s",
+        "TFLOP/s",
+        "host, µs",
+        "error",
+    )
     for arithmetic in dict.fromkeys(row["arithmetic"] for row in rows):
         cells = []
         for row in (r for r in rows if r["arithmetic"] == arithmetic):
             rate = f"{row['gigabytes_per_second']:.0f}", f"{row['teraflops']:.1f}"
-            times = f"{row['microseconds']:.1f}", f"{row['floor_microseconds']:.1f}", _x(row)
+            predicted = row["predicted_microseconds"]
+            times = f"{row['floor_microseconds']:.1f}", f"{row['microseconds']:.1f}", _x(row)
             host = f"{row['host_microseconds']:.0f}", f"{row['error']:.0e}"
-            cells.append((row["primitive"], row["backend"], *times, *rate, *host))
+            first = row["primitive"], row["backend"], "" if predicted is None else f"{predicted:.1f}"
+            cells.append((*first, *times, *rate, *host))
         sections.append(f"### {arithmetic}\n\n{table(header, cells)}")
     return ["## Primitives against their floors", text, *sections] if sections else []
 
@@ -151,7 +191,9 @@ def _not_measured(failed: list[Row], dropped: list[Row], unfinished: list[Row]) 
     return ["## Not measured", "\n".join(lines), *outputs] if lines else []
 
 
-def _ms(milliseconds: float) -> str:
+def _ms(milliseconds: float | None) -> str:
+    if milliseconds is None:
+        return ""
     return f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.0f}"
 
 

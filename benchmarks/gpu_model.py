@@ -77,7 +77,7 @@ def microseconds(cost: Cost, moved: int, flops: int, gpu: Gpu) -> float:
 
 
 def predict(problem: Problem, gpu: Gpu) -> Prediction:
-    costs = [cost_of(launch, gpu.kind) for launch in launches_of(problem, gpu.kind)]
+    costs = [cost_of(launch, problem, gpu.kind) for launch in launches_of(problem, gpu.kind)]
     main = max(costs, key=lambda cost: (cost.products, cost.requested))
     moved, flops = problem.moved(2, 4), problem.flops()
     total = 0.0

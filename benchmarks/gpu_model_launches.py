@@ -10,7 +10,7 @@ import math
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -113,26 +113,31 @@ def _struct(problem: Problem) -> ctypes.Structure:
     return problems.backward(at, grad, x, norm, weight, dx, problem.accumulate, weight, owed)
 
 
-def cost_of(launch: Launch, kind: Kind) -> Cost:
-    """Counted where the launch's first block executes nvcc's PTX; of many boxes of backward, where it executes two."""
+def cost_of(launch: Launch, problem: Problem, kind: Kind) -> Cost:
+    """Counted where the launch's first block executes nvcc's PTX; of many tiles or boxes it executes two."""
     key = (launch.kernel, launch.grid, launch.block, launch.shared, b"".join(launch.arguments), kind)
     if key not in _COSTS:
-        _COSTS[key] = _count(launch, kind)
+        _COSTS[key] = _count(launch, problem, kind)
     return _COSTS[key]
 
 
 _COSTS: dict[tuple[Any, ...], Cost] = {}
 
 
-def _count(launch: Launch, kind: Kind) -> Cost:
+def _count(launch: Launch, problem: Problem, kind: Kind) -> Cost:
     path = next(path for path in _paths(kind.architecture) if launch.kernel in _entries(path))
     entry = _entries(path)[launch.kernel]
     name, threads = nvcc.readable(entry).partition("<")[0], launch.block[0]
 
-    def count(arguments: Sequence[bytes]) -> Counts:
-        return count_block(_kernel(path, entry), launch.grid, threads, launch.shared, list(arguments), 0)
+    def count(it: Launch) -> Counts:
+        return count_block(_kernel(path, entry), it.grid, threads, it.shared, it.arguments, 0)
 
-    found = count_boxes(launch.arguments, count) if name == "backward_kernel" else count(launch.arguments)
+    if name == "backward_kernel":
+        found = count_boxes(launch, count)
+    elif name in ("conv1x1_kernel", "conv3_kernel") and launch.grid[2] == 1:
+        found = count_tiles(launch, problem, count)
+    else:
+        found = count(launch)
     used = nvcc.resources(path, kind.architecture)[entry]
     resident = nvcc.blocks_per_multiprocessor(used, threads, launch.shared, kind.architecture)
     blocks = math.prod(launch.grid)
@@ -140,24 +145,39 @@ def _count(launch: Launch, kind: Kind) -> Cost:
 
 
 BOXES_AT = 120
-"""Where BackwardPlan::per_block lies: behind two bools and seven boxes of four numbers, and the number of all boxes."""
+"""Where BackwardPlan::per_block lies: behind two bools, seven boxes of four numbers, and the number of all boxes."""
 
 
-def count_boxes(arguments: Sequence[bytes], count: Callable[[Sequence[bytes]], Counts]) -> Counts:
-    """Of a block that has many boxes: each after the first costs what the second does."""
-    (boxes,) = struct.unpack_from("i", arguments[1], BOXES_AT)
-    if boxes <= 2:
-        return count(arguments)
+def count_boxes(launch: Launch, count: Callable[[Launch], Counts]) -> Counts:
+    """Of a block of backward, by its plan."""
+    _, plan, *_ = launch.arguments
+    (boxes,) = struct.unpack_from("i", plan, BOXES_AT)
 
-    def with_boxes(number: int) -> Counts:
-        plan = bytearray(arguments[1])
-        struct.pack_into("i", plan, BOXES_AT, number)
-        return count([arguments[0], bytes(plan), *arguments[2:]])
+    def with_boxes(number: int) -> Launch:
+        changed = plan[:BOXES_AT] + struct.pack("i", number) + plan[BOXES_AT + 4 :]
+        return launch._replace(arguments=[launch.arguments[0], changed, *launch.arguments[2:]])
 
-    one, two = with_boxes(1), with_boxes(2)
-    more = Counter({op: two.instructions[op] - n for op, n in one.instructions.items()})
-    instructions = Counter({op: n + (boxes - 1) * more[op] for op, n in one.instructions.items()})
-    read, written = (a + (boxes - 1) * (b - a) for a, b in ((one.read, two.read), (one.written, two.written)))
+    return count(launch) if boxes <= 2 else extended(count(with_boxes(1)), count(with_boxes(2)), boxes)
+
+
+def count_tiles(launch: Launch, problem: Problem, count: Callable[[Launch], Counts]) -> Counts:
+    """Of a block of forward, which takes every so manieth tile: in a grid of more blocks, fewer of them."""
+    one = count(launch._replace(grid=(1 << 20, *launch.grid[1:])))
+    columns = min(problem.K, math.ceil(problem.K / launch.grid[1] / 16) * 16)
+    moments = 4 * (3 * columns + 1)
+    rows = (one.written - moments) // (2 * columns)  # of bfloat16
+    tiles = math.ceil(math.prod(problem.out_pixels()) / rows)
+    of_block = math.ceil(tiles / launch.grid[0])
+    if of_block <= 2:
+        return count(launch)
+    return extended(one, count(launch._replace(grid=(math.ceil(tiles / 2), *launch.grid[1:]))), of_block)
+
+
+def extended(one: Counts, two: Counts, number: int) -> Counts:
+    """Where each after the first costs what the second does."""
+    more = number - 1
+    instructions = Counter({op: n + more * (two.instructions[op] - n) for op, n in one.instructions.items()})
+    read, written = (a + more * (b - a) for a, b in ((one.read, two.read), (one.written, two.written)))
     return Counts(instructions, read, written)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from . import matrix, scalar  # noqa: F401, the instructions
 from .machine import Machine
 from .memory import SharedMemory
+from .order import Order
 from .parser import Kernel
 
 
@@ -33,6 +34,7 @@ class _NoMemory:
 
     def __init__(self, tensors: list[np.ndarray], blocks: int) -> None:
         self.read = self.written = 0
+        self.order = Order(1)  # of the one block, whatever its number
 
     def load(self, addresses: np.ndarray, size: int, blocks: np.ndarray, align: int | None = None) -> np.ndarray:
         self.read += addresses.size * size

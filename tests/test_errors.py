@@ -226,7 +226,9 @@ def test_bad_argument_of_the_backward_primitive(name: str, value: Tensor, error:
     ],
 )
 def test_bad_argument_of_the_forward_primitive(name: str, value: Tensor | None, error: type[Exception]) -> None:
-    arguments = {k: v for k, v in good().items() if k in ("x", "mean", "var", "gamma", "beta", "eps", "slope", "weight")}
+    arguments = {
+        k: v for k, v in good().items() if k in ("x", "mean", "var", "gamma", "beta", "eps", "slope", "weight")
+    }
     arguments.update(out=torch.ones(2, 1, 3, 5, 4), out_mean=torch.ones(4), out_var=torch.ones(4))
     operator = torch.ops.fused_densenet.norm_relu_conv
     operator(**arguments)

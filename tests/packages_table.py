@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import residual_networks
 import torch
 from networks import assert_same_step
 from rebuilt_networks import NETWORKS, built
 from small_networks import results
 from torch import nn
 
-from fused_densenet import FusedDenseBlock, FusedFeatures, FusedTransition, explain, fuse
+from fused_densenet import FusedDenseBlock, FusedFeatures, FusedResidualDenseBlock, FusedTransition, explain, fuse
 
 
 class Network(NamedTuple):
@@ -67,7 +68,7 @@ def fused_row(label: str, name: str, model: nn.Module, shape: tuple[int, ...] | 
     counts = [
         f"{sum(isinstance(m, kind) for m in ours.modules())} of {len(reports)}" if reports else "–"
         for kind, reports in (
-            (FusedDenseBlock, report.blocks),
+            ((FusedDenseBlock, FusedResidualDenseBlock), report.blocks),
             (FusedTransition, report.transitions),
             (FusedFeatures, report.stems),
         )
@@ -91,7 +92,8 @@ def package_row(network: Network) -> str:
 
 def rebuilt_row(name: str) -> str:
     torch.manual_seed(0)
-    return fused_row("rebuilt", name, built(name), (3, 3, 12, 14))
+    model = built(name) if name in NETWORKS else residual_networks.NETWORKS[name][0]()
+    return fused_row("rebuilt", name, model, (3, 3, 12, 14))
 
 
 def rows() -> Iterator[str]:
@@ -101,7 +103,7 @@ def rows() -> Iterator[str]:
             yield package_row(network)
         except ModuleNotFoundError:
             missing.append(network.package)
-    for name in NETWORKS:
+    for name in (*NETWORKS, *residual_networks.NETWORKS):
         yield rebuilt_row(name)
     if missing:
         yield f"not installed: {', '.join(dict.fromkeys(missing))}"

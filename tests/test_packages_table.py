@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from packages_table import PACKAGES, rebuilt_row
 from rebuilt_networks import NETWORKS
+from residual_networks import NETWORKS as RESIDUAL
 
 PAGE = (Path(__file__).parents[1] / "docs" / "packages.md").read_text().splitlines()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *RESIDUAL])
 def test_rebuilt(name: str) -> None:
     assert rebuilt_row(name) in PAGE
 

@@ -1,0 +1,73 @@
+"""How far the CPU's sums are from float64: closer than plain loops over all terms would be."""
+
+import pytest
+import torch
+from tolerances import rms, tolerance, ulp
+from torch import Tensor
+
+from fused_densenet.backends import BACKENDS
+from fused_densenet.backends.contract import Gradient, Norm, Owed
+
+CPU = BACKENDS["cpu"]
+TERMS = 4096
+
+
+def positive(*shape: int) -> Tensor:
+    """The same numbers in every run, between 0.5 and 1.5: a sum of their products grows from the first to the last."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.rand(*shape, generator=generator) + 0.5
+
+
+def identity(channels: int) -> Norm:
+    return Norm(torch.zeros(channels), torch.ones(channels), torch.ones(channels), torch.zeros(channels), 0.0)
+
+
+def assert_accurate(found: Tensor, exact: Tensor, name: str) -> None:
+    error = rms((found.double() - exact) / exact) / ulp(torch.float32)
+    assert error <= tolerance(name), f"{error:.3g} ulp"
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_sums_over_channels(kernel: int) -> None:
+    """Few pixels: no Winograd, whose transforms round as well."""
+    x, weight = positive(1, 1, 4, 8, TERMS // kernel**2), positive(24, TERMS // kernel**2, 1, kernel, kernel)
+    out = torch.empty(1, 1, 4, 8, 24)
+    CPU.norm_relu_conv(x, identity(x.shape[-1]), weight, out, None, None)
+    image = x[:, 0].permute(0, 3, 1, 2).double()
+    exact = torch.nn.functional.conv2d(image, weight[:, :, 0].double(), padding=kernel // 2)
+    assert_accurate(out[:, 0].permute(0, 3, 1, 2), exact, "sum of 4096")
+
+
+def test_sums_of_gradients() -> None:
+    """The data gradient's over channels, the weight gradient's and the norm's over pixels."""
+    for pixels, channels, out_channels in ((48, 24, TERMS), (TERMS, 24, 40)):
+        x, weight = positive(1, 1, 1, pixels, channels), positive(out_channels, channels, 1, 1, 1)
+        grad = positive(1, 1, 1, pixels, out_channels)
+        dx, dweight, dnorm = torch.empty_like(x), torch.empty_like(weight), torch.empty(2, channels)
+        owed = Owed(dnorm[0], dnorm[1], torch.zeros(2, channels))
+        CPU.norm_relu_conv_backward(Gradient(grad), x, identity(channels), weight, dx, False, dweight, owed)
+        a, g, w = x.double().reshape(pixels, -1), grad.double().reshape(pixels, -1), weight.double().flatten(1)
+        assert_accurate(dx.reshape(pixels, -1), g @ w, "sum of 4096")
+        assert_accurate(dweight.flatten(1), g.T @ a, "sum of 4096")
+        assert_accurate(dnorm[0], (g @ w * a).sum(0), "sum of 4096")
+        assert_accurate(dnorm[1], (g @ w).sum(0), "sum of 4096")
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("step", [0.0, 30.0, 3000.0])
+def test_moments_of_a_step(kernel: int, step: float) -> None:
+    """An image whose first rows are not like the others: what deviations were taken from at first is not the mean."""
+    x = positive(1, 1, 28, 28, 16) * 4
+    x[:, :, 2:] += step
+    weight = torch.zeros(16, 16, 1, kernel, kernel)
+    weight[range(16), range(16), 0, kernel // 2, kernel // 2] = 1
+    out, mean, var = torch.empty_like(x), torch.empty(16), torch.empty(16)
+    CPU.norm_relu_conv(x, identity(16), weight, out, mean, var)
+    exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
+    limit = "moments of a step" if step else "moments"
+    assert_accurate(mean, exact_mean, "moments")
+    assert_accurate(var, exact_var, limit)
+    CPU.place(x, None, mean, var)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 1, 2, 3), correction=0)
+    assert_accurate(mean, exact_mean, "moments")
+    assert_accurate(var, exact_var, limit)

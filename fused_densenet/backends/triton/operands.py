@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def rstd_of(var, channels, mask, EPS: tl.constexpr):
     """``1 / sqrt(var + eps)`` of channels."""
-    return 1.0 / tl.sqrt(tl.load(var + channels, mask=mask, other=1.0) + EPS)
+    return tl.rsqrt(tl.load(var + channels, mask=mask, other=1.0) + EPS)
 
 
 @triton.jit

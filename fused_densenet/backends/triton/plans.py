@@ -379,7 +379,8 @@ def norm_relu_pool_backward(
     device: torch.device,
 ) -> PoolBackward:
     pixels, c = math.prod(x[:4]), x[4]
-    window, blocks = _window(x, grad), _pool_blocks(c)
+    window = _window(x, grad)
+    blocks = _pool_blocks(c, window)
     c_tiles = triton.cdiv(c, blocks["BLOCK_C"])
     share, programs = _split(pixels, blocks["BLOCK_P"], 8 * tuning.multiprocessors(device) // c_tiles)
     strides = (pixel_stride(grad, grad_strides), pixel_stride(x, x_strides), pixel_stride(x, dx_strides))
@@ -393,10 +394,11 @@ def norm_relu_pool_backward(
 
 def _windows(x: Size, x_stride: int, out: Size, out_stride: int, eps: float) -> Launch:
     pixels, c = math.prod(out[:4]), x[4]
-    blocks = _pool_blocks(c)
+    window = _window(x, out)
+    blocks = _pool_blocks(c, window)
     grid = (triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(c, blocks["BLOCK_C"]), 1)
     numbers = (x_stride, out_stride, pixels, *x[1:])
-    return Launch(pooling.norm_relu_pool, grid, numbers, 8, 1, EPS=eps, **_window(x, out), **blocks)
+    return Launch(pooling.norm_relu_pool, grid, numbers, 8, 1, EPS=eps, **window, **blocks)
 
 
 def _window(x: Size, out: Size) -> dict[str, int]:
@@ -404,8 +406,8 @@ def _window(x: Size, out: Size) -> dict[str, int]:
     return {name: 1 if size == pooled else 3 for name, size, pooled in sizes}
 
 
-def _pool_blocks(channels: int) -> dict[str, int]:
-    return {"BLOCK_P": 32, "BLOCK_C": min(power(channels), 64)}
+def _pool_blocks(channels: int, window: dict[str, int]) -> dict[str, int]:
+    return {"BLOCK_P": 16 if window["WD"] > 1 else 32, "BLOCK_C": min(power(channels), 64)}
 
 
 def _merge(rows: int, rows_per_image: int, row_pixels: int, pixels: int, channels: int) -> Launch:

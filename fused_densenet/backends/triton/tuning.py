@@ -138,6 +138,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
     },
     "sm_120": {
         **_MMA_SYNC,
+        ("norm_relu_conv", "tf32"): {16: [Tile(32, 32, 16, 4, 3)]},
         ("norm_relu_conv", "half"): {
             64: [Tile(64, 64, 64, 8, 3)],
             128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],

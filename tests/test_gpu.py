@@ -67,7 +67,8 @@ def test_place(channels_first: bool, dtype: torch.dtype, name: str) -> None:
         guard.data.copy_(value)
     check_moments(x, *guarded)
     on_gpu = torch.empty_strided(loaded.shape, loaded.stride(), dtype=dtype, device="cuda")
-    BACKENDS[name].place_backward(Gradient(*(None if t is None else t.cuda() for t in grad)), on_gpu)
+    moved = grad._replace(**{key: t.cuda() for key, t in grad._asdict().items() if isinstance(t, Tensor)})
+    BACKENDS[name].place_backward(moved, on_gpu)
     assert_entries(on_gpu.cpu(), load(grad), load_magnitude(grad), dtype, "loaded")
 
 
@@ -88,7 +89,7 @@ def test_what_narrow_parameters_are_owed(batch_stats: bool, name: str) -> None:
     count = torch.tensor([1260.0], device="cuda") if batch_stats else None  # of ten ranks
     correction = torch.empty(2, 70, device="cuda") if batch_stats else None
     owed = Owed(*torch.empty(2, 70, dtype=torch.bfloat16, device="cuda"), correction, count)
-    on_gpu, dx = Norm(*(v.cuda() for v in norm[:4]), norm.eps), torch.empty_like(x, device="cuda")
+    on_gpu, dx = Norm(*(v.cuda() for v in norm[:4]), norm.eps, norm.negative_slope), torch.empty_like(x, device="cuda")
     BACKENDS[name].norm_relu_conv_backward(
         Gradient(stored.cuda()), x.cuda(), on_gpu, weight.cuda(), dx, False, None, owed
     )

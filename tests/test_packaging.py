@@ -196,7 +196,7 @@ def statements(script: str) -> dict[str, tuple[str, list[str]]]:
 def test_what_is_compiled(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A library for each torch, of the same kernels."""
     builds = statements(build_script(setup, monkeypatch, tmp_path))
-    kernels = [f"{path.stem}.o" for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    kernels = [*(f"{path.stem}.o" for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))), "watch.o"]
     bindings = [f"_cpu_torch_{name}.o" for name in ("2_11", "2_12")]
     assert set(builds) == {*kernels, *bindings, *(name.replace(".o", ".so") for name in bindings)}
     for torch_name, binding in zip(("2_11", "2_12"), bindings, strict=True):

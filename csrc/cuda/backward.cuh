@@ -20,7 +20,7 @@ class BackwardBlock {
   using T = typename C::T;
 
  public:
-  __device__ BackwardBlock(const Backward& f, const BackwardPlan& plan, unsigned char* shared)
+  __device__ __forceinline__ BackwardBlock(const Backward& f, const BackwardPlan& plan, unsigned char* shared)
       : f_(f), plan_(plan), o_(f, plan, shared) {
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);  // the compiler sees that lanes agree
     warp_m_ = warp / C::warps_n;

@@ -44,17 +44,24 @@ char* relocated(const std::vector<Buffer>& buffers, uint64_t address) {
 int execute(const Request& request, const void* problem, void* workspace) {
   const auto arithmetic = static_cast<Arithmetic>(request.arithmetic);
   const std::string name = request.name;
-  const auto run = [&](auto function, auto* typed) {
-    return function(*typed, arithmetic, request.device, workspace, nullptr);
+  // A call alone: prepared, then launched.
+  const auto run = [&](auto* typed) {
+    const auto call = launcher(*typed);
+    const Needs needs = call.needs(*typed, arithmetic, request.device);
+    if (needs.prepared > 0) {
+      Preparation preparation = needs.preparation;
+      preparation.at = workspace;
+      if (const int error = prepare(&preparation, 1, arithmetic, nullptr); error != 0) return error;
+    }
+    void* const scratch = static_cast<unsigned char*>(workspace) + needs.prepared;
+    return call.run(*typed, arithmetic, request.device, workspace, scratch, nullptr);
   };
-  if (name == "place") return run(place, static_cast<const Place*>(problem));
-  if (name == "place_backward") return run(place_backward, static_cast<const PlaceBackward*>(problem));
-  if (name == "norm_relu_pool") return run(norm_relu_pool, static_cast<const NormReluPool*>(problem));
-  if (name == "norm_relu_pool_backward") {
-    return run(norm_relu_pool_backward, static_cast<const NormReluPoolBackward*>(problem));
-  }
-  if (name == "forward") return run(forward, static_cast<const Forward*>(problem));
-  if (name == "backward") return run(backward, static_cast<const Backward*>(problem));
+  if (name == "place") return run(static_cast<const Place*>(problem));
+  if (name == "place_backward") return run(static_cast<const PlaceBackward*>(problem));
+  if (name == "norm_relu_pool") return run(static_cast<const NormReluPool*>(problem));
+  if (name == "norm_relu_pool_backward") return run(static_cast<const NormReluPoolBackward*>(problem));
+  if (name == "forward") return run(static_cast<const Forward*>(problem));
+  if (name == "backward") return run(static_cast<const Backward*>(problem));
   return -1;
 }
 

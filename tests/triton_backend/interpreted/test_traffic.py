@@ -54,7 +54,7 @@ def test_pointwise_moves_little_more_than_each_operand_once() -> None:
     result = measure((1, 1, 32, 64), K, ONE, accumulate=True)
     for once, _, floor, _ in result.values():
         assert once <= FLOOR_RATIO * floor
-    [_, forward, _], [_, backward, _, _] = (result[name][3] for name in ("norm_relu_conv", "norm_relu_conv_backward"))
+    [_, forward, _], [_, backward, _] = (result[name][3] for name in ("norm_relu_conv", "norm_relu_conv_backward"))
     x = 2 * C * 32 * 64
     assert forward.loaded["x"] == forward.distinct_loaded["x"] == x
     assert backward.loaded["x"] == backward.loaded["dx"] == backward.stored["dx"] == x

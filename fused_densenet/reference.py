@@ -53,10 +53,13 @@ class DenseLayer(nn.Module):
         self.drop_rate = drop_rate
         self.negative_slope = negative_slope
 
+    def activation(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, self.negative_slope) if self.negative_slope else F.relu(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.leaky_relu(self.norm1(x), self.negative_slope))
+        out = self.conv1(self.activation(self.norm1(x)))
         if self.bottleneck:
-            out = self.conv2(F.leaky_relu(self.norm2(out), self.negative_slope))
+            out = self.conv2(self.activation(self.norm2(out)))
         return F.dropout(out, self.drop_rate, self.training) if self.drop_rate > 0 else out
 
 

@@ -118,11 +118,18 @@ class Operator(ABC):
 
     def __call__(self, a: Any) -> Outputs:
         if not _is_plain(a.x):
-            return Outputs(*self._forward(*a))
+            return Outputs(*self._forward(*self._without_empty_lists(a)))
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function(f"fused_densenet::{self.name}"):
                 return self._run(a)
         return self._run(a)
+
+    def _without_empty_lists(self, a: Any) -> Any:
+        """A compiler's: AOTInductor's packages give None for a list without tensors, so there is one that nothing reads."""
+        if not torch.compiler.is_compiling():
+            return a
+        empty = [a._fields[i] for i in self._lists if not a[i]]
+        return a._replace(**{name: [a.x.new_empty(0)] for name in empty})
 
     def _run(self, a: Any) -> Outputs:
         tensors = _differentiable(a)
@@ -316,7 +323,8 @@ def _gradients(
     function: Callable[..., Tensor], dout: Tensor, sources: Sequence[Tensor], create_graph: bool
 ) -> list[Tensor]:
     with torch.enable_grad():
-        return list(torch.autograd.grad(function(*sources), sources, dout, create_graph=create_graph))
+        out = function(*sources)
+        return list(torch.autograd.grad(out, sources, dout, create_graph=create_graph, materialize_grads=True))
 
 
 def act(x: Tensor, slope: float) -> Tensor:

@@ -45,6 +45,10 @@ class Arguments(NamedTuple):
     backend: str
     group: str | None
 
+    @property
+    def bias(self) -> Tensor | None:
+        return next((bias for bias in self.biases if bias.numel()), None)
+
 
 class NormReluThen(Operator):
     """An operator that begins with BN and ReLU and keeps nothing but its input."""
@@ -90,7 +94,7 @@ class Transition(NormReluThen):
         outputs = self.allocate(a)
         with without_autocast(a.x.device):
             source, out = pixels_last(channels_last(a.x)), pixels_last(outputs.out)
-            bias = a.biases[0] if a.biases else None
+            bias = a.bias
             BACKENDS[a.backend].norm_relu_conv(source, self.norm(a), weight_5d(a.weights[0]), out, None, None, bias)
         return outputs
 
@@ -114,7 +118,7 @@ class Transition(NormReluThen):
                 False,
                 weight_5d(dweight) if needed[0] else None,
                 owed,
-                gradients[-1] if a.biases else None,
+                None if a.bias is None else gradients[-1],
             )
             self.settle(a, dx, owed.correction)
         return gradients
@@ -122,7 +126,7 @@ class Transition(NormReluThen):
     def by_operators(self, a: Arguments) -> Tensor:
         spatial = a.x.dim() - 2
         activation = norm_act(a.x, a.moments, a.gammas[0], a.betas[0], a.eps, a.batch_stats, a.slope)
-        bias = a.biases[0].to(activation.dtype) if a.biases else None
+        bias = None if a.bias is None else a.bias.to(activation.dtype)
         out = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1](activation, a.weights[0].to(activation.dtype), bias)
         return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](out, 2) if a.pool else out
 

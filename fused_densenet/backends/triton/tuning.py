@@ -90,7 +90,7 @@ _TILES: dict[tuple[str, str], Choices] = {
 }
 
 _SMALL: dict[tuple[str, str], list[Tile]] = {
-    ("norm_relu_conv", "half"): [Tile(64, 32, 64, 8, 3), Tile(32, 32, 64, 4, 3)],
+    ("norm_relu_conv", "half"): [Tile(32, 32, 64, 4, 3)],
     ("norm_relu_conv", "tf32"): [Tile(32, 32, 32, 8, 3)],
     ("backward_data", "half"): [Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 8, 2)],
 }
@@ -110,7 +110,7 @@ _MMA_SYNC: dict[tuple[str, str], Choices] = {
 _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
     "sm_80": {
         **_MMA_SYNC,
-        ("norm_relu_conv pooled", "ieee"): {256: [Tile(32, 32, 32, 8, 1)]},
+        ("norm_relu_conv pooled", "ieee"): {256: [Tile(32, 16, 32, 8, 1)]},
         ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 8, 1)]},
     },
     "sm_90": {
@@ -173,7 +173,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         ("norm_relu_conv", "half"): {
             32: [Tile(64, 64, 32, 4, 3)],
             64: [Tile(64, 64, 64, 4, 3)],
-            128: [Tile(64, 32, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
+            128: [Tile(64, 32, 128, 8, 3)],
             256: [Tile(64, 32, 256, 8, 2)],
         },
         ("backward_pointwise", "half"): {

@@ -164,13 +164,14 @@ def count_tiles(launch: Launch, problem: Problem, count: Callable[[Launch], Coun
     """Of a block of forward, which takes every so manieth tile: in a grid of more blocks, fewer of them."""
     one = count(launch._replace(grid=(1 << 20, *launch.grid[1:])))
     columns = min(problem.K, math.ceil(problem.K / launch.grid[1] / 16) * 16)
-    moments = 4 * (3 * columns + 1)
+    moments = 4 * (4 * columns)  # two vectors of the block and of those that it merges
     rows = (one.written - moments) // (2 * columns)  # of bfloat16
     tiles = math.ceil(math.prod(problem.out_pixels()) / rows)
     of_block = math.ceil(tiles / launch.grid[0])
     if of_block <= 2:
         return count(launch)
-    return extended(one, count(launch._replace(grid=(math.ceil(tiles / 2), *launch.grid[1:]))), of_block)
+    # Edges make more tiles of an image than its area: of up to half as many again, the first block takes two.
+    return extended(one, count(launch._replace(grid=(tiles * 3 // 4, *launch.grid[1:]))), of_block)
 
 
 def extended(one: Counts, two: Counts, number: int) -> Counts:

@@ -22,10 +22,11 @@ from ptx.counting import count_block  # noqa: E402
 
 FEW = Kind("80", 2, 163 << 10, 80)
 """Multiprocessors, so that blocks of small problems have many tiles."""
+# Sizes of whole tiles and boxes: what sticks out beyond an image asks for fewer bytes.
 PROBLEMS = [
-    Problem(FORWARD, (4, 1, 20, 20), 64, 128, 1),
+    Problem(FORWARD, (4, 1, 16, 24), 64, 128, 1),
     Problem(FORWARD, (4, 1, 28, 28), 64, 32, 3),
-    Problem(BACKWARD, (4, 1, 20, 20), 64, 32, 3),
+    Problem(BACKWARD, (4, 1, 16, 32), 64, 32, 3),
     Problem(BACKWARD, (4, 1, 20, 20), 128, 128, 1, accumulate=True),
 ]
 

@@ -320,7 +320,7 @@ def test_what_a_call_costs_on_the_host() -> None:
         f"{name:24} {cost:5.1f}" for name, cost in costs.items()
     ]
     assert len(costs) == 6
-    assert max(costs.values()) < 10
+    assert max(costs.values()) < 11  # a bias, slopes and the bias's gradient are among the arguments
 
 
 class Recorder:

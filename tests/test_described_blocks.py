@@ -147,22 +147,60 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str | None]] = {
 }
 
 
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changed_after_fuse(name: str) -> None:
+def test_changed_after_fuse(name: str, called: bool) -> None:
     """It does what the unfused one does, and says why it is slower where it is."""
     change, reason = CHANGES[name]
-    theirs = bearpaw().double()
+    theirs, x = bearpaw().double(), images()
     ours = fuse(copy.deepcopy(theirs))
     for model in (theirs, ours):
+        if called:
+            results(model, x)
         torch.manual_seed(2)
         change(model)
-    x = images()
     if reason is None:
         with strict():
             actual = results(ours, x)
     else:
         with pytest.warns(FallbackWarning, match=reason):
             actual = results(ours, x)
+    assert_same_step(actual, results(theirs, x))
+
+
+class Scaling(nn.Module):
+    """A block with a setting that its own ``forward`` reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PreConv(8 + i * GROWTH) for i in range(2))
+        self.factor = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            new = layer(x)
+            x = torch.cat([x, new if self.factor == 1 else self.factor * new], 1)
+        return x
+
+
+class PreConv(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), conv(width, GROWTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(torch.relu(self.norm(x)))
+        return out
+
+
+def test_setting_of_the_block_changed_after_a_call() -> None:
+    theirs: Any = nn.Sequential(conv(3, 8, 3), Scaling()).double()
+    ours, x = fuse(copy.deepcopy(theirs), strict=True), images()
+    for model in (theirs, ours):
+        results(model, x)
+        model[1].factor = 2
+    with pytest.warns(FallbackWarning, match="it has another factor than when fuse was called"):
+        actual = results(ours, x)
     assert_same_step(actual, results(theirs, x))
 
 

@@ -1,7 +1,7 @@
 """What a module's structure says, worked out once and kept for as long as nothing that it depends on has changed.
 
 Between two calls a user may hook, patch, replace or prune anything inside a module, and nothing tells of it. So every call
-looks, at every attribute of every module inside; in C++ (``csrc/watch.cpp``) where that was compiled.
+looks, at every attribute of the module and of all inside; in C++ (``csrc/watch.cpp``) where that was compiled.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ _SHAPE, _WEIGHT = operator.attrgetter("shape"), operator.itemgetter("weight")
 
 
 class Standing(Generic[Plan]):
-    """A plan, and everything that it depends on: a module's class and children, and all that is inside them.
+    """A plan, and everything that it depends on: a module's class and attributes, and all that is inside it.
 
     The values of tensors are none of that, nor which tensors they are.
 
@@ -36,7 +36,7 @@ class Standing(Generic[Plan]):
         self.plan = plan
         modules = list(dict.fromkeys(inside))
         attributes = [inner.__dict__ for inner in modules]
-        held = [module.__dict__["_modules"], *attributes]
+        held = [module.__dict__, module.__dict__["_modules"], *attributes]
         held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
         tensors = [of_one[name] for of_one in attributes for name in ("_parameters", "_buffers") if of_one[name]]
         kinds = dict.fromkeys([own_class(module), *map(type, modules)])
@@ -88,8 +88,8 @@ def _watch(
             [getattr(kind, name, None) for kind, name in methods],
         ]
 
-    seen, kept = look(), [[*of_one.values()] for of_one in held]  # what lives keeps its id
-    return lambda: bool(kept) and look() == seen
+    seen = look(), [[*of_one.values()] for of_one in held]  # what lives keeps its id
+    return lambda: look() == seen[0]
 
 
 class _Watch:

@@ -1,34 +1,3 @@
-#include <cstdint>
-#include <cstring>
-
-#include "isa.h"
-
-#if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own avx512fintrin.h
-#endif
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
-#endif
-
-#define FD_AVX512
-#define FD_AVX512_BF16
 #define FD_AMX
 #define FD_ISA avx512_amx
-#include "kernels.h"
-
-namespace fused_densenet::avx512_amx {
-
-const Kernels& find(DType) { return kernels<bf16, Paired>; }
-
-}  // namespace fused_densenet::avx512_amx
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#endif
+#include "avx512_bf16.inc"

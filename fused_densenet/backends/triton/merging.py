@@ -49,41 +49,6 @@ def merge_moments(
     tl.store(var + k, tl.sum(m2, 0) / total, mask=in_k)
 
 
-@triton.jit
-def _settle(
-    sums,
-    j,
-    var,
-    gamma,
-    dgamma,
-    dbeta,
-    correction,
-    norm_pixels,
-    count,
-    correction_stride,
-    C,
-    EPS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):
-    """Sum ``j`` is of dz of channel j, or of dz * (x - mean) of channel j - C."""
-    centred, c = j >= C, j % C
-    exists = j < 2 * C
-    rstd = rstd_of(var, c, exists, EPS)
-    scaled = tl.where(centred, sums * rstd, sums)
-    tl.store(dbeta + c, scaled.to(dbeta.dtype.element_ty), mask=exists & (j < C))
-    tl.store(dgamma + c, scaled.to(dgamma.dtype.element_ty), mask=exists & centred)
-    if correction is not None:
-        values = count.to(tl.float32)
-        if norm_pixels is not None:
-            values = tl.load(norm_pixels)
-        scale = tl.load(gamma + c, mask=exists, other=0.0).to(tl.float32) * rstd
-        owed = -scale / values * tl.where(centred, scaled * rstd, scaled)
-        target = correction + tl.where(centred, correction_stride + c, c)
-        if ACCUMULATE:
-            owed += tl.load(target, mask=exists, other=0.0)
-        tl.store(target, owed, mask=exists)
-
-
 @triton.jit(do_not_specialize=["weight_values", "weight_splits", "sum_rows", "count", "correction_stride"])
 def add_partials(
     partials,
@@ -118,7 +83,8 @@ def add_partials(
 ):
     """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last the sums.
 
-    These are (2, C), of dz and of dz * (x - mean); what they are to the norm (contract.Owed) is what is stored.
+    Sum j is of dz of channel j, or of dz * (x - mean) of channel j - C; what they are to the norm (contract.Owed) is what
+    is stored.
     """
     weight_programs = tl.cdiv(weight_values, BLOCK)
     program = tl.program_id(0)
@@ -144,18 +110,20 @@ def add_partials(
             first = (r + tile).to(tl.int64) * 2 * C
             mask = (r + tile < sum_rows)[:, None] & (j < 2 * C)[None, :]
             total += tl.load(partials + first[:, None] + j[None, :], mask=mask, other=0.0)
-        _settle(
-            tl.sum(total, 0),
-            j,
-            var,
-            gamma,
-            dgamma,
-            dbeta,
-            correction,
-            norm_pixels,
-            count,
-            correction_stride,
-            C,
-            EPS,
-            ACCUMULATE,
-        )
+        sums = tl.sum(total, 0)
+        centred, c = j >= C, j % C
+        exists = j < 2 * C
+        rstd = rstd_of(var, c, exists, EPS)
+        scaled = tl.where(centred, sums * rstd, sums)
+        tl.store(dbeta + c, scaled.to(dbeta.dtype.element_ty), mask=exists & (j < C))
+        tl.store(dgamma + c, scaled.to(dgamma.dtype.element_ty), mask=exists & centred)
+        if correction is not None:
+            values = count.to(tl.float32)
+            if norm_pixels is not None:
+                values = tl.load(norm_pixels)
+            scale = tl.load(gamma + c, mask=exists, other=0.0).to(tl.float32) * rstd
+            owed = -scale / values * tl.where(centred, scaled * rstd, scaled)
+            target = correction + tl.where(centred, correction_stride + c, c)
+            if ACCUMULATE:
+                owed += tl.load(target, mask=exists, other=0.0)
+            tl.store(target, owed, mask=exists)

@@ -44,11 +44,10 @@ def without_zeros(exact: dict[str, Tensor], *others: dict[str, Tensor]) -> list[
 
 
 @forms
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("size", [SIZE, PLAIN], ids=["bottleneck", "plain"])
 @pytest.mark.parametrize("training", [True, False])
-def test_block(form: dict[str, Any], size: Any, training: bool, backend: str) -> None:
-    if backend == "triton":
-        pytest.skip("it has no float64")
+def test_block(form: dict[str, Any], size: Any, training: bool) -> None:
     for memory_efficient in (False, True):
         ours, theirs = pair(size, form, memory_efficient=memory_efficient)
         x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
@@ -112,10 +111,9 @@ def test_statistics_of_new_features_go_on() -> None:
 
 
 @pytest.mark.parametrize("change", ["bias", "leaky", "both"])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("pool", [True, False])
-def test_transition(change: str, pool: bool, backend: str) -> None:
-    if backend == "triton":
-        pytest.skip("it has no float64")
+def test_transition(change: str, pool: bool) -> None:
     theirs = reference.Transition(10, 6)
     if not pool:
         del theirs.pool

@@ -114,9 +114,9 @@ def fallback_reasons(x: Tensor, standing: list[str], dtype: torch.dtype, groups:
 
 
 def meets(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is nothing to be said against ``x`` meeting ``weight``: their devices, their dtypes, autocast."""
-    device, dtype = x.device, x.dtype
-    if weight.device != device:
+    """Whether there is nothing to be said against ``x`` for a convolution: channels, devices, dtypes, autocast."""
+    device, dtype, shape = x.device, x.dtype, x.shape
+    if weight.device != device or len(shape) != weight.dim() or shape[1] != weight.shape[1]:
         return False
     if device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(device.type):
         return dtype == weight.dtype

@@ -108,7 +108,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
     """
 
     _version = 2
-    gate_name = "FusedDenseBlock"
+    gate_name, input_name = "FusedDenseBlock", "init_features"
     layer_class: type[nn.Module] | None = FusedDenseLayer
     prepends = False
     """Whether new feature maps stand before those that their layer read."""
@@ -204,13 +204,13 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         # Their weights are not looked at: one that is computed has a state, which every look may move on.
         if isinstance(x, Tensor) and plan.reasons and structure_reasons(plan.layers, self.layer_class):
             return
-        check_image(x, "init_features", self.num_input_features, self.spatial_dims)
+        check_image(x, self.input_name, self.num_input_features, self.spatial_dims)
 
     def _check_parameters(self, x: Tensor, plan: "BlockPlan") -> bool:
         if x.numel() == 0 and not any(plan.groups()):
             return False
         modules = [named for parts in plan.layers for named in parts.modules.items()]
-        check_parameters(x, "init_features", modules, plan.dtype, plan.norms)
+        check_parameters(x, self.input_name, modules, plan.dtype, plan.norms)
         return True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -292,13 +292,10 @@ class BlockPlan:
         """The process groups over which the norms take batch statistics; None for this process alone."""
         return statistics_groups(self.layers) if self.synchronised else {None}
 
-    def fits(self, x: Any) -> bool:
-        if self.reasons or self.synchronised or not isinstance(x, Tensor):
+    def fits(self, x: Tensor) -> bool:
+        if self.reasons or self.synchronised or not meets(x, self.convs[0].weight):
             return False
-        weight, shape = self.convs[0].weight, x.shape
-        read = len(shape) == weight.dim() and shape[1] == weight.shape[1]
-        enough = x.numel() > (shape[1] if self._any_batch_stats else 0)
-        return read and enough and meets(x, weight)
+        return x.numel() > (x.shape[1] if self._any_batch_stats else 0)
 
     def parameters(self) -> Parameters:
         weights = [held.get("weight") for held in self._weights]

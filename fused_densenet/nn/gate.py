@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..fallback.reasons import announce, transform_reasons
+from ..fallback.checks import check_image
+from ..fallback.reasons import announce, context_reasons, dtype_reasons, transform_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
 from ..fallback.standing import standing_of
 from ..ops.subclasses import on_plain
@@ -21,7 +22,7 @@ class Plan(Protocol):
     def reasons(self) -> list[str]:
         """Why it cannot run fused, whatever the input."""
 
-    def fits(self, x: Any) -> bool:
+    def fits(self, x: Tensor) -> bool:
         """Whether there is nothing to be said against ``x`` in a quiet surrounding; False where it takes a longer look."""
 
 
@@ -29,7 +30,8 @@ class Gate(nn.Module):
     """A module that runs as one operator where it can, and operator by operator, with the reason said, where it cannot."""
 
     gate_name: ClassVar[str]
-    """What messages call it."""
+    input_name: ClassVar[str]
+    """What messages call it, and what it is called with."""
 
     def pass_on(self, x: Tensor, passage: Passage) -> Tensor:
         """``forward(x)``, told what is known of ``x``, and telling it of the result."""
@@ -42,11 +44,12 @@ class Gate(nn.Module):
             if torch.jit.is_tracing():  # to which sizes are tensors
                 return self._fall_back(transform_reasons(), x, passage)
         plan, one_device = standing_of(self, self.work_out)
-        if not (calm and one_device and plan.fits(x)):
+        if not (calm and one_device and isinstance(x, Tensor) and plan.fits(x)):
             self._check(x, plan)
             if reasons := self._reasons_for(x, plan):
                 return self._fall_back(reasons, x, passage)
             if not self._check_parameters(x, plan):
+                passage.statistics = None
                 return self._operator_by_operator(x)
         if type(x) is Tensor:
             return self._fused(x, plan, passage)
@@ -70,13 +73,14 @@ class Gate(nn.Module):
     def work_out(self) -> tuple[Plan, Iterable[nn.Module]]:
         """Its plan, and the modules that it depends on."""
 
-    @abstractmethod
     def _check(self, x: Any, plan: Any) -> None:
-        """Raises for what is no input of it, whatever it runs."""
+        """Raises for what is no input of it, whatever it runs; of a plan that has a ``weight`` unless ``structure`` is amiss."""
+        if not plan.structure:
+            check_image(x, self.input_name, plan.weight.shape[1], plan.weight.dim() - 2)
 
-    @abstractmethod
     def _reasons_for(self, x: Tensor, plan: Any) -> list[str]:
         """Why it cannot run fused on ``x``."""
+        return context_reasons(x) + (plan.reasons or dtype_reasons(x, plan.weight.dtype))
 
     @abstractmethod
     def _check_parameters(self, x: Tensor, plan: Any) -> bool:

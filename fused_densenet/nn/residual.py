@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..fallback.anatomy import convolution_reasons, replacements
-from ..fallback.checks import check_counts, check_image, check_parameters, check_rate, check_spatial_dims
-from ..fallback.reasons import context_reasons, dtype_reasons, meets
+from ..fallback.checks import check_counts, check_parameters, check_rate, check_spatial_dims
+from ..fallback.reasons import meets
 from ..ops.functional import Form, Parameters, run_block
 from .block import CONV
 from .gate import Gate
@@ -80,11 +80,13 @@ class ResidualPlan:
         self._biased = [conv for conv in self.convs if conv.bias is not None]
         self.form = Form([conv.bias is not None for conv in self.convs], list(self.parts.slopes), [], [], 1)
 
-    def fits(self, x: Any) -> bool:
-        if self.reasons or not isinstance(x, Tensor):
-            return False
-        weight, shape = self.convs[0].weight, x.shape
-        return len(shape) == weight.dim() and shape[1] == weight.shape[1] and x.numel() > 0 and meets(x, weight)
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.convs[0].weight
+        return weight
+
+    def fits(self, x: Tensor) -> bool:
+        return not self.reasons and x.numel() > 0 and meets(x, self.weight)
 
     def parameters(self) -> Parameters:
         return Parameters([conv.weight for conv in self.convs], [conv.bias for conv in self._biased], [], [], [])
@@ -119,7 +121,7 @@ class FusedResidualDenseBlock(Gate, nn.Module):
         ValueError, TypeError: a bad argument or input; raised before anything is written.
     """
 
-    gate_name = "FusedResidualDenseBlock"
+    gate_name, input_name = "FusedResidualDenseBlock", "x"
 
     def __init__(
         self,
@@ -174,16 +176,8 @@ class FusedResidualDenseBlock(Gate, nn.Module):
             out = out.mul_(parts.scale)
         return out.add_(x) if parts.residual else out
 
-    def _reasons_for(self, x: Tensor, plan: ResidualPlan) -> list[str]:
-        return context_reasons(x) + (plan.reasons or dtype_reasons(x, plan.convs[0].weight.dtype))
-
-    def _check(self, x: Any, plan: ResidualPlan) -> None:
-        if not plan.structure:
-            weight = plan.convs[0].weight
-            check_image(x, "x", weight.shape[1], weight.dim() - 2)
-
     def _check_parameters(self, x: Tensor, plan: ResidualPlan) -> bool:
-        check_parameters(x, "x", plan.parts.modules.items(), plan.convs[0].weight.dtype, [])
+        check_parameters(x, self.input_name, plan.parts.modules.items(), plan.weight.dtype, [])
         return x.numel() > 0
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..fallback.anatomy import (
     replacements,
     widths_of,
 )
-from ..fallback.reasons import announce, context_reasons, meets, surroundings_reasons, uses_batch_stats
+from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
 from ..fallback.standing import standing_of
 from ..ops.ranks import sync_group
@@ -67,7 +67,7 @@ class FusedFeatures(nn.Sequential):
         while i < len(plan.steps):
             step = plan.steps[i]
             if step.run is not None and _fits(x, step.run):
-                reasons = step.reasons if passage.is_calm() and meets(x, x) else context_reasons(x) + step.reasons
+                reasons = context_reasons(x) + step.reasons
                 if not reasons:
                     x = on_plain(x, functools.partial(_fused, run=step.run, passage=passage))
                     i += len(step.run.modules)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..backends import choose
 from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons, take_stage, widths_of
-from ..fallback.checks import check_counts, check_image, check_parameters, check_spatial_dims
-from ..fallback.reasons import autocasts, context_reasons, dtype_reasons, meets
+from ..fallback.checks import check_counts, check_parameters, check_spatial_dims
+from ..fallback.reasons import autocasts, meets
 from ..ops.functional import NormReluConv
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, moments_of, statistics_of
@@ -64,14 +64,15 @@ class TransitionPlan:
     reasons: list[str]
     running: RunningStatistics | None
 
-    def fits(self, x: Any) -> bool:
-        if self.reasons or not isinstance(x, Tensor):
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.parts.stage.conv.weight
+        return weight
+
+    def fits(self, x: Tensor) -> bool:
+        if self.reasons or isinstance(self.parts.stage.norm, nn.SyncBatchNorm) or not meets(x, self.weight):
             return False
-        norm, weight, shape = self.parts.stage.norm, self.parts.stage.conv.weight, x.shape
-        read = len(shape) == weight.dim() and shape[1] == weight.shape[1]
-        large = self.parts.pool is None or min(shape[2:]) > 1
-        alone = not isinstance(norm, nn.SyncBatchNorm)
-        return read and large and alone and x.numel() > shape[1] and meets(x, weight)
+        return x.numel() > x.shape[1] and (self.parts.pool is None or min(x.shape[2:]) > 1)
 
 
 class FusedTransition(Gate, nn.Sequential):
@@ -96,7 +97,7 @@ class FusedTransition(Gate, nn.Sequential):
         ValueError, TypeError: a bad argument or input; raised before anything is written.
     """
 
-    gate_name = "FusedTransition"
+    gate_name, input_name = "FusedTransition", "input"
 
     def __init__(
         self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2, pool: bool = True
@@ -141,19 +142,11 @@ class FusedTransition(Gate, nn.Sequential):
         running = None if structure else RunningStatistics([parts.stage.norm])
         return TransitionPlan(parts, structure, reasons, running), list(self.modules())[1:]
 
-    def _reasons_for(self, x: Tensor, plan: "TransitionPlan") -> list[str]:
-        return context_reasons(x) + (plan.reasons or dtype_reasons(x, plan.parts.stage.conv.weight.dtype))
-
-    def _check(self, x: Any, plan: "TransitionPlan") -> None:
-        if not plan.structure:
-            weight = plan.parts.stage.conv.weight
-            check_image(x, "input", weight.shape[1], weight.dim() - 2)
-
     def _check_parameters(self, x: Tensor, plan: "TransitionPlan") -> bool:
         norm = plan.parts.stage.norm
         if plan.parts.pool is not None and min(x.shape[2:]) < 2:
             raise ValueError(f"input: expected sizes of at least 2 to pool, got shape {tuple(x.shape)}")
-        check_parameters(x, "input", plan.parts.modules.items(), plan.parts.stage.conv.weight.dtype, [norm])
+        check_parameters(x, self.input_name, plan.parts.modules.items(), plan.weight.dtype, [norm])
         return x.numel() > 0 or sync_group(norm) is not None
 
     def _operator_by_operator(self, x: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class RunningStatistics:
         self._norms = norms
         self._buffers = [norm._buffers for norm in norms]
         self._momenta = [norm.momentum for norm in norms]
-        self._ordinary = all(map(_is_ordinary, norms))
+        # One launch updates all norms at once; one that several layers share takes one batch after the other.
+        self._ordinary = len(set(norms)) == len(norms) and all(map(_is_ordinary, norms))
 
     def update(self, moments: BatchMoments, x: Tensor) -> None:
         """``running += momentum * (batch - running)``, the variance unbiased; counted where only the count is left.

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from fused_densenet import densenet121, strict, use_backend
 from fused_densenet.backends import BACKENDS
 from fused_densenet.fallback import checks, reasons
-from fused_densenet.nn import transition
+from fused_densenet.nn import chain, transition
 from fused_densenet.ops import operator, statistics
 
 EXPECTED = Path(__file__).with_name("launches.json")
@@ -87,18 +87,17 @@ def _as_on_a_gpu(backend: str) -> Iterator[None]:
     """Under autocast to bfloat16, which tensors without data have not, and with the operators as they run on data."""
     answers: list[tuple[Any, str, Any]] = [
         (BACKENDS[backend], "unavailable", None),
-        (operator, "_is_plain", True),
+        (operator, "is_plain", True),
+        (statistics, "is_plain", True),
         (torch._C, "_len_torch_dispatch_stack", 0),
         (torch, "get_autocast_dtype", torch.bfloat16),
         (torch, "is_autocast_enabled", False),
-        *[(module, "autocasts", True) for module in (transition, reasons, checks)],
+        *[(module, "autocasts", True) for module in (transition, chain, reasons, checks)],
     ]
     fills = torch.utils.deterministic.fill_uninitialized_memory
     with contextlib.ExitStack() as stack:
         for place, name, answer in answers:
             stack.enter_context(mock.patch.object(place, name, return_value=answer))
-        taken = statistics.channel_moments._init_fn
-        stack.enter_context(mock.patch.object(statistics, "channel_moments", taken))
         torch.utils.deterministic.fill_uninitialized_memory = False
         yield
     torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -17,8 +17,9 @@ from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remembe
 from ..fallback.description import BlockDescription, ResidualDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
-from ..fallback.standing import forget
+from ..fallback.standing import Known, forget
 from ..nn.block import FusedDenseBlock
+from ..nn.chain import Link
 from ..nn.passage import Passage, alone, layout_of, passes_on
 from ..nn.residual import FusedResidualDenseBlock, ResidualParts
 from ..nn.stem import FusedFeatures
@@ -70,7 +71,7 @@ def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
     }
     if not issubclass(fused, FusedFeatures):  # a part of whose modules is one as well
         attributes |= {"__new__": _maker(original), "forward": _forward(original, fused)}
-        attributes["pass_on"] = _pass_on(original, fused)
+        attributes |= {"pass_on": _pass_on(original, fused), "link": _link(fused)}
     if fused is FusedDenseBlock:
         attributes |= {
             "_operator_by_operator": _operator_by_operator,
@@ -116,10 +117,10 @@ def _forward(original: Any, fused: Any) -> Callable[..., Any]:
 def _pass_on(original: Any, fused: Any) -> Callable[..., Tensor]:
     """``fused.pass_on`` between what its description says comes before and after."""
 
-    def pass_on(module: Any, x: Tensor, passage: Passage) -> Tensor:
+    def pass_on(module: Any, x: Tensor, passage: Passage, known: Known | None = None) -> Tensor:
         description = module.fused_settings.description
-        if type(description) is not BlockDescription or not description.units:
-            return fused.pass_on(module, x, passage)
+        if not _has_units(module):
+            return fused.pass_on(module, x, passage, known)
         children = [name for name, child in module._modules.items() if child is not None]
         if children != [*description.before, *description.units, *description.after]:
             announce(["it has other modules inside than when fuse was called"], fused.__name__)
@@ -134,6 +135,16 @@ def _pass_on(original: Any, fused: Any) -> Callable[..., Tensor]:
         return x
 
     return pass_on
+
+
+def _link(fused: Any) -> Callable[..., Link | None]:
+    return lambda module, plan: None if _has_units(module) else fused.link(module, plan)
+
+
+def _has_units(module: Any) -> bool:
+    """Whether a block's layers are not all that its module calls."""
+    description = module.fused_settings.description
+    return type(description) is BlockDescription and bool(description.units)
 
 
 OTHER_ARGUMENTS = ["it was called with other arguments than a tensor"]
@@ -153,9 +164,8 @@ def only_argument(original: Any, args: Sequence[Any], options: Mapping[str, Any]
 
 def _operator_by_operator(module: Any, x: Tensor) -> Tensor:
     """By the modules' own ``forward``, as it is at the time of the call."""
-    description = module.fused_settings.description
-    if type(description) is BlockDescription and description.units:
-        for name in description.units:
+    if _has_units(module):
+        for name in module.fused_settings.description.units:
             x = module._modules[name](x)
         return x
     return module.original_class.forward(module, x)

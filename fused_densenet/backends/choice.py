@@ -110,10 +110,10 @@ def backend(
 
 @functools.cache
 def only_cuda(
-    device: torch.device, dtype: torch.dtype, many: bool, kinds: frozenset[tuple[str, tuple[int, ...]]]
+    device: torch.device, dtype: torch.dtype, many: bool, kinds: frozenset[tuple[str, tuple[int, ...], bool]]
 ) -> bool:
-    """Whether ``cuda`` runs all of a program's calls: functions with kernel sizes, of images of few pixels or ``many``."""
-    classes = [ShapeClass(function, _kernel(sizes), PIXELS[many]) for function, sizes in kinds]
+    """Whether ``cuda`` runs all of a program's calls: functions with kernel sizes and pooling, of images of few pixels or ``many``."""
+    classes = [ShapeClass(function, _kernel(sizes, pools), PIXELS[many]) for function, sizes, pools in kinds]
     return all(_preferred(device, dtype, shape_class) == "cuda" for shape_class in classes)
 
 

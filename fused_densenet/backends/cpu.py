@@ -81,9 +81,9 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
 
 
 def runs_program(
-    device: torch.device, dtype: torch.dtype, pixels: int, kinds: frozenset[tuple[str, tuple[int, ...]]]
+    device: torch.device, dtype: torch.dtype, pixels: int, kinds: frozenset[tuple[str, tuple[int, ...], bool]]
 ) -> bool:
-    """Whether it runs all calls of a program on images of so many ``pixels``: functions, kernel sizes."""
+    """Whether it runs all calls of a program on images of so many ``pixels``: functions, kernel sizes, pooling."""
     return True
 
 

@@ -7,7 +7,7 @@ looks, at every attribute of the module and of all inside; in C++ (``csrc/watch.
 import ctypes
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,7 @@ class Standing(Generic[Plan]):
     Attributes:
         plan: what was worked out; not the module itself, whose life must not depend on it.
         one_device: whether all parameters and buffers are on one device, but for what was moved in place since.
+        tensors: another object whenever one of the parameters and buffers is another.
     """
 
     def __init__(self, plan: Plan, module: nn.Module, inside: Iterable[nn.Module]) -> None:
@@ -39,7 +40,7 @@ class Standing(Generic[Plan]):
         held = [module.__dict__, module.__dict__["_modules"], *attributes]
         held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
         tensors = [of_one[name] for of_one in attributes for name in ("_parameters", "_buffers") if of_one[name]]
-        kinds = dict.fromkeys([own_class(module), *map(type, modules)])
+        kinds = dict.fromkeys(map(own_class, (module, *modules)))
         methods = [(kind, name) for kind in kinds for name in _NAMES if hasattr(kind, name)]
         self._is_as_it_was = _watch(held, tensors, modules, methods)
         self._tensors = tensors
@@ -59,7 +60,7 @@ class Standing(Generic[Plan]):
         return True
 
     def _look_at_tensors(self) -> None:
-        self._has_the_same_tensors = _watch(self._tensors, [], [], [])
+        self.tensors = self._has_the_same_tensors = _watch(self._tensors, [], [], [])
         self.one_device = len({t.device for of_one in self._tensors for t in of_one.values() if t is not None}) < 2
 
     def _look_at_shapes(self) -> list[torch.Size]:
@@ -117,19 +118,26 @@ class _Watch:
 _standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()
 
 
-def standing_of(module: nn.Module, work_out: Callable[[], tuple[Plan, Iterable[nn.Module]]]) -> tuple[Plan, bool]:
-    """What was worked out of ``module`` and still holds, or what ``work_out`` says now: a plan, and what it looked at.
+class Known(NamedTuple):
+    """What is known of a module: its plan; and its tensors, an object that is another one when one of them is.
 
-    And whether all its tensors are known to be on one device.
+    ``tensors`` is None where they are not known to be on one device.
     """
+
+    plan: Any
+    tensors: object | None
+
+
+def known_of(module: nn.Module, work_out: Callable[[], tuple[Any, Iterable[nn.Module]]]) -> Known:
+    """What was worked out of ``module`` and still holds, or what ``work_out`` says now: a plan, and what it looked at."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return work_out()[0], False
+        return Known(work_out()[0], None)
     kind, known = _standing.get(module, (None, None))
     if known is None or kind is not type(module) or not known.holds():
         plan, inside = work_out()
         known = Standing(plan, module, inside)
         _standing[module] = type(module), known
-    return known.plan, known.one_device
+    return Known(known.plan, known.tensors if known.one_device else None)
 
 
 def forget(module: nn.Module) -> None:

@@ -17,7 +17,10 @@ from ..fallback.reasons import (
     uses_batch_stats,
 )
 from ..fallback.recomputation import concatenated, recomputed
+from ..fallback.standing import Known
 from ..ops.functional import Form, NormReluConv, Parameters, run_block
+from ..ops.schedule import Structure
+from .chain import Link
 from .gate import Gate
 from .passage import Passage, alone, passes_on
 from .running import RunningStatistics
@@ -170,11 +173,12 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
     def forward(self, init_features: Tensor) -> Tensor:
         return alone(self, init_features)
 
-    def _fused(self, x: Tensor, plan: "BlockPlan", passage: Passage) -> Tensor:
+    def _fused(self, x: Tensor, known: Known, passage: Passage) -> Tensor:
+        plan: BlockPlan = known.plan
         (group,) = plan.groups() or {None}
         out, moments = run_block(
             x,
-            plan.parameters(),
+            plan.parameters(known.tensors),
             plan.form,
             plan.memory_efficient,
             group,
@@ -183,9 +187,26 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         passage.statistics = None
         first = plan.convs[0].weight.shape[1] if self.return_new else 0
         if moments is not None and plan.running is not None:
-            plan.running.update(moments, x)
+            plan.running.update(moments, x, known.tensors)
             passage.statistics = moments.result(first)
         return out[:, first:] if first else out
+
+    def link(self, plan: "BlockPlan") -> Link | None:
+        form = plan.form
+        if plan.reasons or self.return_new or any((*form.batch_stats, form.drop_rate, form.drop_inside)):
+            return None
+        shapes = tuple([tuple(conv.weight.shape) for conv in plan.convs])
+        structure = Structure(
+            shapes,
+            tuple(form.biased),
+            tuple(form.slopes),
+            tuple(form.eps),
+            tuple(form.batch_stats),
+            form.per_layer,
+            keep_bottleneck=False,
+            prepends=form.prepends,
+        )
+        return Link(structure, self.spatial_dims, plan.parameters)
 
     def work_out(self) -> tuple["BlockPlan", list[nn.Module]]:
         layers = self.parts()
@@ -282,6 +303,7 @@ class BlockPlan:
         frozen = [norm._buffers for norm, batch in zip(self.norms, self.form.batch_stats, strict=True) if not batch]
         self._frozen = [(held, name) for held in frozen for name in ("running_mean", "running_var")]
         self._any_batch_stats = any(self.form.batch_stats)
+        self._parameters: tuple[object | None, Parameters] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -297,7 +319,13 @@ class BlockPlan:
             return False
         return x.numel() > (x.shape[1] if self._any_batch_stats else 0)
 
-    def parameters(self) -> Parameters:
+    def parameters(self, tensors: object | None = None) -> Parameters:
+        """What the modules hold, looked up anew unless the ``tensors`` are those of the last time."""
+        if tensors is None or self._parameters is None or self._parameters[0] is not tensors:
+            self._parameters = tensors, self._look_up()
+        return self._parameters[1]
+
+    def _look_up(self) -> Parameters:
         weights = [held.get("weight") for held in self._weights]
         gammas, betas = ([held.get(name) for held in self._affine] for name in ("weight", "bias"))
         if any(t is None for t in (*weights, *gammas, *betas)):
@@ -318,9 +346,9 @@ def norm_relu_conv_of(stage: Stage) -> NormReluConv:
 
 
 def affine_of(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """A norm's weight and bias; where it has none, ones and zeros for the channels ``like.shape[1]``, of its dtype."""
+    """A norm's weight and bias, contiguous; where it has none, ones and zeros for the channels ``like.shape[1]``, of its dtype."""
     gamma, beta = norm.weight, norm.bias
     return (
-        like.new_ones(like.shape[1]) if gamma is None else gamma,
-        like.new_zeros(like.shape[1]) if beta is None else beta,
+        like.new_ones(like.shape[1]) if gamma is None else gamma.contiguous(),
+        like.new_zeros(like.shape[1]) if beta is None else beta.contiguous(),
     )

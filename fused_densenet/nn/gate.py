@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..fallback.checks import check_image
 from ..fallback.reasons import announce, context_reasons, dtype_reasons, transform_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
-from ..fallback.standing import standing_of
+from ..fallback.standing import Known, known_of
 from ..ops.subclasses import on_plain
+from .chain import Link
 from .passage import Passage
 
 
@@ -33,8 +34,8 @@ class Gate(nn.Module):
     input_name: ClassVar[str]
     """What messages call it, and what it is called with."""
 
-    def pass_on(self, x: Tensor, passage: Passage) -> Tensor:
-        """``forward(x)``, told what is known of ``x``, and telling it of the result."""
+    def pass_on(self, x: Tensor, passage: Passage, known: Known | None = None) -> Tensor:
+        """``forward(x)``, told what is known of ``x`` and perhaps of the module, and telling of the result."""
         if isinstance(x, torch.fx.Proxy):
             return one_call(self, x)
         calm = passage.is_calm()
@@ -43,8 +44,8 @@ class Gate(nn.Module):
                 return self._operator_by_operator(x)
             if torch.jit.is_tracing():  # to which sizes are tensors
                 return self._fall_back(transform_reasons(), x, passage)
-        plan, one_device = standing_of(self, self.work_out)
-        if not (calm and one_device and isinstance(x, Tensor) and plan.fits(x)):
+        plan, tensors = known = known or known_of(self, self.work_out)
+        if not (calm and tensors is not None and isinstance(x, Tensor) and plan.fits(x)):
             self._check(x, plan)
             if reasons := self._reasons_for(x, plan):
                 return self._fall_back(reasons, x, passage)
@@ -52,12 +53,12 @@ class Gate(nn.Module):
                 passage.statistics = None
                 return self._operator_by_operator(x)
         if type(x) is Tensor:
-            return self._fused(x, plan, passage)
-        return on_plain(x, lambda plain: self._fused(plain, plan, passage))
+            return self._fused(x, known, passage)
+        return on_plain(x, lambda plain: self._fused(plain, known, passage))
 
     def plan(self) -> Any:
         """What it looks like at the moment."""
-        return standing_of(self, self.work_out)[0]
+        return known_of(self, self.work_out).plan
 
     def fallback_reasons(self, x: Tensor | None = None) -> list[str]:
         """Why it cannot run fused on ``x``, or on any input if None; empty if it can."""
@@ -82,12 +83,16 @@ class Gate(nn.Module):
         """Why it cannot run fused on ``x``."""
         return context_reasons(x) + (plan.reasons or dtype_reasons(x, plan.weight.dtype))
 
+    def link(self, plan: Any) -> Link | None:
+        """What it is in a network that runs as one program, where it can be part of one."""
+        return None
+
     @abstractmethod
     def _check_parameters(self, x: Tensor, plan: Any) -> bool:
         """Raises where ``x`` does not fit the parameters; False where there is nothing to run fused."""
 
     @abstractmethod
-    def _fused(self, x: Tensor, plan: Any, passage: Passage) -> Tensor: ...
+    def _fused(self, x: Tensor, known: Known, passage: Passage) -> Tensor: ...
 
     @abstractmethod
     def _operator_by_operator(self, x: Tensor) -> Tensor: ...

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..fallback.anatomy import CONVS, has_hooks, interceptions
 from ..fallback.reasons import is_calm
+from ..fallback.standing import Known
 from ..ops.statistics import BatchStatistics
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -53,10 +54,12 @@ class Passage:
     Attributes:
         layout: what they would have if no module ran fused; None where that does not matter.
         statistics: their batch statistics, where the module that wrote them has taken them.
+        undisturbed: whether nothing has run so far that may have changed anything.
     """
 
     layout: torch.memory_format | None = None
     statistics: BatchStatistics | None = None
+    undisturbed: bool = True
     _calm: bool | None = None
 
     def is_calm(self) -> bool:
@@ -65,15 +68,15 @@ class Passage:
             self._calm = is_calm()
         return self._calm
 
-    def through(self, module: nn.Module, x: Tensor, kind: Kind | None = None) -> Tensor:
+    def through(self, module: nn.Module, x: Tensor, kind: Kind | None = None, known: Known | None = None) -> Tensor:
         """``module(x)``, of :func:`kind_of`: told what is known of ``x`` where nobody else follows or replaces what it does."""
         kind = kind or kind_of(module)
         if kind == "bare" and self.is_calm():
-            out: Tensor = module.pass_on(x, self)  # type: ignore[operator]
+            out: Tensor = module.pass_on(x, self, known)  # type: ignore[operator]
             return out
         self.statistics = None
         if self.layout is None:
-            self._calm = None
+            self._disturb()
             return module(x)
         # What a compiler asks of a norm's channels-last strides limits the sizes that its graph is for.
         if kind in ("bare", "other") or (kind == "any layout" and torch.compiler.is_compiling()):
@@ -85,10 +88,14 @@ class Passage:
 
     def through_operators(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function(x)``: to it and behind it, the layout is that without fused modules (:func:`alone` says why)."""
-        self.statistics = self._calm = None
+        self._disturb()
         out = function(self.arranged(x))
         self._look_at(out)
         return self.arranged(out)
+
+    def _disturb(self) -> None:
+        self.statistics = self._calm = None
+        self.undisturbed = False
 
     def convolved(self, convolution: nn.Module, pool: nn.Module | None = None) -> None:
         """Notes that modules have run: channels-last weights make their result so, and ``AvgPool3d`` contiguous."""

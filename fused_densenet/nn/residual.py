@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..fallback.anatomy import convolution_reasons, replacements
 from ..fallback.checks import check_counts, check_parameters, check_rate, check_spatial_dims
 from ..fallback.reasons import meets
+from ..fallback.standing import Known
 from ..ops.functional import Form, Parameters, run_block
 from .block import CONV
 from .gate import Gate
@@ -162,8 +163,8 @@ class FusedResidualDenseBlock(Gate, nn.Module):
         structure = parts.structure_reasons()
         return ResidualPlan(parts, structure, structure + replacements(parts.modules.items())), list(self.modules())[1:]
 
-    def _fused(self, x: Tensor, plan: ResidualPlan, passage: Passage) -> Tensor:
-        passage.statistics = None
+    def _fused(self, x: Tensor, known: Known, passage: Passage) -> Tensor:
+        passage.statistics, plan = None, known.plan
         out, _ = run_block(x, plan.parameters(), plan.form, False, None)
         parts = plan.parts
         if not parts.last:

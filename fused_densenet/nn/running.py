@@ -9,7 +9,7 @@ import operator
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +30,14 @@ class RunningStatistics:
         self._momenta = [norm.momentum for norm in norms]
         # One launch updates all norms at once; one that several layers share takes one batch after the other.
         self._ordinary = len(set(norms)) == len(norms) and all(map(_is_ordinary, norms))
+        self._looked: _Looked | None = None
 
-    def update(self, moments: BatchMoments, x: Tensor) -> None:
+    def update(self, moments: BatchMoments, x: Tensor, tensors: object | None = None) -> None:
         """``running += momentum * (batch - running)``, the variance unbiased; counted where only the count is left.
 
         ``moments`` are those of what the norms read in a module called with ``x``. They take no part in differentiation,
-        so there is no gradient to switch off (torch.export could not record it).
+        so there is no gradient to switch off (torch.export could not record it). The buffers are those of the last call
+        where ``tensors`` are.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and _is_computed_again():
@@ -44,18 +46,16 @@ class RunningStatistics:
             pixels = x.numel() // x.shape[1]
             unbiased: Any = pixels / max(pixels - 1, 1)
             if self._ordinary and not compiling and torch._C._len_torch_dispatch_stack() == 0:
-                kernels = BACKENDS[choose(x.device, x.dtype)]
-                lists = [list(map(name, self._buffers)) for name in _OF_BUFFERS]
-                devices = {*map(_DEVICE, lists[0]), *map(_DEVICE, lists[1])}
-                if devices != {x.device}:
+                kernels, looked = BACKENDS[choose(x.device, x.dtype)], self._looked
+                if looked is None or tensors is None or looked.tensors is not tensors:
+                    looked = self._looked = _Looked.at(self._buffers, tensors)
+                if looked.devices != {x.device}:
                     raise ValueError(
-                        f"running statistics: expected them on {x.device}, where the input is, got {devices}"
+                        f"running statistics: expected them on {x.device}, where the input is, got {looked.devices}"
                     )
-                dtypes = {*map(_DTYPE, lists[0]), *map(_DTYPE, lists[1])}
-                if hasattr(kernels, "update_running") and dtypes == {moments.stats.dtype}:
-                    kernels.update_running(
-                        moments.stats, moments.bottleneck_stats, *lists, self._momenta, unbiased, moments.from_end
-                    )
+                if hasattr(kernels, "update_running") and looked.dtypes == {moments.stats.dtype}:
+                    statistics = moments.stats, moments.bottleneck_stats
+                    kernels.update_running(*statistics, *looked.lists, self._momenta, unbiased, moments.from_end)
                     return
         else:
             unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
@@ -73,6 +73,21 @@ class RunningStatistics:
         else:  # a norm that several layers share sees one batch after the other
             for batch in batches:
                 _update([batch])
+
+
+class _Looked(NamedTuple):
+    """Means, variances and counts, when their tensors were these; devices and dtypes of the first two."""
+
+    tensors: object | None
+    lists: list[list[Tensor]]
+    devices: set[torch.device]
+    dtypes: set[torch.dtype]
+
+    @classmethod
+    def at(cls, buffers: Sequence[dict[str, Any]], tensors: object | None) -> "_Looked":
+        lists = [list(map(name, buffers)) for name in _OF_BUFFERS]
+        statistics = lists[0] + lists[1]
+        return cls(tensors, lists, {*map(_DEVICE, statistics)}, {*map(_DTYPE, statistics)})
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

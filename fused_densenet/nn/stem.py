@@ -1,7 +1,7 @@
 """``FusedFeatures``: a ``nn.Sequential`` in which BN, ReLU and max pooling that follow each other run as one operator."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,16 +20,20 @@ from ..fallback.anatomy import (
 )
 from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
-from ..fallback.standing import standing_of
+from ..fallback.standing import Known, known_of
+from ..ops.functional import Parameters
+from ..ops.network import NormReluPool
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, moments_of, statistics_of
 from ..ops.stem import Arguments, stem
 from ..ops.subclasses import on_plain
 from .block import affine_of
+from .chain import Chain, Link, chains
+from .gate import Gate
 from .passage import Kind, Passage, channels_last, kind_of, layout_of
 from .running import RunningStatistics
 
-_MAX_POOL: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+MAX_POOLS: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 class Run(NamedTuple):
@@ -39,6 +43,18 @@ class Run(NamedTuple):
     norm: Any
     pool: bool
     running: RunningStatistics
+
+    def link(self) -> Link | None:
+        """What it is in a chain, where its norm takes no statistics of the batch."""
+        norm = self.norm
+        tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        if uses_batch_stats(norm) or any(t is None for t in tensors):
+            return None
+        dims = MAX_POOLS.index(type(self.modules[-1][1])) + 1 if self.pool else None
+        part = NormReluPool(norm.weight.shape[0], norm.eps, self.pool)
+        return Link(
+            part, dims, lambda: Parameters([], [], [norm.weight], [norm.bias], [norm.running_mean, norm.running_var])
+        )
 
     def interceptions(self) -> list[str]:
         """Which of the modules something follows or replaces."""
@@ -57,7 +73,7 @@ class FusedFeatures(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy) or exports_operators():
             return super().forward(input)
-        plan, _ = standing_of(self, self.work_out)
+        plan, tensors = known_of(self, self.work_out)
         passage = Passage(layout_of(input))
         if not passage.is_calm() and (reasons := surroundings_reasons()):  # every module needs to be called
             if any(step.run for step in plan.steps):
@@ -65,15 +81,19 @@ class FusedFeatures(nn.Sequential):
             return super().forward(input)
         x, i = channels_last(input) if plan.channels_last else input, 0
         while i < len(plan.steps):
-            step = plan.steps[i]
+            step, chain = plan.steps[i], plan.chains.get(i)
+            if chain is not None and passage.undisturbed and (out := chain.run(x, tensors, passage)) is not None:
+                x, i = out, chain.end
+                continue
             if step.run is not None and _fits(x, step.run):
                 reasons = context_reasons(x) + step.reasons
                 if not reasons:
-                    x = on_plain(x, functools.partial(_fused, run=step.run, passage=passage))
+                    x = on_plain(x, functools.partial(_fused, run=step.run, tensors=tensors, passage=passage))
                     i += len(step.run.modules)
                     continue
                 announce(reasons, type(self).__name__)
-            x = passage.through(step.module, x, step.kind)
+            known = Known(step.plan, tensors) if step.plan is not None and passage.undisturbed else None
+            x = passage.through(step.module, x, step.kind, known)
             i += 1
         return passage.arranged(x)
 
@@ -82,7 +102,11 @@ class FusedFeatures(nn.Sequential):
         steps = [Step(module, kind_of(module), run_at(modules, i)) for i, (_, module) in enumerate(modules)]
         inside = [module for step in steps if step.run is not None for _, module in step.run.modules]
         looked_at = [step.module for step in steps] + [part for module in inside for part in module.modules()]
-        return FeaturesPlan(steps, _for_the_run(modules)), looked_at
+        if torch.compiler.is_compiling():  # which traces what is read here
+            return FeaturesPlan(steps, _for_the_run(modules), {}), looked_at
+        for step in steps:
+            looked_at += step.look_inside()
+        return FeaturesPlan(steps, _for_the_run(modules), chains(_links(steps))), looked_at
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()
@@ -104,23 +128,47 @@ class FusedFeatures(nn.Sequential):
 class Step:
     """A module of a sequence: what calling it means to a passage, and the run that begins with it, or None.
 
-    ``reasons`` say why that run cannot run fused, whatever the input.
+    ``reasons`` say why that run cannot run fused, whatever the input; ``plan`` is the module's own where it has one.
     """
 
     def __init__(self, module: nn.Module, kind: Kind, run: Run | None) -> None:
         self.module, self.kind, self.run = module, kind, run
         self.reasons = [] if run is None else run.interceptions()
+        self.plan: Any = None
+
+    def look_inside(self) -> Iterable[nn.Module]:
+        """Works out the module's plan; what that depends on."""
+        if self.kind != "bare" or not isinstance(self.module, Gate):
+            return []
+        self.plan, inside = self.module.work_out()
+        return inside
+
+    def link(self) -> Link | None:
+        if self.run is not None:
+            return None if self.reasons else self.run.link()
+        return self.module.link(self.plan) if self.plan is not None else None  # type: ignore[operator]
 
 
 class FeaturesPlan(NamedTuple):
     """What a sequence of modules says.
 
     ``channels_last``: its input goes to a convolution before a run, which in another layout would copy the feature maps,
-    many times more than the image.
+    many times more than the image. ``chains``: what can run as one program, by the place where it begins.
     """
 
     steps: list[Step]
     channels_last: bool
+    chains: Mapping[int, Chain]
+
+
+def _links(steps: Sequence[Step]) -> list[tuple[int, Link | None]]:
+    """What each run, and each module outside of the runs, is in a chain, and the place where it begins; the end at last."""
+    links, i = [], 0
+    while i < len(steps):
+        links.append((i, steps[i].link()))
+        run = steps[i].run
+        i += 1 if run is None else len(run.modules)
+    return [*links, (i, None)]
 
 
 def _for_the_run(modules: Sequence[tuple[str, nn.Module]]) -> bool:
@@ -145,7 +193,7 @@ def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
 
 
 def _is_stems_pooling(pool: Any) -> bool:
-    if type(pool) not in _MAX_POOL or pool.ceil_mode or pool.return_indices:
+    if type(pool) not in MAX_POOLS or pool.ceil_mode or pool.return_indices:
         return False
     settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     return all(map(is_everywhere, settings, (3, 2, 1, 1)))
@@ -154,7 +202,7 @@ def _is_stems_pooling(pool: Any) -> bool:
 def _fits(x: Tensor, run: Run) -> bool:
     """Whether the operator takes ``x``; what it does not take goes to the modules, which have errors of their own."""
     norm = run.norm
-    pooled_dims = _MAX_POOL.index(type(run.modules[-1][1])) + 1 if run.pool else x.dim() - 2
+    pooled_dims = MAX_POOLS.index(type(run.modules[-1][1])) + 1 if run.pool else x.dim() - 2
     wide = accumulate_dtype(x.dtype) if x.dtype.is_floating_point else None
     tensors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
     return (
@@ -166,7 +214,7 @@ def _fits(x: Tensor, run: Run) -> bool:
     )
 
 
-def _fused(x: Tensor, run: Run, passage: Passage) -> Tensor:
+def _fused(x: Tensor, run: Run, tensors: object | None, passage: Passage) -> Tensor:
     norm, batch_stats, group = run.norm, uses_batch_stats(run.norm), sync_group(run.norm)
     backend = choose(x.device, x.dtype) if x.numel() else "eager"
     statistics = statistics_of(x, backend, group, passage.statistics) if batch_stats else None
@@ -176,5 +224,5 @@ def _fused(x: Tensor, run: Run, passage: Passage) -> Tensor:
     arguments = Arguments(x, [gamma], [beta], *normalised_by, norm.eps, batch_stats, run.pool, backend, group)
     out = stem(arguments).out
     if statistics is not None:
-        run.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
+        run.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x, tensors)
     return out

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from ..backends import choose
 from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons, take_stage, widths_of
 from ..fallback.checks import check_counts, check_parameters, check_spatial_dims
-from ..fallback.reasons import autocasts, meets
-from ..ops.functional import NormReluConv
+from ..fallback.reasons import autocasts, meets, uses_batch_stats
+from ..fallback.standing import Known
+from ..ops.functional import NormReluConv, Parameters
+from ..ops.network import Reduction
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, moments_of, statistics_of
 from ..ops.transition import Arguments
 from ..ops.transition import transition as transition_op
 from .block import CONV, NORM, norm_relu_conv_of
+from .chain import Link
 from .gate import Gate
 from .passage import Passage, alone, passes_on
 from .running import RunningStatistics
@@ -117,16 +120,32 @@ class FusedTransition(Gate, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         return alone(self, input)
 
-    def _fused(self, x: Tensor, plan: "TransitionPlan", passage: Passage) -> Tensor:
+    def _fused(self, x: Tensor, known: Known, passage: Passage) -> Tensor:
+        plan: TransitionPlan = known.plan
         stage, pool = plan.parts.stage, plan.parts.pool
         convolution = norm_relu_conv_of(stage)
-        group, known = sync_group(stage.norm), passage.statistics
-        out, statistics = transition(x, convolution, pool=pool is not None, group=group, statistics=known)
+        group, taken = sync_group(stage.norm), passage.statistics
+        out, statistics = transition(x, convolution, pool=pool is not None, group=group, statistics=taken)
         passage.statistics = None
         passage.convolved(stage.conv, pool)
         if statistics is not None and plan.running is not None:
-            plan.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x)
+            plan.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x, known.tensors)
         return out
+
+    def link(self, plan: "TransitionPlan") -> Link | None:
+        stage, pool = plan.parts.stage, plan.parts.pool
+        if plan.reasons or uses_batch_stats(stage.norm):
+            return None
+        weight, biased = stage.conv.weight, stage.conv.bias is not None
+        part = Reduction(tuple(weight.shape), biased, stage.norm.eps, stage.slope, pool is not None)
+
+        def parameters() -> Parameters:
+            c = norm_relu_conv_of(stage)
+            assert c.running_mean is not None and c.running_var is not None
+            biases = [] if c.bias is None else [c.bias]
+            return Parameters([c.weight], biases, [c.gamma], [c.beta], [c.running_mean, c.running_var])
+
+        return Link(part, weight.dim() - 2, parameters, (stage.conv, pool))
 
     def parts(self) -> TransitionParts:
         """Its modules, taken apart."""

@@ -34,10 +34,15 @@ def channels_last(x: Tensor) -> Tensor:
 
 def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:
     """Uninitialised, of the dtype and device of ``like``."""
+    return torch.empty_strided(tuple(shape), strides_of(shape, pixel_stride), dtype=like.dtype, device=like.device)
+
+
+def strides_of(shape: Sequence[int], pixel_stride: int) -> list[int]:
+    """Of ``(N, C, *spatial)``, channels-last, with so many entries from one pixel to the next."""
     strides = [0, 1, *[0] * (len(shape) - 2)]
     step = pixel_stride
     for dim in reversed(range(2, len(shape))):
         strides[dim] = step
         step = step * shape[dim]
     strides[0] = step
-    return torch.empty_strided(tuple(shape), strides, dtype=like.dtype, device=like.device)
+    return strides

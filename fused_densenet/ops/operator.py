@@ -117,7 +117,7 @@ class Operator(ABC):
         return by_input
 
     def __call__(self, a: Any) -> Outputs:
-        if not _is_plain(a.x):
+        if not is_plain(a.x):
             return Outputs(*self._forward(*self._without_empty_lists(a)))
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function(f"fused_densenet::{self.name}"):
@@ -136,7 +136,8 @@ class Operator(ABC):
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return self.forward(a)
         left: list[Outputs] = []
-        out = _Function.apply(self, a, left, *tensors)
+        apply = _Function.apply if torch._C._are_functorch_transforms_active() else _apply
+        out = apply(self, a, left, *tensors)
         return left[0]._replace(out=out)
 
     def gradients(
@@ -146,7 +147,7 @@ class Operator(ABC):
         by_weights = [bool(n) for n in needed[1 : 1 + len(getattr(a, "weights", ()))]]
         if not torch.compiler.is_compiling() and _is_batched(dout):
             return self._batched(dout, a)
-        if torch.is_grad_enabled() or not _is_plain(dout):
+        if torch.is_grad_enabled() or not is_plain(dout):
             return self._backward(dout, kept, constants, by_weights, *a)
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function(f"fused_densenet::{self.name}_backward"):
@@ -274,11 +275,15 @@ class _Function(torch.autograd.Function):
         return (None, None, None, *[g if wanted else None for g, wanted in zip(gradients, needed, strict=True)])
 
 
+_apply: Any = super(torch.autograd.Function, _Function).apply
+"""``_Function.apply`` without a look, in Python, at whether each tensor is what a transform left behind."""
+
+
 def _flat(outputs: Outputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return outputs.out, outputs.kept, outputs.constants
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether nothing looks at single operators: no compiler, no mode of ``torch.utils``, no subclass of Tensor.
 
     And there is data: tensors without any have the operators' shapes.

@@ -53,10 +53,11 @@ class Weight(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A function of the backends' contract, or one of :data:`BETWEEN`, and its arguments."""
+    """A function of the backends' contract, or one of :data:`BETWEEN`, its arguments, and whether it pools what it reads."""
 
     function: str
     arguments: tuple[Any, ...]
+    pools: bool = False
 
 
 Operands = Mapping[str, Sequence[Tensor]]
@@ -77,13 +78,13 @@ class Program:
     def __getattr__(self, function: str) -> Callable[..., None]:
         if function.startswith("_"):
             raise AttributeError(function)
-        return lambda *arguments: self.calls.append(Call(function, arguments))
+        return lambda *arguments, pools=False: self.calls.append(Call(function, arguments, pools))
 
     @functools.cached_property
-    def kinds(self) -> frozenset[tuple[str, tuple[int, ...]]]:
-        """What there is of calls: their functions, with the kernel sizes of a convolution."""
-        weights = [[a.kernel for a in arguments if isinstance(a, Weight)] for _, arguments in self.calls]
-        return frozenset((call.function, w[0] if w else ()) for call, w in zip(self.calls, weights, strict=True))
+    def kinds(self) -> frozenset[tuple[str, tuple[int, ...], bool]]:
+        """What there is of calls: their functions, with the kernel sizes of a convolution, and whether it pools."""
+        sizes = [next((a.kernel for a in call.arguments if isinstance(a, Weight)), ()) for call in self.calls]
+        return frozenset((call.function, w, call.pools) for call, w in zip(self.calls, sizes, strict=True))
 
     def code(self, lengths: tuple[int, ...]) -> Tensor | None:
         """The calls as numbers for a compiled backend, operands numbered through lists of these ``lengths``.
@@ -100,14 +101,15 @@ def execute(program: Program, operands: Operands, backend: ModuleType, context: 
     lists = [operands[name] for name in program.operands]
     if context.group is None and hasattr(backend, "run_program") and not torch.autograd._profiler_enabled():
         x, code = lists[0][0], program.code(tuple([len(tensors) for tensors in lists]))
-        if code is not None and backend.runs_program(x.device, x.dtype, context.pixels, program.kinds):
+        sizes = {context.pixels, context.fewest or context.pixels}
+        if code is not None and all(backend.runs_program(x.device, x.dtype, size, program.kinds) for size in sizes):
             backend.run_program(code, [tensor for tensors in lists for tensor in tensors])
             return
     weights = [weight_5d(weight) for weight in operands["weight"]]
     if hasattr(backend, "pack_weights"):
         weights = backend.pack_weights(weights, lists[0][0])
     operands = {**operands, "weight": weights}
-    for function, arguments in program.calls:
+    for function, arguments, _ in program.calls:
         run = BETWEEN.get(function)
         tensors = [_resolve(argument, operands) for argument in arguments]
         if run is None:
@@ -127,11 +129,13 @@ class Context(NamedTuple):
 
     Attributes:
         group: name of the process group over whose ranks statistics are taken, or None.
-        pixels: how many values of a channel this rank has.
+        pixels: how many values of a channel this rank has; where that differs, in the largest image.
+        fewest: in the smallest image, where that differs.
     """
 
     group: str | None
     pixels: int
+    fewest: int | None = None
 
 
 def _merge(context: Context, mean: Tensor, var: Tensor, pixels: Tensor) -> None:
@@ -180,7 +184,7 @@ def _encode(program: Program, lengths: Sequence[int]) -> Tensor | None:
         slots[name] = first
         first += length
     numbers: list[int] = []
-    for function, arguments in program.calls:
+    for function, arguments, _ in program.calls:
         if function not in extension.FUNCTIONS:
             return None
         numbers.append(extension.FUNCTIONS.index(function))

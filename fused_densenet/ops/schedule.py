@@ -23,7 +23,7 @@ The loops run on names, once for each :class:`Structure`: what they record is a 
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..backends.contract import Gradient, Norm, Owed
 from .program import Image, Program, Vector, Weight
@@ -89,13 +89,29 @@ class Structure:
         return self.inputs + sum(self.growths)
 
 
-class _Names:
-    """The operands of a block as its loops name them; channels are counted in the order in which they are made."""
+class Before(NamedTuple):
+    """How many parameters of each kind stand in the operands before a block's."""
 
-    def __init__(self, structure: Structure) -> None:
+    weight: int = 0
+    bias: int = 0
+    norm: int = 0
+    running: int = 0
+
+
+NOTHING = Before()
+
+
+class Names:
+    """The operands of a block as its loops name them; channels are counted in the order in which they are made.
+
+    In a program of several blocks, images have the block's ``suffix``, and parameters others ``before`` them.
+    """
+
+    def __init__(self, structure: Structure, suffix: str = "", before: Before = NOTHING) -> None:
         self.structure = structure
+        self._suffix, self._before = suffix, before
         self._drops = dict(structure.drops)
-        self._running = iter(range(2 * structure.batch_stats.count(False)))
+        self._running = iter(range(before.running, before.running + 2 * structure.batch_stats.count(False)))
         self._norms = [self._constants(i) for i in range(len(structure.eps))]
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
@@ -105,7 +121,7 @@ class _Names:
 
     def image(self, operand: str, begin: int, end: int) -> Image:
         """Channels of the buffer, or of what is laid out like it."""
-        return Image(operand, *self.span(begin, end))
+        return Image(operand + self._suffix, *self.span(begin, end))
 
     def moments(self, begin: int, end: int) -> tuple[Vector, Vector]:
         """Mean and variance of channels of the buffer."""
@@ -121,12 +137,12 @@ class _Names:
         """A layer's bottleneck and its moments."""
         s = self.structure
         width = s.widths[layer]
-        y = Image("bottleneck", 0, width, layer if s.keep_bottleneck else 0)
+        y = Image("bottleneck" + self._suffix, 0, width, layer if s.keep_bottleneck else 0)
         mean, var = (Vector("bottleneck_stats", 0, (row * s.layers + layer) * s.width, width) for row in range(2))
         return y, (mean, var)
 
     def weight(self, i: int) -> Weight:
-        return Weight("weight", i, self.structure.weights[i][2:])
+        return Weight("weight", self._before.weight + i, self.structure.weights[i][2:])
 
     def mask(self, layer: int, place: int) -> tuple[Image, float] | None:
         """Of the dropout that follows a layer's convolution, and its scale; None where there is none."""
@@ -142,12 +158,13 @@ class _Names:
         if not self.structure.eps:
             return None
         mean, var = self._norms[i] or moments
-        gamma, beta = (Vector(name, i, 0, self.structure.weights[i][1]) for name in ("gamma", "beta"))
+        number, channels = self._before.norm + i, self.structure.weights[i][1]
+        gamma, beta = (Vector(name, number, 0, channels) for name in ("gamma", "beta"))
         return Norm(mean, var, gamma, beta, self.structure.eps[i], self.structure.slopes[i])  # type: ignore[arg-type]
 
     def bias(self, i: int, operand: str = "bias") -> Vector | None:
         s = self.structure
-        return Vector(operand, sum(s.biased[:i]), 0, s.weights[i][0]) if s.biased[i] else None
+        return Vector(operand, self._before.bias + sum(s.biased[:i]), 0, s.weights[i][0]) if s.biased[i] else None
 
     def epilogue(self, i: int) -> tuple[Vector | None, float]:
         """A convolution's bias, and the slope of what follows it."""
@@ -179,9 +196,19 @@ def forward(structure: Structure) -> Program:
     ``bottleneck`` are the bottlenecks' outputs, one image for each layer where they are kept, else one for all. Moments
     that no norm reads are not taken. ``keep`` and ``keep_inside`` are the masks of dropouts of all layers.
     """
-    s, names = structure, _Names(structure)
+    program, names = Program(("x", *_GIVEN)), Names(structure)
+    inputs, moments = structure.inputs, names.moments(0, structure.inputs)
+    wanted = any(structure.batch_stats)
+    program.place(Image("x", 0, inputs), names.image("buffer", 0, inputs), *(moments if wanted else (None, None)))
+    _merge(program, structure, moments)
+    fill(program, names)
+    return program
+
+
+def fill(program: Program, names: Names) -> None:
+    """Every layer of a block whose input stands in its buffer."""
+    s = names.structure
     wanted = any(s.batch_stats)
-    program = Program(("x", *_GIVEN))
 
     def convolve(layer: int, place: int, source: Image, read: tuple[Vector, Vector], out: Image, wrote: Any) -> None:
         i = layer * s.per_layer + place
@@ -192,16 +219,9 @@ def forward(structure: Structure) -> Program:
             program.drop(out, *mask)
             if wanted:
                 program.place(out, None, *wrote)
-        merge(wrote)
-
-    def merge(moments: tuple[Vector, Vector]) -> None:
-        if s.over_ranks and wanted:
-            program.merge_moments(*moments, Vector("pixels", 0, 0, 1))
+        _merge(program, s, wrote)
 
     width = s.inputs
-    moments = names.moments(0, width)
-    program.place(Image("x", 0, width), names.image("buffer", 0, width), *(moments if wanted else (None, None)))
-    merge(moments)
     for layer, growth in enumerate(s.growths):
         source, moments = names.image("buffer", 0, width), names.moments(0, width)
         if s.per_layer == 2:
@@ -212,7 +232,11 @@ def forward(structure: Structure) -> Program:
         new, new_moments = names.image("buffer", width, end), names.moments(width, end)
         convolve(layer, s.per_layer - 1, source, moments, new, new_moments)
         width = end
-    return program
+
+
+def _merge(program: Program, structure: Structure, moments: tuple[Vector, Vector]) -> None:
+    if structure.over_ranks and any(structure.batch_stats):
+        program.merge_moments(*moments, Vector("pixels", 0, 0, 1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -224,7 +248,7 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
     and ``dropped_bottleneck`` for a layer's gradients; ``bottleneck`` is scratch where it was not kept. ``dweight`` has
     tensors for the needed weights only.
     """
-    s, names = structure, _Names(structure)
+    s, names = structure, Names(structure)
     program = Program(
         (
             *("dout", *_GIVEN, "gradient", "dbottleneck", "correction", "own_correction"),

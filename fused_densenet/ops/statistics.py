@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.contract import accumulate_dtype
 from .layout import pixels_last
+from .operator import is_plain
 from .ranks import merge_moments
 
 
@@ -56,7 +57,7 @@ def statistics_of(x: Tensor, backend: str, group: str | None, known: BatchStatis
     """The statistics of ``x`` ``(N, C, *spatial)``: those that are ``known``, if they are of ``group``, or taken."""
     if known is not None and known.group == group:
         return known
-    moments, *pixels = channel_moments(x.detach(), backend, group)
+    moments, *pixels = (take_moments if is_plain(x) else channel_moments)(x.detach(), backend, group)
     return BatchStatistics(moments, pixels[0] if pixels else None, group)
 
 
@@ -74,14 +75,17 @@ def moments_of(
     return (list(torch.stack(running).unbind()) if torch.is_grad_enabled() else running), None
 
 
-@torch.library.custom_op("fused_densenet::channel_moments", mutates_args=())
-def channel_moments(x: Tensor, backend: str, group: str | None) -> list[Tensor]:
+def take_moments(x: Tensor, backend: str, group: str | None) -> list[Tensor]:
     """Mean and biased variance ``(2, C)``, and with a group how many values they are of, ``(1,)``."""
     moments, *pixels = results = _allocate(x, backend, group)
     BACKENDS[backend].place(pixels_last(x), None, moments[0], moments[1])
     if group is not None:
         merge_moments(moments[0], moments[1], x.numel() // x.shape[1], pixels[0], group)
     return results
+
+
+channel_moments = torch.library.custom_op("fused_densenet::channel_moments", take_moments, mutates_args=())
+"""The same as an operator, for what records or counts operators."""
 
 
 @channel_moments.register_fake

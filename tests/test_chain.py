@@ -1,0 +1,283 @@
+"""Neighbours of a network that run as one program in inference: their result, what keeps them apart, and their memory."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from networks import torchvisions
+from tolerances import assert_largest
+from torch import Tensor, nn
+
+from fused_densenet import DenseNet, FusedDenseBlock, FusedFeatures, FusedTransition, fuse, use_backend
+from fused_densenet.fallback.standing import known_of
+from fused_densenet.nn import chain
+from fused_densenet.nn.stem import MAX_POOLS
+from fused_densenet.ops import network
+from fused_densenet.ops.program import Context
+
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.fixture
+def chained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many modules each program that ran was for."""
+    runs: list[int] = []
+    whole = chain.Chain.run
+
+    def run(self: chain.Chain, *arguments: Any) -> Tensor | None:
+        out = whole(self, *arguments)
+        if out is not None:
+            runs.append(len(self.links))
+        return out
+
+    monkeypatch.setattr(chain.Chain, "run", run)
+    return runs
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """In double precision and evaluation, with norms that do something."""
+    for module in model.double().eval().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> tuple[nn.Module, Tensor, int]:
+    """Norms with ReLU and perhaps pooling, blocks and transitions in any order; an image; how many of them there are."""
+    dims, width = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    modules: list[nn.Module] = []
+    first, count = width, draw(st.integers(2, 5))
+    for _ in range(count):
+        kind = draw(st.sampled_from(["norm", "pool", "block", "transition", "flat transition"]))
+        if kind in ("norm", "pool"):
+            modules += [NORM[dims](width), nn.ReLU()]
+            modules += [MAX_POOLS[dims - 1](3, 2, 1)] if kind == "pool" else []
+        elif kind == "block":
+            layers, bn_size, k = draw(st.integers(1, 3)), draw(st.sampled_from([None, 1, 2])), draw(st.integers(1, 5))
+            options: Any = {"bias": draw(st.booleans()), "negative_slope": draw(st.sampled_from([0.0, 0.2]))}
+            modules.append(FusedDenseBlock(layers, width, bn_size, k, spatial_dims=dims, **options))
+            modules[-1].prepends = draw(st.booleans())
+            width += layers * k
+        else:
+            out = draw(st.integers(1, 9))
+            modules.append(FusedTransition(width, out, spatial_dims=dims, pool=kind == "transition"))
+            width = out
+    size = draw(st.tuples(*[st.integers(1, (40, 17, 9)[dims - 1])] * dims))
+    return randomised(FusedFeatures(*modules)), torch.randn(draw(st.integers(1, 3)), first, *size).double(), count
+
+
+@pytest.mark.parametrize("name", ["eager", "cpu"])
+@hypothesis.given(drawn=sequences())
+def test_result_is_that_of_the_modules(name: str, drawn: tuple[nn.Module, Tensor, int]) -> None:
+    features, x, count = drawn
+    parts = parts_of(features)
+    assert len(parts) == count
+    with use_backend(name), torch.no_grad():
+        if network.sizes(parts, tuple(x.shape[2:])) is None:
+            with pytest.raises((ValueError, RuntimeError)):
+                features(x)
+            return
+        ours = features(x)
+    assert_largest(ours, reference_of(features, x), "float64 whole block", "output")
+
+
+def parts_of(features: Any) -> Any:
+    (found,) = features.work_out()[0].chains.values()
+    return found._network.parts
+
+
+def reference_of(features: nn.Module, x: Tensor) -> Tensor:
+    for module in features.children():
+        if isinstance(module, FusedDenseBlock):
+            for layer in module.values():
+                new: Any = layer(x)
+                x = torch.cat([new, x] if module.prepends else [x, new], dim=1)
+        elif isinstance(module, FusedTransition):
+            for part in module.children():
+                x = part(x)
+        else:
+            x = module(x)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_network(dtype: torch.dtype, chained: list[int]) -> None:
+    """From the stem's norm to the last block in one program, with the modules' own bits."""
+    model, x = fuse(torchvisions()).eval().to(dtype), torch.randn(2, 3, 40, 64, dtype=dtype)
+    module_by_module = model(x).detach()
+    assert not chained
+    with torch.no_grad():
+        at_once = model(x)
+    assert chained == [4]
+    assert torch.equal(at_once, module_by_module)
+    with torch.inference_mode():
+        assert torch.equal(model(x), module_by_module)
+
+
+def test_autocast(chained: list[int]) -> None:
+    model, x = fuse(torchvisions()).eval().float(), torch.randn(1, 3, 40, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        module_by_module = model(x).detach()
+        with torch.no_grad():
+            assert torch.equal(model(x), module_by_module)
+    assert chained == [4]
+
+
+def small() -> tuple[Any, Tensor]:
+    model = randomised(DenseNet(2, (2, 2), 4, num_classes=3))
+    return model, torch.randn(1, 3, 32, 32, dtype=torch.float64)
+
+
+def in_training(model: Any) -> None:
+    model.features.denseblock2.denselayer1.norm2.train()
+
+
+def hooked(model: Any) -> None:
+    model.features.transition1.conv.register_forward_hook(lambda *_: None)
+
+
+def hooked_block(model: Any) -> None:
+    model.features.denseblock1.register_forward_hook(lambda *_: None)
+
+
+def replaced(model: Any) -> None:
+    model.features.denseblock1.denselayer1.relu2 = nn.Tanh()
+
+
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+@pytest.mark.parametrize("change", [in_training, hooked, hooked_block, replaced])
+def test_one_that_cannot_is_not_in_it(change: Callable[[Any], None], chained: list[int]) -> None:
+    model, x = small()
+    with torch.no_grad():
+        model(x)
+        assert chained.pop() == 4
+        change(model)
+        changed = model(x)
+        assert 4 not in chained
+    assert_largest(changed, model(x), "float64 whole block", "output")
+
+
+def other_values(model: Any) -> None:
+    model.features.denseblock1.denselayer2.conv2.weight.data.mul_(-1)
+
+
+def other_storage(model: Any) -> None:
+    model.features.transition1.norm.running_var.data = torch.full((8,), 3.0, dtype=torch.float64)
+
+
+def other_strides(model: Any) -> None:
+    model.features.norm0.weight.data = torch.randn(8, dtype=torch.float64)[::2]
+
+
+def other_parameter(model: Any) -> None:
+    model.features.denseblock2.denselayer1.norm1.weight = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+
+def other_buffer(model: Any) -> None:
+    model.features.denseblock2.denselayer1.norm1.running_mean = torch.ones(4, dtype=torch.float64)
+
+
+def other_state(model: Any) -> None:
+    model.load_state_dict(
+        {k: v + 1 if v.is_floating_point() else v for k, v in model.state_dict().items()}, assign=True
+    )
+
+
+def single(model: Any) -> None:
+    model.float()
+
+
+CHANGES = [other_values, other_storage, other_strides, other_parameter, other_buffer, other_state, single]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_calls_is_seen(change: Callable[[Any], None]) -> None:
+    model, x = small()
+    with torch.no_grad():
+        before = model(x)
+        change(model)
+        x = x.to(model.classifier.weight.dtype)
+        after = model(x)
+    assert change is single or not torch.allclose(before, after)
+    assert torch.equal(after, copy.deepcopy(model)(x))
+
+
+def test_statistics_of_another_dtype_are_read_anew() -> None:
+    """They are converted for a program, and change in place between two."""
+    model, x = small()
+    model, x = model.bfloat16(), x.bfloat16()
+    with torch.no_grad():
+        before = model(x)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.add_(1)
+        after = model(x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, model(x))
+
+
+def test_a_hook_that_changes_what_comes_later(chained: list[int]) -> None:
+    model, x = small()
+    with torch.no_grad():
+        model(x)
+        assert chained.pop() == 4
+        block = model.features.denseblock2
+        model.features.conv0.register_forward_hook(lambda *_: block.denselayer1.norm1.train() and None)
+        untouched = block.denselayer1.norm1.running_mean.clone()
+        model(x)
+    assert not torch.equal(block.denselayer1.norm1.running_mean, untouched)
+
+
+def test_other_tensors_go_to_the_modules(chained: list[int]) -> None:
+    class Image(Tensor):
+        pass
+
+    model, x = small()
+    with torch.no_grad():
+        assert type(model(x.as_subclass(Image))) is Image
+        assert not chained
+        with torch.profiler.profile() as profile:
+            model(x)
+        assert not chained
+    assert "fused_densenet::dense_block" in {event.name for event in profile.events()}
+
+
+def test_errors_are_those_of_the_modules() -> None:
+    model, x = small()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="at least 2"):
+            model(x[..., :4, :4])
+        with pytest.raises(RuntimeError, match="input"):
+            model(x[:, :2])
+
+
+def test_two_buffers_are_there_at_a_time() -> None:
+    """A program's memory: the two largest buffers and the widest bottleneck."""
+    model = DenseNet(8, (3, 3, 3), 16)
+    parts = parts_of(model.features.eval())
+    layout = network._layout(parts, (2, 16, 64, 64))
+    assert layout is not None
+    pixels = [2 * 32 * 32, 2 * 16 * 16]
+    first, second = pixels[0] * (16 + 24), pixels[1] * 48  # 20 + 24, padded
+    assert layout.entries == first + second + pixels[0] * 32
+    assert layout.result == ((2, 46, 8, 8), 48)
+    assert layout.context == Context(None, 2 * 64 * 64, 2 * 8 * 8)
+
+
+def test_sizes_that_were_seen_are_remembered_up_to_a_bound() -> None:
+    model, _ = small()
+    features = model.features
+    with torch.no_grad():
+        for size in range(16, 16 + 160):
+            features(torch.randn(1, 3, size, 16, dtype=torch.float64))
+    (found,) = known_of(features, features.work_out).plan.chains.values()
+    kept = found._network._layout_of.cache_info()
+    assert kept.currsize == kept.maxsize

@@ -8,6 +8,8 @@ import torch
 from tolerances import assert_same, tolerance
 from torch import Tensor, nn
 
+from fused_densenet import FusedDenseBlock, FusedFeatures, FusedTransition
+
 
 def assert_same_step(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Results of ``blocks.step`` in float64; a gradient's error is measured by the largest gradient of all.
@@ -32,6 +34,23 @@ def torchvisions(**options: Any) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
     return network
+
+
+def sequence() -> FusedFeatures:
+    """A stem's norm, ReLU and pooling, a block, a transition that pools and a block: what runs as one. 8 channels."""
+    modules = nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1), FusedDenseBlock(2, 8, 2, 8)
+    features = FusedFeatures(*modules, FusedTransition(24, 16), FusedDenseBlock(2, 16, None, 8))
+    for module in features.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return features
+
+
+def pooled(results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Output, and all gradients as one: some of them are nearly zero, and nothing but rounding."""
+    gradients = [t.flatten() for name, t in sorted(results.items()) if name.endswith("gradient")]
+    return {"output": results["output"]} | ({"whole gradient": torch.cat(gradients)} if gradients else {})
 
 
 def images(count: int) -> Tensor:

@@ -1,6 +1,10 @@
-"""Neighbours of a network that run as one program in inference: their result, what keeps them apart, and their memory."""
+"""Neighbours of a network that run as one: their results, what keeps them apart, what is seen between two calls, memory."""
 
 import copy
+import functools
+import math
+import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +12,8 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from networks import torchvisions
-from tolerances import assert_largest
+from networks import assert_same_step, torchvisions
+from tolerances import assert_largest, assert_no_worse
 from torch import Tensor, nn
 
 from fused_densenet import DenseNet, FusedDenseBlock, FusedFeatures, FusedTransition, fuse, use_backend
@@ -18,6 +22,9 @@ from fused_densenet.nn import chain
 from fused_densenet.nn.stem import MAX_POOLS
 from fused_densenet.ops import network
 from fused_densenet.ops.program import Context
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+from allocator import step_memory
 
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -38,10 +45,18 @@ def chained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return runs
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """In double precision and evaluation, with norms that do something."""
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing runs as one, until it is undone."""
+    monkeypatch.setattr(chain.Chain, "run", lambda *_: None)
+    return monkeypatch
+
+
+def randomised(model: nn.Module) -> Any:
+    """In double precision and evaluation, with norms that do something and do not blow up what is constant."""
     for module in model.double().eval().modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eps = 0.1
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.normal_(module.weight)
@@ -50,8 +65,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 @st.composite
-def sequences(draw: st.DrawFn) -> tuple[nn.Module, Tensor, int]:
+def sequences(draw: st.DrawFn) -> tuple[Any, Tensor, int]:
     """Norms with ReLU and perhaps pooling, blocks and transitions in any order; an image; how many of them there are."""
+    torch.manual_seed(draw(st.integers(0, 99)))
     dims, width = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     modules: list[nn.Module] = []
     first, count = width, draw(st.integers(2, 5))
@@ -63,6 +79,7 @@ def sequences(draw: st.DrawFn) -> tuple[nn.Module, Tensor, int]:
         elif kind == "block":
             layers, bn_size, k = draw(st.integers(1, 3)), draw(st.sampled_from([None, 1, 2])), draw(st.integers(1, 5))
             options: Any = {"bias": draw(st.booleans()), "negative_slope": draw(st.sampled_from([0.0, 0.2]))}
+            options["memory_efficient"] = draw(st.booleans())
             modules.append(FusedDenseBlock(layers, width, bn_size, k, spatial_dims=dims, **options))
             modules[-1].prepends = draw(st.booleans())
             width += layers * k
@@ -89,9 +106,32 @@ def test_result_is_that_of_the_modules(name: str, drawn: tuple[nn.Module, Tensor
     assert_largest(ours, reference_of(features, x), "float64 whole block", "output")
 
 
+@pytest.mark.parametrize("name", ["eager", "cpu"])
+@hypothesis.given(drawn=sequences())
+def test_training_step_is_that_of_the_modules(name: str, drawn: tuple[Any, Tensor, int]) -> None:
+    features, x, _ = drawn
+    features.train()
+    theirs = copy.deepcopy(features)
+    pixels = network.sizes(parts_of(features), tuple(x.shape[2:]))
+    hypothesis.assume(pixels is not None and len(x) * min(map(math.prod, pixels)) > 1)
+    with use_backend(name):
+        ours = step(features, features, x)
+    assert_same_step(ours, step(theirs, functools.partial(reference_of, theirs), x))
+
+
+def step(features: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    """What a forward and a backward pass of ``run`` leave, ``features`` having the parameters."""
+    x = x.clone().requires_grad_()
+    out = run(x)
+    torch.manual_seed(1)
+    (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
+    gradients = {f"{n} gradient": p.grad for n, p in features.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), "x gradient": x.grad, **gradients, **dict(features.named_buffers())}  # type: ignore[dict-item]
+
+
 def parts_of(features: Any) -> Any:
     (found,) = features.work_out()[0].chains.values()
-    return found._network.parts
+    return found.parts
 
 
 def reference_of(features: nn.Module, x: Tensor) -> Tensor:
@@ -243,11 +283,121 @@ def test_other_tensors_go_to_the_modules(chained: list[int]) -> None:
     model, x = small()
     with torch.no_grad():
         assert type(model(x.as_subclass(Image))) is Image
-        assert not chained
-        with torch.profiler.profile() as profile:
+    assert not chained
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_profiler_shows_it(training: bool) -> None:
+    model, x = small()
+    model.train(training)
+    with torch.set_grad_enabled(training), torch.profiler.profile() as profile:
+        out = model(x)
+        if training:
+            out.sum().backward()
+    names = {event.name.removeprefix("fused_densenet::") for event in profile.events()}
+    assert names >= {"network", "norm_relu_conv", "norm_relu_pool"} | ({"network_backward"} if training else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_step_of_a_network(dtype: torch.dtype, apart: pytest.MonkeyPatch) -> None:
+    """Under autocast for 16 bits; as exact as module by module."""
+    model = fuse(torchvisions()).float()
+    x = torch.randn(4, 3, 40, 64)
+
+    def result(double: bool = False) -> dict[str, Tensor]:
+        ours = copy.deepcopy(model).double() if double else copy.deepcopy(model)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not double):
+            found = step(ours, ours, x.double() if double else x)
+        return {name: t for name, t in found.items() if t.is_floating_point()}
+
+    module_by_module, exact = result(), result(double=True)
+    apart.undo()
+    assert_no_worse(result(), module_by_module, exact)
+
+
+def test_what_is_kept_is_let_go_of(apart: pytest.MonkeyPatch) -> None:
+    """A step of a network as one keeps as much for backward as its modules do, and needs no more at its peak."""
+    model, x = fuse(torchvisions()).float(), torch.randn(2, 3, 64, 64)
+    release = functools.partial(model.zero_grad, set_to_none=True)
+    modules = step_memory(lambda: model(x).sum(), release, torch.device("cpu"))
+    apart.undo()
+    at_once = step_memory(lambda: model(x).sum(), release, torch.device("cpu"))
+    assert at_once.saved_bytes <= modules.saved_bytes
+    assert at_once.peak_bytes <= modules.peak_bytes
+
+
+def test_backward_twice_and_second_order(chained: list[int]) -> None:
+    theirs = randomised(torchvisions()).train()
+    ours, x = fuse(copy.deepcopy(theirs)), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for model in (theirs, ours):
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()), create_graph=True)
+        sum(g.square().sum() for g in gradients).backward()
+    assert chained == [4, 4]
+    first, second = ([p.grad for p in model.parameters()] for model in (ours, theirs))
+    largest = max(g.abs().max() for g in second)
+    for mine, expected in zip(first, second, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-9 * float(largest))
+
+
+def test_saved_tensors_pass_through_hooks(chained: list[int]) -> None:
+    model, x = small()
+    model.train()
+    packed = list[int]()
+
+    def pack(t: Tensor) -> tuple[Tensor]:
+        packed.append(t.numel())
+        return (t.clone(),)
+
+    expected = step(copy.deepcopy(model), copy.deepcopy(model), x)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t[0]):
+        found = step(model, model, x)
+    assert chained == [4, 4, 4] or chained == [4, 4]
+    assert max(packed) >= 8 * 8 * 8
+    assert found["output"].equal(expected["output"])
+    assert found["x gradient"].equal(expected["x gradient"])
+
+
+def frozen_first(model: Any) -> None:
+    for module in (model.features.conv0, model.features.norm0, model.features.denseblock1):
+        module.requires_grad_(False)
+
+
+def frozen_norms(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def dropout(model: Any) -> None:
+    for layer in model.features.denseblock2.children():
+        layer.drop_rate = 0.3
+
+
+@pytest.mark.parametrize("change", [frozen_first, frozen_norms, dropout])
+def test_modules_that_do_not_take_part_in_training(change: Callable[[Any], None], chained: list[int]) -> None:
+    """What needs no gradient keeps nothing for a backward pass; frozen norms and dropouts are the modules' own."""
+    model, x = small()
+    change(model.train())
+    model(x)
+    assert 4 not in chained
+
+
+def test_memory_efficient_is_seen_between_two_steps(chained: list[int]) -> None:
+    model, x = fuse(torchvisions()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def kept() -> int:
+        sizes = list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             model(x)
-        assert not chained
-    assert "fused_densenet::dense_block" in {event.name for event in profile.events()}
+        return sum(sizes)
+
+    before = kept()
+    model.features.denseblock1.memory_efficient = True
+    assert kept() < before
+    assert chained == [4, 4]
 
 
 def test_errors_are_those_of_the_modules() -> None:

@@ -4,6 +4,7 @@ Parameters, keys, hooks, children and whoever holds a reference to the module no
 through the module's own ``forward``.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remembe
 from ..fallback.description import BlockDescription, ResidualDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
-from ..fallback.standing import Known, forget
+from ..fallback.standing import Known
 from ..nn.block import FusedDenseBlock
 from ..nn.chain import Link
 from ..nn.passage import Passage, alone, layout_of, passes_on
@@ -28,9 +29,9 @@ from ..nn.transition import FusedTransition, TransitionParts
 Described = BlockDescription | TransitionDescription | ResidualDescription
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Settings:
-    """What a replaced module needs beside what it has; ``description`` is None where the names of its parts tell all."""
+    """What a replaced module needs beside what it has, seen when it is another; ``description`` is None where the names of its parts tell all."""
 
     memory_efficient: bool | None = None
     description: Any = None
@@ -217,8 +218,7 @@ def _get_memory_efficient(block: Any) -> bool:
 
 
 def _set_memory_efficient(block: Any, value: bool) -> None:
-    block.fused_settings.memory_efficient = value
-    forget(block)
+    block.fused_settings = dataclasses.replace(block.fused_settings, memory_efficient=value)
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:

@@ -138,8 +138,3 @@ def known_of(module: nn.Module, work_out: Callable[[], tuple[Any, Iterable[nn.Mo
         known = Standing(plan, module, inside)
         _standing[module] = type(module), known
     return Known(known.plan, known.tensors if known.one_device else None)
-
-
-def forget(module: nn.Module) -> None:
-    """What was worked out of ``module``, because of something that is not looked at."""
-    _standing.pop(module, None)

@@ -193,8 +193,10 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
 
     def link(self, plan: "BlockPlan") -> Link | None:
         form = plan.form
-        if plan.reasons or self.return_new or any((*form.batch_stats, form.drop_rate, form.drop_inside)):
+        mixed = any(form.batch_stats) and (plan.synchronised or not all(form.batch_stats))
+        if plan.reasons or self.return_new or form.drop_rate or form.drop_inside or mixed:
             return None
+        in_training = any(form.batch_stats)
         shapes = tuple([tuple(conv.weight.shape) for conv in plan.convs])
         structure = Structure(
             shapes,
@@ -203,10 +205,10 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
             tuple(form.eps),
             tuple(form.batch_stats),
             form.per_layer,
-            keep_bottleneck=False,
+            keep_bottleneck=in_training and form.per_layer == 2 and not plan.memory_efficient,
             prepends=form.prepends,
         )
-        return Link(structure, self.spatial_dims, plan.parameters)
+        return Link(structure, self.spatial_dims, plan.parameters, plan.running if in_training else None)
 
     def work_out(self) -> tuple["BlockPlan", list[nn.Module]]:
         layers = self.parts()

@@ -1,5 +1,6 @@
-"""Neighbours in a sequence that run as one program where nothing is differentiated and no norm takes batch statistics."""
+"""Neighbours in a sequence that run as one: a program in inference, a differentiable function in training."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,10 @@ from ..backends import choose
 from ..backends.contract import accumulate_dtype
 from ..fallback.reasons import autocasts, context_reasons
 from ..ops.functional import Parameters
-from ..ops.network import Network, Part, channels
+from ..ops.network import Network, Part, channels, sizes
+from ..ops.network_step import Arguments, network_step
 from .passage import Passage
+from .running import RunningStatistics
 
 
 class Link(NamedTuple):
@@ -21,12 +24,14 @@ class Link(NamedTuple):
         part: what it computes.
         dims: spatial dimensions of what it reads, where it reads but one number of them.
         parameters: looks up its tensors.
+        running: the running statistics that it updates; None where its norms take no statistics of the batch.
         convolution: with its pooling, where its result is not laid out as what it reads.
     """
 
     part: Part
     dims: int | None
     parameters: Callable[[], Parameters]
+    running: RunningStatistics | None
     convolution: tuple[nn.Module, nn.Module | None] | None = None
 
 
@@ -38,26 +43,26 @@ class Chain:
 
     def __init__(self, links: Sequence[Link], end: int) -> None:
         self.links, self.end = links, end
-        self._network = Network([link.part for link in links])
+        self.parts = tuple([link.part for link in links])
+        self._in_training = links[0].running is not None
+        self._network = None if self._in_training else Network(self.parts)
         self._inputs = channels(links[0].part)[0]
         self._dims = {link.dims for link in links} - {None}
         self._looked: _Looked | None = None
 
     def run(self, x: Tensor, tensors: object | None, passage: Passage) -> Tensor | None:
         """The result of all, of parameters that are others only where ``tensors`` is; None where they cannot run at once."""
-        if torch.is_grad_enabled() or tensors is None or type(x) is not Tensor or torch.autograd._profiler_enabled():
+        if torch.is_grad_enabled() != self._in_training or tensors is None or type(x) is not Tensor:
             return None
         if x.shape[1] != self._inputs or not self._dims <= {x.dim() - 2} or not x.numel():
             return None
         looked = self._looked
         if looked is None or looked.tensors is not tensors or looked.dtype is not x.dtype:
-            parameters = _together([link.parameters() for link in self.links])
-            looked = self._looked = _Looked.at(parameters, tensors, x.dtype)
+            looked = self._looked = _Looked.at([link.parameters() for link in self.links], tensors, x.dtype)
         if not looked.of_one_dtype or not _meets(x, looked.parameters.weights[0]):
             return None
-        parameters = looked.parameters if looked.as_they_are else _converted(looked.parameters, x.dtype)
         try:
-            out = self._network(x, parameters, choose(x.device, x.dtype))
+            out = self._step(x, looked) if self._in_training else self._infer(x, looked)
         except (TypeError, ValueError):  # changed in place: the modules say what is wrong, or do without a program
             return None
         if out is not None:
@@ -67,19 +72,45 @@ class Chain:
                     passage.convolved(*link.convolution)
         return out
 
+    def _infer(self, x: Tensor, looked: "_Looked") -> Tensor | None:
+        assert self._network is not None
+        parameters = looked.parameters if looked.as_they_are else _converted(looked.parameters, x.dtype)
+        return self._network(x, parameters, choose(x.device, x.dtype))
+
+    def _step(self, x: Tensor, looked: "_Looked") -> Tensor | None:
+        """Where the first part is to be differentiated: one that is not keeps nothing for a backward pass, and has none."""
+        if not looked.as_they_are or not (x.requires_grad or any(t.requires_grad for t in looked.first)):
+            return None
+        spatial = sizes(self.parts, tuple(x.shape[2:]))
+        read = None if spatial is None else [tuple(x.shape[2:]), *spatial[:-1]]
+        if read is None or x.shape[0] * min(map(math.prod, read)) < 2:  # whose variance would be that of one value
+            return None
+        weights, biases, gammas, betas, _ = looked.parameters
+        backend = choose(x.device, x.dtype)
+        out, moments = network_step(Arguments(x, weights, biases, gammas, betas, self.parts, backend))
+        for link, (taken, image) in zip(self.links, moments, strict=True):
+            assert link.running is not None
+            link.running.update(taken, image, looked.tensors)
+        return out
+
 
 def chains(links: Sequence[tuple[int, Link | None]]) -> dict[int, Chain]:
     """The longest chains of two links or more by the place where they begin, of links by theirs; the last one is None."""
     found: dict[int, Chain] = {}
     begin, members = 0, list[Link]()
     for place, link in links:
-        if link is None or not members or channels(members[-1].part)[1] != channels(link.part)[0]:
+        if link is None or not members or not _follows(link, members[-1]):
             if len(members) > 1:
                 found[begin] = Chain(members, place)
             begin, members = place, []
         if link is not None:
             members.append(link)
     return found
+
+
+def _follows(link: Link, before: Link) -> bool:
+    alike = (link.running is None) == (before.running is None)
+    return alike and channels(before.part)[1] == channels(link.part)[0]
 
 
 def _meets(x: Tensor, weight: Tensor) -> bool:
@@ -93,16 +124,22 @@ def _meets(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Looked(NamedTuple):
-    """What was found at some tensors for data of a dtype: whether programs can read them as they are."""
+    """What was found at some tensors for data of a dtype: whether programs can read them as they are.
+
+    ``first`` are the parameters of the first link.
+    """
 
     parameters: Parameters
+    first: list[Tensor]
     tensors: object
     dtype: torch.dtype
     of_one_dtype: bool
     as_they_are: bool
 
     @classmethod
-    def at(cls, parameters: Parameters, tensors: object, dtype: torch.dtype) -> "_Looked":
+    def at(cls, of_links: Sequence[Parameters], tensors: object, dtype: torch.dtype) -> "_Looked":
+        parameters = Parameters(*[[t for tensors in kind for t in tensors] for kind in zip(*of_links, strict=True)])
+        first = [t for kind in of_links[0][:4] for t in kind]
         weights, *_ = parameters
         converted = _converted(parameters, dtype)
         same = all(
@@ -110,11 +147,7 @@ class _Looked(NamedTuple):
             for before, after in zip(parameters, converted, strict=True)
             for a, b in zip(before, after, strict=True)
         )
-        return cls(parameters, tensors, dtype, len({t.dtype for t in weights}) == 1, same)
-
-
-def _together(parameters: Sequence[Parameters]) -> Parameters:
-    return Parameters(*[[t for tensors in kind for t in tensors] for kind in zip(*parameters, strict=True)])
+        return cls(parameters, first, tensors, dtype, len({t.dtype for t in weights}) == 1, same)
 
 
 def _converted(parameters: Parameters, dtype: torch.dtype) -> Parameters:

@@ -45,16 +45,19 @@ class Run(NamedTuple):
     running: RunningStatistics
 
     def link(self) -> Link | None:
-        """What it is in a chain, where its norm takes no statistics of the batch."""
-        norm = self.norm
-        tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-        if uses_batch_stats(norm) or any(t is None for t in tensors):
+        """What it is in a chain."""
+        norm, in_training = self.norm, uses_batch_stats(self.norm)
+        affine, running = [norm.weight, norm.bias], [] if in_training else [norm.running_mean, norm.running_var]
+        if any(t is None for t in (*affine, *running)) or (in_training and isinstance(norm, nn.SyncBatchNorm)):
             return None
         dims = MAX_POOLS.index(type(self.modules[-1][1])) + 1 if self.pool else None
-        part = NormReluPool(norm.weight.shape[0], norm.eps, self.pool)
-        return Link(
-            part, dims, lambda: Parameters([], [], [norm.weight], [norm.bias], [norm.running_mean, norm.running_var])
-        )
+        part = NormReluPool(norm.weight.shape[0], norm.eps, self.pool, in_training)
+
+        def parameters() -> Parameters:
+            running = [] if in_training else [norm.running_mean, norm.running_var]
+            return Parameters([], [], [norm.weight], [norm.bias], running)
+
+        return Link(part, dims, parameters, self.running if in_training else None)
 
     def interceptions(self) -> list[str]:
         """Which of the modules something follows or replaces."""

@@ -134,18 +134,18 @@ class FusedTransition(Gate, nn.Sequential):
 
     def link(self, plan: "TransitionPlan") -> Link | None:
         stage, pool = plan.parts.stage, plan.parts.pool
-        if plan.reasons or uses_batch_stats(stage.norm):
+        in_training = uses_batch_stats(stage.norm)
+        if plan.reasons or (in_training and isinstance(stage.norm, nn.SyncBatchNorm)):
             return None
         weight, biased = stage.conv.weight, stage.conv.bias is not None
-        part = Reduction(tuple(weight.shape), biased, stage.norm.eps, stage.slope, pool is not None)
+        part = Reduction(tuple(weight.shape), biased, stage.norm.eps, stage.slope, pool is not None, in_training)
 
         def parameters() -> Parameters:
             c = norm_relu_conv_of(stage)
-            assert c.running_mean is not None and c.running_var is not None
-            biases = [] if c.bias is None else [c.bias]
-            return Parameters([c.weight], biases, [c.gamma], [c.beta], [c.running_mean, c.running_var])
+            running = [] if in_training else [t for t in (c.running_mean, c.running_var) if t is not None]
+            return Parameters([c.weight], [] if c.bias is None else [c.bias], [c.gamma], [c.beta], running)
 
-        return Link(part, weight.dim() - 2, parameters, (stage.conv, pool))
+        return Link(part, weight.dim() - 2, parameters, plan.running if in_training else None, (stage.conv, pool))
 
     def parts(self) -> TransitionParts:
         """Its modules, taken apart."""

@@ -1,4 +1,4 @@
-"""Parts of a network that follow one another as one program, where nothing is differentiated and all norms are frozen.
+"""Parts of a network that follow one another as one program, and what runs it where nothing is differentiated.
 
 A part that comes before a block writes into the block's buffer, so that nothing is placed there; the buffers alternate
 between two places in memory, so that two of them, the largest ones at most, are there at a time.
@@ -16,6 +16,7 @@ from ..backends import BACKENDS
 from ..backends.contract import Norm
 from .functional import Parameters
 from .layout import channels_last, empty_channels_last, strides_of
+from .operator import shown
 from .program import Context, Image, Program, Vector, Weight, execute, without_autocast
 from .schedule import PARAMETERS, Before, Names, Structure, fill
 
@@ -26,6 +27,7 @@ class NormReluPool(NamedTuple):
     channels: int
     eps: float
     pools: bool
+    batch_stats: bool = False
 
 
 class Reduction(NamedTuple):
@@ -36,10 +38,12 @@ class Reduction(NamedTuple):
     eps: float
     slope: float
     pools: bool
+    batch_stats: bool = False
 
 
+Moments = tuple[Vector, Vector]
 Part = Structure | NormReluPool | Reduction
-"""Of a network; a block is its structure, with every norm frozen."""
+"""Of a network; a block is its structure."""
 
 
 def channels(part: Part) -> tuple[int, int]:
@@ -47,6 +51,12 @@ def channels(part: Part) -> tuple[int, int]:
     if isinstance(part, Structure):
         return part.inputs, part.outputs
     return (part.channels, part.channels) if isinstance(part, NormReluPool) else (part.weight[1], part.weight[0])
+
+
+def pixel_stride(part: Part) -> int:
+    """Entries from one pixel of a part's own image to the next, as in the result of such a module alone."""
+    outputs = channels(part)[1]
+    return -(-outputs // 8) * 8 if isinstance(part, Structure) else outputs
 
 
 def sizes(parts: Sequence[Part], spatial: tuple[int, ...]) -> list[tuple[int, ...]] | None:
@@ -81,7 +91,7 @@ class Network:
         operands = dict(
             zip(self.program.operands, [[channels_last(x)], *[[i] for i in images], *parameters], strict=True)
         )
-        with without_autocast(x.device):
+        with shown("network"), without_autocast(x.device):
             execute(self.program, operands, BACKENDS[backend], layout.context)
         return images[-1]
 
@@ -109,35 +119,54 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def record(parts: tuple[Part, ...]) -> Program:
-    """The program: ``buffer{i}`` is the image that part ``i`` owns, ``bottleneck{i}`` a block's scratch."""
-    program = Program(("x", *_scratches(parts), *_owned(parts), *PARAMETERS, "running"))
-    before, names = Before(), []
+    """The program: ``buffer{i}`` is the image that part ``i`` owns, ``bottleneck{i}`` a block's; statistics of :func:`statistics`."""
+    of_statistics = [name for name, _ in statistics(parts)]
+    program = Program(("x", *scratches(parts), *owned(parts), *of_statistics, *PARAMETERS, "running"))
+    before = places(parts)
+    names = [Names(part, str(i), before[i]) if isinstance(part, Structure) else None for i, part in enumerate(parts)]
+    source: Image = Image("x", 0, channels(parts[0])[0])
+    read: Moments | None = None  # of the source, where they are taken
     for i, part in enumerate(parts):
-        names.append(Names(part, str(i), before) if isinstance(part, Structure) else None)
-        before = _after(part, before)
-    source, before = Image("x", 0, channels(parts[0])[0]), Before()
-    for i, part in enumerate(parts):
-        own, following = names[i], [*names, None][i + 1]
-        if own is not None:
-            inputs = own.image("buffer", 0, own.structure.inputs)
+        if isinstance(part, Structure):
+            own = names[i]
+            assert own is not None
+            inputs, moments, wanted = own.image("buffer", 0, part.inputs), own.moments(0, part.inputs), wants(part)
             if source != inputs:
-                program.place(source, inputs, None, None)
+                program.place(source, inputs, *(moments if wanted else (None, None)))
+            elif wanted and read != moments:
+                program.place(inputs, None, *moments)
             fill(program, own)
-            source = Image(f"buffer{i}", 0, own.structure.outputs)
-        else:
-            out = Image(f"buffer{i}", 0, channels(part)[1])
-            if following is not None:
-                out = following.image("buffer", 0, following.structure.inputs)
-            _convolve_or_pool(program, part, source, out, before)
-            source = out
-        before = _after(part, before)
+            source, read = Image(f"buffer{i}", 0, part.outputs), own.moments(0, part.outputs) if wanted else None
+            continue
+        if part.batch_stats and read is None:
+            read = _moments(i, part)
+            program.place(source, None, *read)
+        into: Moments | None = None
+        out, following = Image(f"buffer{i}", 0, channels(part)[1]), [*names, None][i + 1]
+        if following is not None:
+            width = following.structure.inputs
+            out, into = following.image("buffer", 0, width), following.moments(0, width)
+        elif i + 1 < len(parts):
+            into = _moments(i + 1, parts[i + 1])
+        if i + 1 == len(parts) or not wants(parts[i + 1]) or isinstance(part, NormReluPool):
+            into = None
+        _convolve_or_pool(program, part, source, out, before[i], read, into)
+        source, read = out, into
     return program
 
 
-def _convolve_or_pool(program: Program, part: Part, source: Image, out: Image, before: Before) -> None:
-    assert not isinstance(part, Structure)
+def _convolve_or_pool(
+    program: Program,
+    part: "NormReluPool | Reduction",
+    source: Image,
+    out: Image,
+    before: Before,
+    read: Moments | None,
+    into: Moments | None,
+) -> None:
     width = channels(part)[0]
-    mean, var = (Vector("running", before.running + i, 0, width) for i in range(2))
+    running = (Vector("running", before.running + i, 0, width) for i in range(2))
+    mean, var = read if part.batch_stats and read is not None else running
     gamma, beta = (Vector(name, before.norm, 0, width) for name in ("gamma", "beta"))
     slope = part.slope if isinstance(part, Reduction) else 0.0
     norm = Norm(mean, var, gamma, beta, part.eps, slope)  # type: ignore[arg-type]
@@ -146,25 +175,55 @@ def _convolve_or_pool(program: Program, part: Part, source: Image, out: Image, b
         return
     weight = Weight("weight", before.weight, part.weight[2:])
     bias = Vector("bias", before.bias, 0, part.weight[0]) if part.biased else None
-    program.norm_relu_conv(source, norm, weight, out, None, None, bias, 1.0, pools=part.pools)
+    program.norm_relu_conv(source, norm, weight, out, *(into or (None, None)), bias, 1.0, pools=part.pools)
 
 
-def _after(part: Part, before: Before) -> Before:
-    if isinstance(part, Structure):
-        counts = len(part.weights), sum(part.biased), len(part.eps), 2 * len(part.eps)
-    else:
-        convolves = isinstance(part, Reduction)
-        counts = int(convolves), int(isinstance(part, Reduction) and part.biased), 1, 2
-    return Before(*[a + b for a, b in zip(before, counts, strict=True)])
+def _moments(i: int, part: Part) -> Moments:
+    width = channels(part)[0]
+    mean, var = (Vector(f"moments{i}", 0, row * width, width) for row in range(2))
+    return mean, var
 
 
-def _owned(parts: Sequence[Part]) -> list[str]:
+def wants(part: Part) -> bool:
+    """Whether a part reads statistics of the batch."""
+    return any(part.batch_stats) if isinstance(part, Structure) else part.batch_stats
+
+
+def statistics(parts: Sequence[Part]) -> list[tuple[str, tuple[int, ...]]]:
+    """Of the batch, with their shapes: those of blocks; ``moments{i}`` of what part ``i`` reads and no block wrote."""
+    result: list[tuple[str, tuple[int, ...]]] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, Structure):
+            if wants(part):
+                result.append((f"stats{i}", (2, part.outputs)))
+                result += [(f"bottleneck_stats{i}", (2, part.layers, part.width))] if part.width else []
+        elif part.batch_stats and not (i and isinstance(parts[i - 1], Structure) and wants(parts[i - 1])):
+            result.append((f"moments{i}", (2, channels(part)[0])))
+    return result
+
+
+def places(parts: Sequence[Part]) -> list[Before]:
+    """How many parameters of each kind stand before those of each part, and at the end."""
+    found = [Before()]
+    for part in parts:
+        if isinstance(part, Structure):
+            counts = len(part.weights), sum(part.biased), len(part.eps), 2 * part.batch_stats.count(False)
+        else:
+            convolves = isinstance(part, Reduction)
+            biased = isinstance(part, Reduction) and part.biased
+            counts = int(convolves), int(biased), 1, 0 if part.batch_stats else 2
+        found.append(Before(*[a + b for a, b in zip(found[-1], counts, strict=True)]))
+    return found
+
+
+def owned(parts: Sequence[Part]) -> list[str]:
     """Images that are there for a part alone: not what is written into the buffer of the block that follows."""
     follows = [isinstance(part, Structure) for part in parts[1:]] + [False]
     return [f"buffer{i}" for i, part in enumerate(parts) if isinstance(part, Structure) or not follows[i]]
 
 
-def _scratches(parts: Sequence[Part]) -> list[str]:
+def scratches(parts: Sequence[Part]) -> list[str]:
+    """Bottlenecks of blocks, kept or not."""
     return [f"bottleneck{i}" for i, part in enumerate(parts) if isinstance(part, Structure) and part.width]
 
 
@@ -175,15 +234,13 @@ def _layout(parts: Sequence[Part], shape: Sequence[int]) -> Layout | None:
     if spatial is None:
         return None
     wanted: list[tuple[int, tuple[int, ...], int]] = []  # place, shape, entries of a pixel
-    for name in _scratches(parts):
+    for name in scratches(parts):
         i = int(name.removeprefix("bottleneck"))
         width = parts[i].width  # type: ignore[union-attr]
         wanted.append((0, (batch, width, *spatial[i]), width))
-    for number, name in enumerate(_owned(parts)):
+    for number, name in enumerate(owned(parts)):
         i = int(name.removeprefix("buffer"))
-        outputs = channels(parts[i])[1]
-        stride = -(-outputs // 8) * 8 if isinstance(parts[i], Structure) else outputs  # as a block alone has it
-        wanted.append((1 + number % 2, (batch, outputs, *spatial[i]), stride))
+        wanted.append((1 + number % 2, (batch, channels(parts[i])[1], *spatial[i]), pixel_stride(parts[i])))
     entries = [shape[0] * math.prod(shape[2:]) * stride for _, shape, stride in wanted]
     places = [
         max([-(-n // 64) * 64 for (p, *_), n in zip(wanted[:-1], entries, strict=False) if p == place], default=0)

@@ -5,6 +5,7 @@ Both run the same forward and the same backward. Second orders, and gradients th
 autograd through the operator written in torch's own.
 """
 
+import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -43,8 +44,8 @@ class Outputs(NamedTuple):
     constants: list[Tensor]
 
 
-class Operator(ABC):
-    """An operator on ``arguments``, a NamedTuple class with ``x``, lists ``gammas``, ``betas`` and perhaps ``weights`` and ``biases``, and ``group``.
+class Differentiable(ABC):
+    """A function of ``arguments``, a NamedTuple class with ``x``, lists ``gammas``, ``betas`` and perhaps ``weights`` and ``biases``, and ``group``.
 
     ``x`` and the tensors of the lists are what it is differentiated by.
     """
@@ -53,42 +54,19 @@ class Operator(ABC):
     arguments: ClassVar[Any]
     keeps_input: ClassVar[bool]
     """Whether backward reads ``x``; else it reads the result, which contains it."""
-    constants: ClassVar[tuple[str, ...]]
+    constants: ClassVar[tuple[str, ...]] = ()
     """Arguments with statistics that are given: of a size that no image has, nothing that saved-tensor hooks pack."""
+    releases = False
+    """Whether its backward lets go, on the way, of what was kept."""
 
     def __init__(self) -> None:
         kinds = list(self.arguments.__annotations__.values())
         self._places = [i for i, kind in enumerate(kinds) if kind in (Tensor, Tensor | None, list[Tensor])]
         self._lists = [i for i, kind in enumerate(kinds) if kind == list[Tensor]]
-        schema = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in self.arguments.__annotations__.items())
-        self._forward: Any = torch.library.custom_op(
-            f"fused_densenet::{self.name}",
-            lambda *values: _flat(self.forward(self.arguments(*values))),
-            mutates_args=(),
-            schema=f"({schema}) -> (Tensor, Tensor[], Tensor[])",
-        )
-        self._forward.register_fake(lambda *values: _flat(self.allocate(self.arguments(*values))))
-        self._backward: Any = torch.library.custom_op(
-            f"fused_densenet::{self.name}_backward",
-            lambda dout, kept, constants, needed, *values: self.backward(
-                dout, self.arguments(*values), kept, constants, needed
-            ),
-            mutates_args=(),
-            schema=f"(Tensor dout, Tensor[] kept, Tensor[] constants, bool[] needed, {schema}) -> Tensor[]",
-        )
-        self._backward.register_fake(
-            lambda dout, kept, constants, needed, *values: self.allocate_backward(dout, self.arguments(*values), needed)
-        )
-        self._forward.register_autograd(self._first, setup_context=self._keep)
-        self._backward.register_autograd(self._second, setup_context=self._keep_for_second)
 
     @abstractmethod
     def forward(self, a: Any) -> Outputs:
         """Runs it."""
-
-    @abstractmethod
-    def allocate(self, a: Any) -> Outputs:
-        """Uninitialised outputs of :meth:`forward`."""
 
     @abstractmethod
     def backward(
@@ -100,10 +78,6 @@ class Operator(ABC):
         """
 
     @abstractmethod
-    def allocate_backward(self, dout: Tensor, a: Any, needed: list[bool]) -> list[Tensor]:
-        """Uninitialised results of :meth:`backward`."""
-
-    @abstractmethod
     def by_operators(self, a: Any) -> Tensor:
         """The result by torch's own operators."""
 
@@ -112,47 +86,30 @@ class Operator(ABC):
         x: Tensor = a.x
         return x
 
-    def as_result(self, a: Any, by_input: Tensor) -> Tensor:
-        """A gradient by the input as one by ``a.x``: zero where that is the result and no input."""
-        return by_input
-
-    def __call__(self, a: Any) -> Outputs:
-        if not is_plain(a.x):
-            return Outputs(*self._forward(*self._without_empty_lists(a)))
-        if torch.autograd._profiler_enabled():
-            with torch.profiler.record_function(f"fused_densenet::{self.name}"):
-                return self._run(a)
-        return self._run(a)
-
-    def _without_empty_lists(self, a: Any) -> Any:
-        """A compiler's: AOTInductor's packages give None for a list without tensors, so there is one that nothing reads."""
-        if not torch.compiler.is_compiling():
-            return a
-        empty = [a._fields[i] for i in self._lists if not a[i]]
-        return a._replace(**{name: [a.x.new_empty(0)] for name in empty})
-
     def _run(self, a: Any) -> Outputs:
         tensors = _differentiable(a)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            return self.forward(a)
-        left: list[Outputs] = []
-        apply = _Function.apply if torch._C._are_functorch_transforms_active() else _apply
-        out = apply(self, a, left, *tensors)
-        return left[0]._replace(out=out)
+        with shown(self.name):
+            if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+                return self.forward(a)
+            left: list[Outputs] = []
+            apply = _Function.apply if torch._C._are_functorch_transforms_active() else _apply
+            out = apply(self, a, left, *tensors)
+            return left[0]._replace(out=out)
 
     def gradients(
         self, dout: Tensor, a: Any, kept: list[Tensor], constants: list[Tensor], needed: Sequence[bool]
     ) -> list[Tensor]:
         """:meth:`backward`, or what of it can be differentiated or is batched where that is asked for."""
-        by_weights = [bool(n) for n in needed[1 : 1 + len(getattr(a, "weights", ()))]]
-        if not torch.compiler.is_compiling() and _is_batched(dout):
+        if torch.is_grad_enabled() or not is_plain(dout) or _is_batched(dout):
             return self._batched(dout, a)
-        if torch.is_grad_enabled() or not is_plain(dout):
-            return self._backward(dout, kept, constants, by_weights, *a)
-        if torch.autograd._profiler_enabled():
-            with torch.profiler.record_function(f"fused_densenet::{self.name}_backward"):
-                return self.backward(dout, a, kept, constants, by_weights)
-        return self.backward(dout, a, kept, constants, by_weights)
+        return self._shown_backward(dout, a, kept, constants, self._by_weights(a, needed))
+
+    def _shown_backward(self, *arguments: Any) -> list[Tensor]:
+        with shown(f"{self.name}_backward"):
+            return self.backward(*arguments)
+
+    def _by_weights(self, a: Any, needed: Sequence[bool]) -> list[bool]:
+        return [bool(n) for n in needed[1 : 1 + len(getattr(a, "weights", ()))]]
 
     def _batched(self, dout: Tensor, a: Any) -> list[Tensor]:
         refuse_synchronised(a.group)
@@ -186,6 +143,70 @@ class Operator(ABC):
             return self.by_operators(_with(a, x.contiguous(), parameters))  # vmap knows no other layout
 
         return function
+
+
+class Operator(Differentiable):
+    """One that is an operator of ``torch.library`` as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kinds = self.arguments.__annotations__
+        schema = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in kinds.items())
+        self._forward: Any = torch.library.custom_op(
+            f"fused_densenet::{self.name}",
+            lambda *values: _flat(self.forward(self.arguments(*values))),
+            mutates_args=(),
+            schema=f"({schema}) -> (Tensor, Tensor[], Tensor[])",
+        )
+        self._forward.register_fake(lambda *values: _flat(self.allocate(self.arguments(*values))))
+        self._backward: Any = torch.library.custom_op(
+            f"fused_densenet::{self.name}_backward",
+            lambda dout, kept, constants, needed, *values: self.backward(
+                dout, self.arguments(*values), kept, constants, needed
+            ),
+            mutates_args=(),
+            schema=f"(Tensor dout, Tensor[] kept, Tensor[] constants, bool[] needed, {schema}) -> Tensor[]",
+        )
+        self._backward.register_fake(
+            lambda dout, kept, constants, needed, *values: self.allocate_backward(dout, self.arguments(*values), needed)
+        )
+        self._forward.register_autograd(self._first, setup_context=self._keep)
+        self._backward.register_autograd(self._second, setup_context=self._keep_for_second)
+
+    @abstractmethod
+    def allocate(self, a: Any) -> Outputs:
+        """Uninitialised outputs of :meth:`forward`."""
+
+    @abstractmethod
+    def allocate_backward(self, dout: Tensor, a: Any, needed: list[bool]) -> list[Tensor]:
+        """Uninitialised results of :meth:`backward`."""
+
+    def as_result(self, a: Any, by_input: Tensor) -> Tensor:
+        """A gradient by the input as one by ``a.x``: zero where that is the result and no input."""
+        return by_input
+
+    def __call__(self, a: Any) -> Outputs:
+        if not is_plain(a.x):
+            return Outputs(*self._forward(*self._without_empty_lists(a)))
+        return self._run(a)
+
+    def _without_empty_lists(self, a: Any) -> Any:
+        """A compiler's: AOTInductor's packages give None for a list without tensors, so there is one that nothing reads."""
+        if not torch.compiler.is_compiling():
+            return a
+        empty = [a._fields[i] for i in self._lists if not a[i]]
+        return a._replace(**{name: [a.x.new_empty(0)] for name in empty})
+
+    def gradients(
+        self, dout: Tensor, a: Any, kept: list[Tensor], constants: list[Tensor], needed: Sequence[bool]
+    ) -> list[Tensor]:
+        """:meth:`backward`, or what of it can be differentiated or is batched where that is asked for."""
+        by_weights = self._by_weights(a, needed)
+        if not torch.compiler.is_compiling() and _is_batched(dout):
+            return self._batched(dout, a)
+        if torch.is_grad_enabled() or not is_plain(dout):
+            return self._backward(dout, kept, constants, by_weights, *a)
+        return self._shown_backward(dout, a, kept, constants, by_weights)
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         a = self.arguments(*inputs)
@@ -254,7 +275,7 @@ class _Function(torch.autograd.Function):
     """An operator for eager autograd; ``left`` takes its outputs, of which only the first is differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, a: Any, left: list[Outputs], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, operator: Differentiable, a: Any, left: list[Outputs], *tensors: Tensor) -> Tensor:
         outputs = operator.forward(a)
         left.append(outputs)
         ctx.operator, ctx.constants, ctx.shape = operator, outputs.constants, outputs.out.shape
@@ -269,6 +290,8 @@ class _Function(torch.autograd.Function):
         if dout is None and ctx.group is None:
             return (None, None, None, *[None] * len(needed))
         a, kept = ctx.operator.unpack(ctx)
+        if ctx.operator.releases:
+            ctx.maybe_clear_saved_tensors()
         if dout is None:  # as torch's SyncBatchNorm sends back for an empty batch; other ranks wait for this one's sums
             dout = a.x.new_zeros(ctx.shape)
         gradients = ctx.operator.gradients(dout, a, kept, ctx.constants, needed)
@@ -281,6 +304,13 @@ _apply: Any = super(torch.autograd.Function, _Function).apply
 
 def _flat(outputs: Outputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return outputs.out, outputs.kept, outputs.constants
+
+
+def shown(name: str) -> contextlib.AbstractContextManager[Any]:
+    """In which a profiler shows what is called ``name``."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"fused_densenet::{name}")
+    return contextlib.nullcontext()
 
 
 def is_plain(x: Tensor) -> bool:

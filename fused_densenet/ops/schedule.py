@@ -126,7 +126,8 @@ class Names:
     def moments(self, begin: int, end: int) -> tuple[Vector, Vector]:
         """Mean and variance of channels of the buffer."""
         total, first = self.structure.outputs, self.span(begin, end)[0]
-        mean, var = (Vector("stats", 0, row * total + first, end - begin) for row in range(2))
+        name = "stats" + self._suffix
+        mean, var = (Vector(name, 0, row * total + first, end - begin) for row in range(2))
         return mean, var
 
     def correction(self, begin: int, end: int) -> Vector:
@@ -138,7 +139,8 @@ class Names:
         s = self.structure
         width = s.widths[layer]
         y = Image("bottleneck" + self._suffix, 0, width, layer if s.keep_bottleneck else 0)
-        mean, var = (Vector("bottleneck_stats", 0, (row * s.layers + layer) * s.width, width) for row in range(2))
+        name = "bottleneck_stats" + self._suffix
+        mean, var = (Vector(name, 0, (row * s.layers + layer) * s.width, width) for row in range(2))
         return y, (mean, var)
 
     def weight(self, i: int) -> Weight:
@@ -240,13 +242,18 @@ def _merge(program: Program, structure: Structure, moments: tuple[Vector, Vector
 
 
 @functools.lru_cache(maxsize=1024)
-def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
+def backward(
+    structure: Structure, weight_needed: tuple[bool, ...], followed: bool = False, preceded: bool = False
+) -> Program:
     """The gradients ``dx``, ``dgamma``, ``dbeta``, ``dbias`` and, of the weights where they are needed, ``dweight``, given ``dout``.
 
     The other operands are those of :func:`forward`, and scratch: ``gradient`` is laid out like ``buffer``, ``dbottleneck``
     ``(N, width, *spatial)``, ``correction`` ``(2, outputs)`` of zeros, ``own_correction`` ``(2, width)``, ``dropped``
     and ``dropped_bottleneck`` for a layer's gradients; ``bottleneck`` is scratch where it was not kept. ``dweight`` has
     tensors for the needed weights only.
+
+    In a network, what comes after a block that is ``followed`` has filled ``gradient`` and ``correction``, and one that is
+    ``preceded`` leaves there what its input is owed: no ``dout``, no ``dx``.
     """
     s, names = structure, Names(structure)
     program = Program(
@@ -265,7 +272,7 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
         stored, value = names.image("gradient", begin, end), names.image("buffer", begin, end)
         if not s.eps and layer is not None and s.slopes[layer] != 1:
             return Gradient(stored, value, negative_slope=s.slopes[layer])  # type: ignore[arg-type]
-        if layer == s.layers - 1 or not any(s.batch_stats):  # nobody read them, or nothing is owed
+        if (layer == s.layers - 1 and not followed) or not any(s.batch_stats):  # nobody read them, or nothing is owed
             return Gradient(stored)  # type: ignore[arg-type]
         correction = names.correction(begin, end)
         if s.over_ranks:
@@ -282,7 +289,8 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
         program.drop(dropped, *mask)
         return Gradient(dropped)  # type: ignore[arg-type]
 
-    program.place(Image("dout", 0, s.outputs), Image("gradient", 0, s.outputs), None, None)
+    if not followed:
+        program.place(Image("dout", 0, s.outputs), Image("gradient", 0, s.outputs), None, None)
     end = s.outputs
     for layer in reversed(range(s.layers)):
         i, width = layer * s.per_layer, end - s.growths[layer]
@@ -325,5 +333,6 @@ def backward(structure: Structure, weight_needed: tuple[bool, ...]) -> Program:
             names.bias(i, "dbias"),
         )
         end = width
-    program.place_backward(load(0, end, None), Image("dx", 0, end))
+    if not preceded:
+        program.place_backward(load(0, end, None), Image("dx", 0, end))
     return program

@@ -13,6 +13,7 @@ import report
 import torch
 from blocks import bimodal, keep_clear_of_zero, step
 from emulated import Emulated
+from networks import pooled, sequence
 from primitives import Shape, draw_norm, loaded_gradient, make_weight, source
 from tolerances import assert_no_worse, assert_same
 from torch import Tensor
@@ -143,6 +144,23 @@ def test_a_block_in_16_bits(backend: Any, dtype: torch.dtype) -> None:
     mine, eager = step(ours, x.to(dtype), autocast=dtype), step(theirs, x.to(dtype), autocast=dtype)
     assert mine["output"].dtype == dtype
     assert_no_worse(mine, eager, step(theirs.double(), x.to(dtype).double()))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_network_as_one(backend: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, model = torch.randn(2, 8, 9, 10), sequence().train(training)
+    runs: list[int] = []
+    whole = backend.run_program
+    monkeypatch.setattr(backend, "run_program", lambda code, operands: runs.append(1) or whole(code, operands))
+
+    def result(model: Any, x: Tensor) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(training):
+            return pooled(step(model, x) if training else {"output": model(x)})
+
+    mine = result(copy.deepcopy(model), x)
+    assert len(runs) == (3 if training else 1)  # forward, and the backward pass of each block
+    with use_backend("eager"):
+        assert_same(mine, result(model.double(), x.double()), "float32 whole block")
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True], ids=["kept", "recomputed"])

@@ -3,6 +3,7 @@
 import copy
 
 import blocks
+import networks
 import pytest
 import tolerances
 import torch
@@ -64,3 +65,15 @@ def test_deterministic() -> None:
     first, second = run(ours, x), run(again, x)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_network_as_one(training: bool) -> None:
+    x, model = torch.randn(2, 8, 9, 10), networks.sequence().train(training)
+
+    def result(model: torch.nn.Module, x: torch.Tensor, backend: str) -> dict[str, torch.Tensor]:
+        with use_backend(backend), triton_cpu.watch(), float32_products("ieee"), torch.set_grad_enabled(training):
+            return networks.pooled(blocks.step(model, x) if training else {"output": model(x)})
+
+    mine = result(copy.deepcopy(model), x, "triton")
+    tolerances.assert_same(mine, result(model.double(), x.double(), "eager"), "float32 whole block")

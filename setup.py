@@ -30,6 +30,7 @@ SANITIZER = ("FUSED_DENSENET_SANITIZE", "", "address")
 MINIMUM_NVCC = (12, 8)  # the first for capabilities 10.0 and 12.0
 MINIMUM_CAPABILITY = (7, 5)
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # for a machine without a GPU, and for others
+INSTRUCTION_SETS = {"__x86_64__": ["avx*", "portable"], "__aarch64__": ["neon*"]}  # files, by the compiler's macro
 ROOT = Path(__file__).parent.absolute()
 RULES = """
 rule cxx
@@ -271,11 +272,18 @@ def architectures(wanted: str) -> list[str]:
     return flags
 
 
+def kernel_files(compiler: str) -> list[Path]:
+    """The CPU's kernels for the machine that a compiler makes code for."""
+    macros = predefined_macros(compiler)
+    sets = next((files for macro, files in INSTRUCTION_SETS.items() if macro in macros), ["portable"])
+    return sorted(file for name in ("dispatch", *sets) for file in ROOT.glob(f"csrc/cpu/{name}.cpp"))
+
+
 def cpu_statements(libraries: dict[Path, Path]) -> list[str]:
     """ninja's, for libraries of the CPU's kernels, each for the torch package in a folder: the binding alone knows torch."""
     sanitize = option(*SANITIZER)
     flags = [*FLAGS, *(SANITIZE if sanitize else OPTIMISE)]
-    files = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), ROOT / "csrc/watch.cpp"]
+    files = [*kernel_files(os.environ["CXX"]), ROOT / "csrc/watch.cpp"]
     kernels = {f"{file.stem}.o": file for file in files}
     statements = [statement(made, "cxx", [file], flags) for made, file in kernels.items()]
     for library, folder in libraries.items():

@@ -91,6 +91,25 @@ def test_torch_versions(
     assert problem is None or ("torch 2.10 was found" in problem and setup.INSTALL in problem)
 
 
+@pytest.mark.parametrize(
+    ("machine", "kernels"),
+    [
+        ("__x86_64__", {"avx2", "avx512", "avx512_amx", "avx512_bf16", "portable"}),
+        ("__aarch64__", {"neon", "neon_bf16"}),
+        ("__riscv", {"portable"}),
+    ],
+)
+def test_kernels_of_a_machine(setup: ModuleType, tmp_path: Path, machine: str, kernels: set[str]) -> None:
+    files = setup.kernel_files(fake_compiler(tmp_path, {"__GNUC__": 12, machine: 1}))
+    assert {file.stem for file in files} == {"dispatch", *kernels}
+
+
+def test_every_kernel_is_some_machine_s(setup: ModuleType) -> None:
+    files = {name for names in setup.INSTRUCTION_SETS.values() for name in names}
+    found = {file for name in ("dispatch", *files) for file in ROOT.glob(f"csrc/cpu/{name}.cpp")}
+    assert found == set(ROOT.glob("csrc/cpu/*.cpp"))
+
+
 def test_the_torch_that_is_installed(setup: ModuleType) -> None:
     (folder,) = setup.torch_folders()
     assert torch.__version__.startswith(setup.dotted(setup.torch_version(folder)) + ".")

@@ -6,14 +6,23 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 #include "isa.h"
 
 namespace fused_densenet {
 
-#if defined(__x86_64__)
 namespace {
+
+// Whether ATEN_CPU_CAPABILITY is this, whatever torch makes of it.
+[[maybe_unused]] bool asked_for(const char* capability) {
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  return wanted != nullptr && std::strcmp(wanted, capability) == 0;
+}
+
+#if defined(__x86_64__)
 
 bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
@@ -29,18 +38,33 @@ bool may_use_tiles() {
 
 // ATen counts AMX as AVX-512: who asks for that by name gets no more.
 bool has_amx() {
-  static const bool found = [] {
-    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-    return (wanted == nullptr || std::strcmp(wanted, "avx512") != 0) && has_avx512_bf16() &&
-           __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
-  }();
+  static const bool found = !asked_for("avx512") && has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+                            __builtin_cpu_supports("amx-bf16") && may_use_tiles();
   return found;
 }
 
-}  // namespace
+#elif defined(__aarch64__)
+
+// torch's name for the least of this architecture is also that of every core without SVE: only who asks for it by name
+// gets no more than every core has.
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long bf16_instructions = 1 << 14;  // HWCAP2_BF16, which older headers lack
+  static const bool found = !asked_for("default") && (getauxval(AT_HWCAP2) & bf16_instructions) != 0;
+  return found;
+#else
+  return false;
+#endif
+}
+
 #endif
 
-const char* kernels_name(DType dtype, const char* capability) {
+}  // namespace
+
+const char* kernels_name([[maybe_unused]] DType dtype, [[maybe_unused]] const char* capability) {
+#if defined(__aarch64__)
+  return dtype == DType::bf16 && has_neon_bf16() ? "neon_bf16" : "neon";
+#else
 #if defined(__x86_64__)
   if (std::strcmp(capability, "AVX512") == 0) {
     if (dtype != DType::bf16 || !has_avx512_bf16()) return "avx512";
@@ -48,21 +72,23 @@ const char* kernels_name(DType dtype, const char* capability) {
   }
   if (std::strcmp(capability, "AVX2") == 0) return "avx2";
 #endif
-  (void)dtype;
-  (void)capability;
   return "portable";
+#endif
 }
 
 const Kernels& kernels_for(DType dtype, const char* capability) {
+  [[maybe_unused]] const char* name = kernels_name(dtype, capability);
+#if defined(__aarch64__)
+  return std::strcmp(name, "neon_bf16") == 0 ? neon_bf16::find(dtype) : neon::find(dtype);
+#else
 #if defined(__x86_64__)
-  const char* name = kernels_name(dtype, capability);
   if (std::strcmp(name, "avx512_amx") == 0) return avx512_amx::find(dtype);
   if (std::strcmp(name, "avx512_bf16") == 0) return avx512_bf16::find(dtype);
   if (std::strcmp(name, "avx512") == 0) return avx512::find(dtype);
   if (std::strcmp(name, "avx2") == 0) return avx2::find(dtype);
 #endif
-  (void)capability;
   return portable::find(dtype);
+#endif
 }
 
 }  // namespace fused_densenet

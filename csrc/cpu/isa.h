@@ -9,7 +9,12 @@ namespace fused_densenet {
   namespace isa {                   \
   const Kernels& find(DType dtype); \
   }
+#if defined(__aarch64__)
+FD_DECLARE(neon)
+FD_DECLARE(neon_bf16)
+#else
 FD_DECLARE(portable)
+#endif
 #if defined(__x86_64__)
 FD_DECLARE(avx2)
 FD_DECLARE(avx512)

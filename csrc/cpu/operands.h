@@ -253,54 +253,55 @@ struct Fill<Plain<A>, S> {
   }
 };
 
-#if defined(FD_AVX512_BF16)
+#if defined(FD_PAIRED)
 // Two numbers an element: neighbouring channels, or the same channel of a pixel and the next.
 template <class S>
 struct Fill<Paired, S> {
+  static constexpr int size = VecF::size;
   static void by_channel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
                          uint32_t* out) {
-    for (int64_t j = 0; j < count; j += 32) {
-      const int n = static_cast<int>(least(32, count - j)), left = n < 16 ? n : 16, right = n - left;
+    for (int64_t j = 0; j < count; j += 2 * size) {
+      const int n = static_cast<int>(least(2 * size, count - j)), left = n < size ? n : size, right = n - left;
       const auto a = s.column(c + j, left), b = s.column(c + j + left, right);
       const auto pixels = [&](int left, int right) {  // constants for whole vectors
         for (int64_t i = low; i < high; ++i) {
           const VecF beside = right > 0 ? b.at(first + i, right) : VecF::zero();
-          _mm512_storeu_si512(out + i * kBlock + j / 2, pair_channels(a.at(first + i, left), beside));
+          store(out + i * kBlock + j / 2, pair_channels(a.at(first + i, left), beside));
         }
       };
-      n == 32 ? pixels(16, 16) : pixels(left, right);
+      n == 2 * size ? pixels(size, size) : pixels(left, right);
     }
     for (int64_t i = 0; i < width; ++i) {
       if (i >= low && i < high) i = high;
       if (i == width) break;
-      for (int64_t j = 0; j < count; j += 32) _mm512_storeu_si512(out + i * kBlock + j / 2, __m512i{});
+      for (int64_t j = 0; j < count; j += 2 * size) store(out + i * kBlock + j / 2, Pairs::zero());
     }
   }
   static void by_pixel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
                        uint32_t* out) {
-    for (int64_t j = 0; j < count; j += 16) {
-      const int n = static_cast<int>(least(16, count - j));
+    for (int64_t j = 0; j < count; j += size) {
+      const int n = static_cast<int>(least(size, count - j));
       const auto column = s.column(c + j, n);
       const auto pixels = [&](int lanes) {  // a constant for whole vectors
         VecF a = low == 0 && high > 0 ? column.at(first, lanes) : VecF::zero();
         for (int64_t i = 0; i < width; ++i) {
           const int64_t next = i + 1;
           const VecF b = next >= low && next < high ? column.at(first + next, lanes) : VecF::zero();
-          _mm512_storeu_si512(out + i * kBlock + j, pair_pixels(a, b));
+          store(out + i * kBlock + j, pair_pixels(a, b));
           a = b;
         }
       };
-      n == 16 ? pixels(16) : pixels(n);
+      n == size ? pixels(size) : pixels(n);
     }
   }
   // Pixels 0 and 1, 2 and 3, ... of a row, nothing beside the last of an odd number.
   static void pairs_of_pixels(const S& s, int64_t first, int64_t width, int64_t c, int64_t count, uint32_t* out) {
-    for (int64_t j = 0; j < count; j += 16) {
-      const int n = static_cast<int>(least(16, count - j));
+    for (int64_t j = 0; j < count; j += size) {
+      const int n = static_cast<int>(least(size, count - j));
       const auto column = s.column(c + j, n);
       for (int64_t i = 0; i < width; i += 2) {
         const VecF b = i + 1 < width ? column.at(first + i + 1, n) : VecF::zero();
-        _mm512_storeu_si512(out + i / 2 * kBlock + j, pair_pixels(column.at(first + i, n), b));
+        store(out + i / 2 * kBlock + j, pair_pixels(column.at(first + i, n), b));
       }
     }
   }
@@ -318,7 +319,7 @@ struct Fill<Paired, S> {
         const int64_t pixel = first + h * image_width + w;
         const VecF a = inside ? column.at(pixel, n) : VecF::zero();
         const VecF b = inside && w + 1 < width ? column.at(pixel + 1, n) : VecF::zero();
-        rows[i] = {_mm512_castsi512_ps(pair_pixels(a, b))};
+        rows[i] = {_mm512_castsi512_ps(pair_pixels(a, b).v)};
         w += 2;
         if (w >= padded_width) w = 0, ++h;
       }

@@ -13,6 +13,8 @@ constexpr int kBlock = 64;  // elements from one row of an operand in scratch me
 constexpr int kTileRows = 32, kWhole = 16;  // amx.h
 #elif defined(FD_AVX512)
 constexpr int kTileRows = 14, kWhole = 1;  // 14 x 2 accumulators, 2 vectors of B, 1 of A: 31 of 32 registers
+#elif defined(FD_NEON)
+constexpr int kTileRows = 14, kWhole = 1;  // 12 x 2 accumulators, 2 vectors of B, up to 6 numbers of A on their way
 #else
 constexpr int kTileRows = 6, kWhole = 1;  // 6 x 2 accumulators, 2 vectors of B, 1 of A: 15 of 16 registers
 #endif
@@ -27,21 +29,27 @@ struct Plain {
   using Acc = A;
   static constexpr int pair = 1;
   using Operand = Vec<A>;
-  static Operand broadcast(Element a) { return Operand::all(a); }
+  static auto broadcast(Element a) { return FD_ISA::broadcast(a); }
   static Operand read(const Element* b) { return load(b); }
-  static Vec<A> multiply_add(Operand a, Operand b, Vec<A> c) { return fma(a, b, c); }
+  template <class Broadcast>
+  static Vec<A> multiply_add(Broadcast a, Operand b, Vec<A> c) {
+    return fma(a, b, c);
+  }
 };
 
-#if defined(FD_AVX512_BF16)
+#if defined(FD_PAIRED)
 struct Paired {
   using Element = uint32_t;
   using Acc = float;
   static constexpr int pair = 2;
-  using Operand = __m512i;
-  static Operand broadcast(Element a) { return _mm512_set1_epi32(static_cast<int>(a)); }
-  static Operand read(const Element* b) { return _mm512_loadu_si512(b); }
-  static VecF multiply_add(Operand a, Operand b, VecF c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b)}; }
-  static void write(Element* to, VecF first, VecF second) { _mm512_storeu_si512(to, pair_pixels(first, second)); }
+  using Operand = Pairs;
+  static auto broadcast(Element a) { return FD_ISA::broadcast(a); }
+  static Operand read(const Element* b) { return load(b); }
+  template <class Broadcast>
+  static VecF multiply_add(Broadcast a, Operand b, VecF c) {
+    return fma(a, b, c);
+  }
+  static void write(Element* to, VecF first, VecF second) { store(to, pair_pixels(first, second)); }
 };
 #endif
 
@@ -82,7 +90,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, typename
       for (int v = 0; v < vectors; ++v) bv[v] = P::read(b + v * V::size);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const typename P::Operand av = P::broadcast(a[r * L::a_row]);
+        const auto av = P::broadcast(a[r * L::a_row]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) acc[r][v] = P::multiply_add(av, bv[v], acc[r][v]);
       }

@@ -1,13 +1,19 @@
-// Vectors of the accumulation type: AVX-512, AVX2, or four lanes of the compiler's own for every other machine.
+// Vectors of the accumulation type: AVX-512, AVX2, NEON, or four lanes of the compiler's own for every other machine.
 //
 // Included once by each instruction set's file, which defines FD_ISA (a namespace) and, where it has them, FD_AVX512,
-// FD_AVX512_BF16 or FD_AVX2.
+// FD_AVX512_BF16, FD_AVX2, FD_NEON or FD_NEON_BF16.
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(FD_AVX512) || defined(FD_AVX2)
 #include <immintrin.h>
+#elif defined(FD_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(FD_AVX512_BF16) || defined(FD_NEON_BF16)
+#define FD_PAIRED
 #endif
 
 namespace fused_densenet::FD_ISA {
@@ -114,6 +120,24 @@ inline VecD where_positive(VecD pre, VecD x, VecD otherwise) {
   return {_mm512_mask_mov_pd(otherwise.v, _mm512_cmp_pd_mask(pre.v, _mm512_setzero_pd(), _CMP_NLE_UQ), x.v)};
 }
 
+#if defined(FD_AVX512_BF16)
+// As many pairs of bfloat16 as a vector has numbers, of two vectors' numbers: neighbouring channels, or the same
+// channels of two pixels. A product adds those of both.
+struct Pairs {
+  __m512i v;
+  static Pairs zero() { return {_mm512_setzero_si512()}; }
+};
+inline Pairs load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(uint32_t* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
+inline Pairs pair_channels(VecF low, VecF high) { return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)}; }
+inline Pairs pair_pixels(VecF first, VecF second) {
+  const __m512i even = _mm512_cvtepu16_epi32(narrow(first));
+  return {_mm512_or_si512(even, _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(second)), 16))};
+}
+inline Pairs broadcast(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+inline VecF fma(Pairs a, Pairs b, VecF c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+#endif
+
 #elif defined(FD_AVX2)
 
 template <>
@@ -203,6 +227,10 @@ inline VecD where_positive(VecD pre, VecD x, VecD otherwise) {
   return {_mm256_blendv_pd(otherwise.v, x.v, _mm256_cmp_pd(pre.v, _mm256_setzero_pd(), _CMP_NLE_UQ))};
 }
 
+#elif defined(FD_NEON)
+
+#include "vec_neon.inc"
+
 #else
 
 #include "vec_portable.inc"
@@ -213,6 +241,13 @@ template <class V>
 inline V& operator+=(V& a, V b) {
   return a = a + b;
 }
+#if !defined(FD_NEON)
+// A number as what fma multiplies a vector by.
+template <class A>
+inline Vec<A> broadcast(A x) {
+  return Vec<A>::all(x);
+}
+#endif
 template <class V>
 inline V relu(V x) {
   return larger(V::zero(), x);
@@ -234,15 +269,6 @@ struct AccumulateOf<double> {
 };
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;
-
-#if defined(FD_AVX512_BF16)
-// 32 consecutive channels as 16 pairs, and two pixels of 16 channels as 16 pairs.
-inline __m512i pair_channels(VecF low, VecF high) { return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v); }
-inline __m512i pair_pixels(VecF first, VecF second) {
-  const __m512i even = _mm512_cvtepu16_epi32(narrow(first));
-  return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(second)), 16));
-}
-#endif
 
 inline float as_number(const float* p) { return *p; }
 inline double as_number(const double* p) { return *p; }

@@ -198,8 +198,7 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
 
 #define FD_EXPORTED extern "C" __attribute__((visibility("default")))
 
-// The instruction set of the kernels for float32 or, `narrow`, bfloat16: avx512_amx, avx512_bf16, avx512, avx2 or
-// portable.
+// The instruction set of the kernels for float32 or, `narrow`, bfloat16, by the name of its file in csrc/cpu.
 FD_EXPORTED const char* fused_densenet_cpu_instruction_set(bool narrow) {
   return kernels_name(narrow ? DType::bf16 : DType::f32, capability().c_str());
 }

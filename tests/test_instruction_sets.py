@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ REPORT = (
     "import torch; from fused_densenet.backends import cpu, extension; "
     "print(*(cpu.instruction_set(extension.cpu, dtype) for dtype in (torch.float32, torch.bfloat16)))"
 )
-CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
+ARM = platform.machine() == "aarch64"
+CAPABILITIES = ["DEFAULT"] if ARM else ["DEFAULT", "AVX2", "AVX512"]
 """As torch names them, the least first."""
 
 
@@ -22,7 +24,7 @@ def here(capability: str) -> tuple[str, str]:
     if capability == "AVX512":
         has_dot_products = torch.cpu._is_avx512_bf16_supported()
         return "avx512", "avx512_bf16" if has_dot_products else "avx512"
-    name = {"DEFAULT": "portable", "AVX2": "avx2"}[capability]
+    name = {"DEFAULT": "neon" if ARM else "portable", "AVX2": "avx2"}[capability]
     return name, name
 
 

@@ -43,7 +43,8 @@ inline const Entry<NormReluPoolBackward>& entry(const Kernels& k, const NormRelu
   return k.norm_relu_pool_backward;
 }
 
-// The kernels for a data type on an instruction set ("AVX512", "AVX2", anything else is portable), and their name.
+// The kernels for a data type where torch uses an instruction set (as it names them: "AVX512", "AVX2", anything else is
+// the least), and their name.
 const Kernels& kernels_for(DType dtype, const char* capability);
 const char* kernels_name(DType dtype, const char* capability);
 

@@ -23,7 +23,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def instruction_set(library: ctypes.CDLL, dtype: torch.dtype) -> str:
-    """That of the kernels for a dtype, under ATEN_CPU_CAPABILITY: avx512_amx, avx512_bf16, avx512, avx2 or portable."""
+    """That of the kernels for a dtype, under ATEN_CPU_CAPABILITY, by the name of its file in csrc/cpu."""
     library.fused_densenet_cpu_instruction_set.restype = ctypes.c_char_p
     return library.fused_densenet_cpu_instruction_set(ctypes.c_bool(dtype == torch.bfloat16)).decode()
 

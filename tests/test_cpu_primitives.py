@@ -260,6 +260,15 @@ def test_place(
 
 
 @all_backends
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=NAMES[2:])
+def test_means_of_halves_are_not_biased(backend: str, dtype: torch.dtype) -> None:
+    """Few digits less something with many: differences that would all be rounded the same way."""
+    x, mean, var = torch.randn(2, 3, 5, 11, 1000).to(dtype), vector(1000, dtype), vector(1000, dtype)
+    BACKENDS[backend].place(x, None, mean.data, var.data)
+    check_moments(x, mean, var)
+
+
+@all_backends
 @all_dtypes
 @given(shape=shapes(), channels_first=st.booleans(), plain=st.booleans())
 def test_place_backward(backend: str, dtype: torch.dtype, shape: Shape, channels_first: bool, plain: bool) -> None:

@@ -22,7 +22,9 @@ struct Epilogue {
 // deviations per channel (unless `mean` is null).
 //
 // In one pass, of deviations from a pivot, the average of a channel's first few rows: it lies within sqrt(rows / few)
-// standard deviations of the mean, so that what is subtracted in the end is of the size of what is left.
+// standard deviations of the mean, so that what is subtracted in the end is of the size of what is left. Of numbers of
+// 16 bits the pivot is one, too: further digits of it, which all deviations would have in common, would make sums round
+// the same way over and over.
 template <class T>
 class Output {
   using A = Accumulate<T>;
@@ -83,6 +85,7 @@ class Output {
           sum[v] += epilogue_.bias != nullptr ? finish[v](x) : x;
         }
         store(pivot_ + j, sum[v] * V::all(A(1) / static_cast<A>(few)), n);
+        store(pivot_ + j, rounded<T>(pivot_ + j, n), n);
       }
       pivot[v] = load(pivot_ + j, n);
       sum[v] = squares[v] = V::zero();

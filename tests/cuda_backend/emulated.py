@@ -1,23 +1,17 @@
-"""The CUDA kernels as a backend for CPU tensors: csrc/cuda compiled by g++ and executed by the runner.
-
-:class:`Emulated` has the functions of :mod:`fused_densenet.backends.contract`. Each call works on copies between guard
-bytes: results start as NaN, and every byte that is not part of a result must be what it was before.
-"""
+"""The CUDA kernels as a backend for CPU tensors: csrc/cuda compiled by g++ and executed by the runner."""
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import building
 import problems
 import torch
 from arena import Arena
+from executed import Executed
 from torch import Tensor
-
-from fused_densenet.backends import extension
-from fused_densenet.backends.contract import Gradient, Norm, Owed
 
 ARITHMETIC = {"bf16": 0, "f16": 1, "tf32": 2, "f32": 3}
 STATISTICS = [
@@ -88,7 +82,7 @@ class Host:
         return dict(zip(STATISTICS, values, strict=True))
 
 
-class Emulated:
+class Emulated(Executed):
     """The backend: float32 by TF32 products where ``tf32``, on a device with this many ``multiprocessors``."""
 
     def __init__(
@@ -112,33 +106,22 @@ class Emulated:
         assert isinstance(self.executor, Host)
         return self.executor.statistics()
 
-    def place(self, x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:
-        self._run("place", lambda at: problems.place(at, x, out, mean, var), x, [x], _present(out, mean, var))
+    def workspace(self, name: str, problem: ctypes.Structure, dtype: torch.dtype) -> int:
+        arithmetic = ARITHMETIC[self._arithmetics()[dtype]]
+        workspace = self.executor.library[f"cuda_host_{name}_workspace"]
+        size = workspace(ctypes.byref(problem), arithmetic, ctypes.byref(self._device))
+        assert size % 256 == 0, f"{name}: a workspace of {size} bytes"
+        return size
 
-    def place_backward(self, grad: Gradient, out: Tensor) -> None:
-        in_place = out.data_ptr() == grad.stored.data_ptr()
-        kept = [out] if in_place else []
-        inputs = _present(*grad)
-        self._run("place_backward", lambda at: problems.place_backward(at, grad, out), out, inputs, [out], kept)
-
-    def norm_relu_pool(self, x: Tensor, norm: Norm, out: Tensor) -> None:
-        self._run("norm_relu_pool", lambda at: problems.norm_relu_pool(at, x, norm, out), x, [x, *norm[:4]], [out])
-
-    def norm_relu_pool_backward(self, grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
-        self._run(
-            "norm_relu_pool_backward",
-            lambda at: problems.norm_relu_pool_backward(at, grad, x, norm, dx, owed),
-            x,
-            [grad, x, *norm[:4], *_present(owed.pixels)],
-            _present(dx, owed.dweight, owed.dbias, owed.correction),
-        )
+    def execute(self, name: str, problem: ctypes.Structure, dtype: torch.dtype, arena: Arena) -> None:
+        self.executor.execute(name, problem, ARITHMETIC[self._arithmetics()[dtype]], self._device, arena)
 
     def update_running(
         self, batches: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], momenta: Sequence[float], factor: float
     ) -> None:
         """Arguments as of :func:`problems.update_running`."""
         running = [tensor for kind in buffers for tensor in kind]
-        self._run(
+        self.run(
             "update_running",
             lambda at: problems.update_running(at, batches, buffers, momenta, factor),
             batches[0],
@@ -147,79 +130,5 @@ class Emulated:
             running,
         )
 
-    def norm_relu_conv(
-        self,
-        x: Tensor,
-        norm: Norm | None,
-        weight: Tensor,
-        out: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        bias: Tensor | None = None,
-        negative_slope: float = 1.0,
-    ) -> None:
-        self._run(
-            "forward",
-            lambda at: problems.forward(at, x, norm, weight, out, mean, var, bias, negative_slope),
-            x,
-            _present(x, *(norm or ()), weight, bias),
-            _present(out, mean, var),
-        )
-
-    def norm_relu_conv_backward(
-        self,
-        grad: Gradient,
-        x: Tensor,
-        norm: Norm | None,
-        weight: Tensor,
-        dx: Tensor,
-        accumulate: bool,
-        dweight: Tensor | None,
-        owed: Owed | None,
-        dbias: Tensor | None = None,
-    ) -> None:
-        arguments = (grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
-        dgamma, dbeta, correction, pixels = owed or extension.NO_OWED
-        self._run(
-            "backward",
-            lambda at: problems.backward(at, *arguments),
-            x,
-            _present(*grad, pixels, x, *(norm or ()), weight),
-            _present(dx, dweight, dgamma, dbeta, correction, dbias),
-            kept=_present(dx, correction) if accumulate else [],
-        )
-
     def _arithmetics(self) -> dict[torch.dtype, str]:
         return {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: self._float32}
-
-    def _run(
-        self,
-        name: str,
-        problem: Callable[[Arena], Any],
-        data: Tensor,
-        inputs: Sequence[Tensor],
-        results: Sequence[Tensor],
-        kept: Sequence[Tensor] = (),
-    ) -> None:
-        """``problem`` is what the kernels get of the tensors in an arena; results are NaN before, but those ``kept``."""
-        if not data[..., 0].numel():
-            return
-        arithmetic = ARITHMETIC[self._arithmetics()[data.dtype]]
-        inputs, results = [t.detach() for t in inputs], [t.detach() for t in results]
-        sizes = problem(Arena([*inputs, *results], 0))
-        workspace = self.executor.library[f"cuda_host_{name}_workspace"](
-            ctypes.byref(sizes), arithmetic, ctypes.byref(self._device)
-        )
-        assert workspace % 256 == 0, f"{name}: a workspace of {workspace} bytes"
-        arena = Arena([*inputs, *results], workspace)
-        for tensor in results:
-            if not any(tensor.data_ptr() == other.data_ptr() for other in kept):
-                arena.view(tensor).fill_(float("nan"))
-        before = arena.bytes.clone()
-        self.executor.execute(name, problem(arena), arithmetic, self._device, arena)
-        with torch.no_grad():
-            arena.finish(before, results, name)
-
-
-def _present(*values: Tensor | float | None) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]

@@ -199,6 +199,7 @@ def test_an_unknown_value_of_a_variable(setup: ModuleType, monkeypatch: pytest.M
 def build_script(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, cuda: bool = False) -> str:
     """What ninja would build for two versions of torch."""
     monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: None)
+    monkeypatch.setattr(setup, "predefined_macros", lambda _: {"__x86_64__": "1"})
     monkeypatch.setenv("CXX", "g++")
     torches = {folder / f"_cpu_torch_{name}.so": fake_torch(folder / name, "2.11.0") for name in ("2_11", "2_12")}
     setup.build(torches, folder / "_cuda.so" if cuda else None, folder / "objects")
@@ -215,7 +216,7 @@ def statements(script: str) -> dict[str, tuple[str, list[str]]]:
 def test_what_is_compiled(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A library for each torch, of the same kernels."""
     builds = statements(build_script(setup, monkeypatch, tmp_path))
-    kernels = [*(f"{path.stem}.o" for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))), "watch.o"]
+    kernels = [*(f"{path.stem}.o" for path in setup.kernel_files("g++")), "watch.o"]
     bindings = [f"_cpu_torch_{name}.o" for name in ("2_11", "2_12")]
     assert set(builds) == {*kernels, *bindings, *(name.replace(".o", ".so") for name in bindings)}
     for torch_name, binding in zip(("2_11", "2_12"), bindings, strict=True):

@@ -143,7 +143,7 @@ def check_parity(timed: dict[str, Timed]) -> dict[str, dict[str, float]]:
     return errors
 
 
-def flops(timed: Timed, run: Callable[[], None]) -> int:
+def flops(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -281,7 +281,7 @@ def main() -> None:
         for mode in ("training", "inference"):
             plain = timed["torchvision, channels-last"]
             plain.model.train(mode == "training")
-            model_flops = flops(plain, plain.train if mode == "training" else plain.infer)
+            model_flops = flops(plain.train if mode == "training" else plain.infer)
             skipped = 0 if mode == "training" else sum(t.variant.memory_efficient for t in timed.values())
             with progress((args.rounds + 1) * (len(timed) - skipped + 2)) as advance:
                 times = measure(timed, mode, args.rounds, device, advance)

@@ -111,6 +111,31 @@ def test_speed(tmp_path: pathlib.Path) -> None:
     assert 0 < written["parity"]["densenet121"]["fused"]["inference output"] < 1e-4
 
 
+def test_inference(tmp_path: pathlib.Path) -> None:
+    """Engines may be absent: then the table and the JSON say so."""
+    file, plot = tmp_path / "inference.json", tmp_path / "inference.png"
+    small = ["--layers", "1", "--size", "32", "--batches", "2", "--rounds", "1", "--threads", "1"]
+    done = run("inference.py", *small, "--json", file, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(file.read_text())
+    assert {"machine", "versions", "commit", "backend", "command"} <= written.keys()
+    for dtype, error in (("float32", 1e-5), ("bfloat16", 0.05)):
+        rows = {row["peer"]: row for row in written["rows"] if row["dtype"] == dtype}
+        missing = written["missing"][dtype]
+        always = {"torchvision, NCHW", "torchvision, channels-last", "torch.compile, freezing", "fuse"}
+        assert always <= rows.keys()
+        assert {"ONNX Runtime", "OpenVINO"} - rows.keys() <= missing.keys() and not missing.keys() & rows.keys()
+        assert all(name in done.stdout and reason.split()[0] in done.stdout for name, reason in missing.items())
+        for row in rows.values():
+            (seconds,) = row["seconds"]
+            assert row["error"] < error and row["images_per_second"] == pytest.approx(2 / seconds)
+        engines = {"torch.compile, freezing", "ONNX Runtime", "OpenVINO"} & rows.keys()
+        fastest, ours = min(rows[name]["seconds"][0] for name in engines), rows["fuse"]["seconds"][0]
+        assert rows["fuse"]["times_as_fast_as"]["median"] == pytest.approx(fastest / ours)
+    assert "ONNX Runtime" in written["missing"]["bfloat16"]
+
+
 def test_primitives(tmp_path: pathlib.Path) -> None:
     file, plot = tmp_path / "primitives.json", tmp_path / "primitives.png"
     arguments = ["--blocks", "7x40", "5x16", "--batch", "1", "--rounds", "1", "--threads", "1"]

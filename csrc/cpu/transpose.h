@@ -69,6 +69,18 @@ inline void transpose(VecF* x) {
   }
 }
 
+#elif defined(FD_NEON)
+
+template <>
+inline void transpose(VecF* x) {
+  const float32x4_t low0 = vzip1q_f32(x[0].v, x[2].v), high0 = vzip2q_f32(x[0].v, x[2].v);
+  const float32x4_t low1 = vzip1q_f32(x[1].v, x[3].v), high1 = vzip2q_f32(x[1].v, x[3].v);
+  x[0].v = vzip1q_f32(low0, low1);
+  x[1].v = vzip2q_f32(low0, low1);
+  x[2].v = vzip1q_f32(high0, high1);
+  x[3].v = vzip2q_f32(high0, high1);
+}
+
 #endif
 
 }  // namespace fused_densenet::FD_ISA

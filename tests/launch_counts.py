@@ -89,6 +89,7 @@ def _as_on_a_gpu(backend: str) -> Iterator[None]:
         (BACKENDS[backend], "unavailable", None),
         (operator, "is_plain", True),
         (statistics, "is_plain", True),
+        (chain, "is_plain", True),
         (torch._C, "_len_torch_dispatch_stack", 0),
         (torch, "get_autocast_dtype", torch.bfloat16),
         (torch, "is_autocast_enabled", False),

@@ -13,6 +13,7 @@ from ..fallback.reasons import autocasts, context_reasons
 from ..ops.functional import Parameters
 from ..ops.network import Network, Part, channels, sizes
 from ..ops.network_step import Arguments, network_step
+from ..ops.operator import is_plain
 from .passage import Passage
 from .running import RunningStatistics
 
@@ -52,7 +53,7 @@ class Chain:
 
     def run(self, x: Tensor, tensors: object | None, passage: Passage) -> Tensor | None:
         """The result of all, of parameters that are others only where ``tensors`` is; None where they cannot run at once."""
-        if torch.is_grad_enabled() != self._in_training or tensors is None or type(x) is not Tensor:
+        if torch.is_grad_enabled() != self._in_training or tensors is None or not is_plain(x):
             return None
         if x.shape[1] != self._inputs or not self._dims <= {x.dim() - 2} or not x.numel():
             return None

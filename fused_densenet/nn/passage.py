@@ -72,8 +72,9 @@ class Passage:
         """``module(x)``, of :func:`kind_of`: told what is known of ``x`` where nobody else follows or replaces what it does."""
         kind = kind or kind_of(module)
         if kind == "bare" and self.is_calm():
-            out: Tensor = module.pass_on(x, self, known)  # type: ignore[operator]
-            return out
+            whole: Any = module.pass_on
+            result: Tensor = whole(x, self) if known is None else whole(x, self, known)
+            return result
         self.statistics = None
         if self.layout is None:
             self._disturb()

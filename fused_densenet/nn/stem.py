@@ -84,8 +84,8 @@ class FusedFeatures(nn.Sequential):
             return super().forward(input)
         x, i = channels_last(input) if plan.channels_last else input, 0
         while i < len(plan.steps):
-            step, chain = plan.steps[i], plan.chains.get(i)
-            if chain is not None and passage.undisturbed and (out := chain.run(x, tensors, passage)) is not None:
+            step, chain = plan.steps[i], plan.chains.get(i) if passage.undisturbed and passage.is_calm() else None
+            if chain is not None and (out := chain.run(x, tensors, passage)) is not None:
                 x, i = out, chain.end
                 continue
             if step.run is not None and _fits(x, step.run):

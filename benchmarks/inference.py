@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import io
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,7 +77,9 @@ def compiled(model: nn.Module, x: Tensor, dtype: torch.dtype, _: int) -> Run:
 
 def exported(model: nn.Module, x: Tensor) -> bytes:
     file = io.BytesIO()
-    torch.onnx.export(model, (x,), file, dynamo=True, external_data=False, verbose=False)
+    with warnings.catch_warnings():  # the exporter's own, of torch's functions that it uses
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), file, dynamo=True, external_data=False, verbose=False)
     return file.getvalue()
 
 

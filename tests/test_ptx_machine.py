@@ -57,6 +57,43 @@ def test_tf32_rounds_ties_away_from_zero(number: float, rounded: float) -> None:
     assert elementwise("cvt.rna.tf32.f32", [number], None)[0] == rounded
 
 
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("setp.gt.f32 %p1|%p2, %v1, 0f40000000;", [2, 2, 1]),  # the opposite, too
+        ("setp.gt.bf16x2 %p1|%p2, %b1, %b2;", [0, 1, 3]),  # of each half
+    ],
+)
+def test_two_predicates(instruction: str, expected: list[int]) -> None:
+    """1 where the first holds plus 2 where the second does, of 1.0, 2.0 and 3.0, as float32 and as pairs of bfloat16."""
+    kernel = Kernel(
+        HEADER
+        + f""".entry kernel(.param .u64 kernel_0)
+{{
+  .reg .pred %p<3>; .reg .b32 %r<5>; .reg .b32 %b<3>; .reg .f32 %v<2>; .reg .b64 %rd<4>;
+  mov.u32 %r1, %tid.x;
+  mul.wide.u32 %rd1, %r1, 4;
+  ld.param.u64 %rd2, [kernel_0];
+  add.s64 %rd3, %rd2, %rd1;
+  ld.global.f32 %v1, [%rd3];
+  ld.global.b32 %b1, [%rd3+128];
+  mov.b32 %b2, 0x3F803F80;
+  {instruction}
+  selp.b32 %r2, 1, 0, %p1;
+  selp.b32 %r3, 2, 0, %p2;
+  add.s32 %r4, %r2, %r3;
+  st.global.b32 [%rd3], %r4;
+  ret;
+}}""",
+        "kernel",
+    )
+    data = np.zeros(64, np.uint32)
+    data[:3] = np.array([1, 2, 3], np.float32).view(np.uint32)
+    data[32:35] = [0x3F803F80, 0x3F804000, 0x40004000]  # (1, 1), (2, 1), (2, 2), the low half first
+    launch(kernel, (1, 1, 1), 32, 0, [data.ctypes.data], [data])
+    assert data[:3].tolist() == expected
+
+
 BODY = "\n{\n  ret;\n}"
 
 

@@ -216,13 +216,16 @@ _COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 @instruction("setp")
 def _compare(machine: Machine, it: Instruction, active: np.ndarray) -> None:
+    """Into one predicate, or two: of both numbers of a pair, else the result and its opposite."""
     kind, size = _type(it.kind)
     p, q = (read(machine, operand, kind, size) for operand in it.operands[1:3])
-    result = _COMPARE[it.modifiers[0]](p, q)
-    if len(it.operands) > 3:
-        combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[it.modifiers[1]]
-        result = combine(result, machine.bits(it.operands[3], 1))
-    machine.put(it.operands[0], result, active)
+    result, target = _COMPARE[it.modifiers[0]](p, q), it.operands[0]
+    results = result.T if kind.endswith("x2") else (result, ~result)
+    for into, found in zip(target.items if isinstance(target, Vector) else (target,), results, strict=False):
+        if len(it.operands) > 3:
+            combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[it.modifiers[1]]
+            found = combine(found, machine.bits(it.operands[3], 1))
+        machine.put(into, found, active)
 
 
 @instruction("mov")

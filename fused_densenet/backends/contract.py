@@ -96,11 +96,6 @@ class Owed(NamedTuple):
     pixels: Tensor | None = None
 
 
-def is_plain(norm: Norm | None, bias: Tensor | None = None, negative_slope: float = 1.0) -> bool:
-    """Whether a call is of a norm, a ReLU and a convolution alone: no bias, no other activation, no norm left out."""
-    return norm is not None and norm.negative_slope == 0 and bias is None and negative_slope == 1
-
-
 def pooled(sizes: Sequence[int]) -> tuple[int, ...]:
     """Image sizes after average pooling of window and stride 2; a size of 1 (a missing dimension) stays."""
     return tuple(max(size // 2, 1) for size in sizes)

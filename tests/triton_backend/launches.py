@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from cases import float32_products
+from cases import ALL, PLAIN, RESIDUAL, float32_products
+from forms import Form
 
 from fused_densenet.backends import triton as backend
 from fused_densenet.backends.contract import Gradient, Norm, Owed
 from fused_densenet.backends.triton import launch, plans, tuning
 from fused_densenet.backends.triton.launch import Launch
+from fused_densenet.backends.triton.problem import power
 from fused_densenet.backends.triton.tiles_on_disk import Tile
 from fused_densenet.backends.triton.tuning import ShapeClass
 
@@ -69,28 +71,33 @@ class Variant(NamedTuple):
     dweight: bool = True
     moments: bool = True
     pool: bool = False
+    form: Form = PLAIN
 
     def __str__(self) -> str:
         words = {"unaligned": not self.aligned, "pooled": self.pool}
         words |= {"no moments": not self.moments, "no dweight": not self.dweight}
         words |= {"stored": self.accumulate is False, "accumulated": self.accumulate is True}
+        words[str(self.form)] = self.form != PLAIN
         return " ".join(word for word, there in words.items() if there)
 
 
 ALIGNED, UNALIGNED = Variant(), Variant(aligned=False)
 VARIANTS: dict[tuple[str, int], list[Variant]] = {
-    ("norm_relu_conv", 32): [Variant(moments=False)],
-    ("norm_relu_conv", 128): [Variant(moments=False), Variant(pool=True)],
+    ("norm_relu_conv", 16): [Variant(form=RESIDUAL)],
+    ("norm_relu_conv", 32): [Variant(moments=False), Variant(form=RESIDUAL), Variant(form=ALL)],
+    ("norm_relu_conv", 128): [Variant(moments=False), Variant(pool=True), Variant(form=ALL)],
     ("norm_relu_conv", 256): [Variant(pool=True)],
     ("backward_pointwise", 128): [
         Variant(accumulate=False),
         Variant(dweight=False),
         Variant(pool=True, accumulate=False),
+        Variant(form=ALL),
+        Variant(form=RESIDUAL),
     ],
     ("backward_pointwise", 256): [Variant(pool=True, accumulate=False)],
-    ("backward_data", 32): [Variant(accumulate=True)],
+    ("backward_data", 32): [Variant(accumulate=True), Variant(form=ALL), Variant(accumulate=True, form=RESIDUAL)],
     ("backward_data", 256): [Variant(pool=True, accumulate=False)],
-    ("backward_weight", 128): [Variant(pool=True)],
+    ("backward_weight", 128): [Variant(pool=True), Variant(form=ALL), Variant(form=RESIDUAL)],
 }
 """By kernel and output channels (tap rows of ``backward_weight``), for fixed choices; float32 data only pooled."""
 
@@ -111,7 +118,7 @@ def every_launch(family: str, fixed: bool = False) -> list[Recorded]:
                 more = [UNALIGNED] * (k in UNALIGNED_KS[function]) + VARIANTS.get((function, k), [])
                 variants = [ALIGNED, *(v for v in more if arithmetic == "half" or v.pool)]
                 if fixed:
-                    variants = [v for v in variants if v.aligned and (v == ALIGNED or v.pool)]
+                    variants = [v for v in variants if v.aligned and (v == ALIGNED or v.pool or v.form != PLAIN)]
                 for variant in variants:
                     for recorded in _of_class(family, function, arithmetic, k, variant, fixed):
                         it = recorded.launch
@@ -128,7 +135,7 @@ def _of_class(family: str, function: str, arithmetic: str, k: int, variant: Vari
     weight = (outputs, 128 if variant.aligned else 132, 1, *((3, 3) if taps == 9 else (1, 1)))
     name = f"{function} {arithmetic} k{k} {variant}".rstrip()
     step = variant._replace(accumulate=taps == 1) if variant.accumulate is None else variant
-    shape = ShapeClass(function, arithmetic, plans.power(k), taps, 128, 256, variant.pool)
+    shape = ShapeClass(function, arithmetic, power(k), taps, 128, 256, variant.pool)
     for tile in tuning.candidates(shape, family)[: None if (variant == ALIGNED or variant.pool) and not fixed else 1]:
         with tile_in_use(family, tile):
             for it, arguments in _step(weight, arithmetic, step):
@@ -147,11 +154,15 @@ def _step(weight_shape: tuple[int, ...], arithmetic: str, variant: Variant) -> l
     buffer, gradients = torch.empty(2, *pixels, stride, dtype=dtype)
     outputs, stored = torch.empty(2, *half, stride, dtype=dtype)[..., c : c + k]
     x, dx = buffer[..., offset : offset + c], gradients[..., offset : offset + c]
-    norm = Norm(*torch.empty(4, c), 1e-5)
+    norm, form = Norm(*torch.empty(4, c), 1e-5), variant.form
     owed = Owed(*torch.empty(2, c), torch.empty(2, c))
     weight = torch.empty(weight_shape)
     moments = torch.empty(2, k) if variant.moments else (None, None)
     grad = Gradient(stored, outputs, torch.empty(k), torch.empty(2, k))
+    if form.out_slope != 1:
+        grad = Gradient(stored, outputs, negative_slope=form.out_slope)
+    given = (norm._replace(negative_slope=form.slope), owed) if form.norm else (None, None)
+    bias, dbias = torch.empty(2, k) if form.bias else (None, None)
     dweight = torch.empty_like(weight) if variant.dweight else None
     with float32_products("tf32" if arithmetic == "tf32" else "ieee"), recording() as launches:
         backend.place(x, x, *torch.empty(2, c))
@@ -162,6 +173,8 @@ def _step(weight_shape: tuple[int, ...], arithmetic: str, variant: Variant) -> l
         volume, pooled = torch.empty(2, 10, 6, 2, c, dtype=dtype), torch.empty(2, 5, 3, 1, c, dtype=dtype)
         backend.norm_relu_pool(volume, norm, pooled)
         backend.norm_relu_pool_backward(pooled, volume, norm, torch.empty_like(volume), owed)
-        backend.norm_relu_conv(x, norm, weight, outputs, *moments)
-        backend.norm_relu_conv_backward(grad, x, norm, weight, dx, bool(variant.accumulate), dweight, owed)
+        backend.norm_relu_conv(x, given[0], weight, outputs, *moments, bias, form.out_slope)
+        backend.norm_relu_conv_backward(
+            grad, x, given[0], weight, dx, bool(variant.accumulate), dweight, given[1], dbias
+        )
     return launches

@@ -18,7 +18,7 @@ from fused_densenet.backends import triton as backend
 from fused_densenet.backends.contract import Gradient, Norm, Owed
 from fused_densenet.backends.triton import plans
 from fused_densenet.backends.triton.launch import Launch
-from fused_densenet.backends.triton.plans import Problem
+from fused_densenet.backends.triton.problem import Problem
 
 CPU = torch.device("cpu")
 
@@ -159,9 +159,9 @@ def problem(size: tuple[int, ...], channels: int, kernel: int = 1, pool: bool = 
 def test_volumes_of_many_pixels_fit_a_grid(kernel: int, half: bool, pool: bool) -> None:
     """Two of 256 x 256 x 256: four times 65535 tiles of 128, which the second and third axis of a grid do not take."""
     it = problem((2, 256, 256, 256), 64, kernel, pool, half)
-    owes = plans.Owes(1e-5, 2 * 256**3, 64, False, (torch.float32, True, False))
+    owes = plans.Owes(1e-5, 2 * 256**3, 64, (torch.float32, True, False))
     forward = plans.norm_relu_conv(it, True)
-    backward = plans.norm_relu_conv_backward(it, it.out_strides, it.x_strides, it.weight, owes)
+    backward = plans.norm_relu_conv_backward(it, it.out_strides, it.x_strides, it.weight, False, owes)
     place = plans.place(it.x, it.x_strides, 64, (it.dtype, it.dtype), True)
     assert place is not None
     for launch in (forward.product, forward.merge, backward.data, backward.weight, backward.add, place.copy):

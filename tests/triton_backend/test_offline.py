@@ -81,7 +81,7 @@ def test_tiles_of_64_pixels_use_the_instructions_of_their_gpu(table: list[Row]) 
 
 def test_every_kernel_is_there(table: list[Row]) -> None:
     names = {*launches.MATRIX_KERNELS, "place", "place_backward", "norm_relu_pool", "norm_relu_pool_backward"}
-    names |= {"merge_moments", "add_partials", "pack"}
+    names |= {"merge_moments", "add_partials", "pack", "sum_gradient", "add_biases"}
     for target in TARGETS:
         assert {name.split()[0] for row_target, name, _ in table if row_target == target} == names
 

@@ -5,7 +5,7 @@ import cases
 import pytest
 import tolerances
 import torch
-from cases import CUBE, IMAGE, LINE, NAN, ONE, POOLED, ROW, SQUARE, VOLUME, Case
+from cases import ALL, CUBE, IMAGE, LEAKY, LINE, NAN, ONE, POOLED, RESIDUAL, RESIDUAL_RELU, ROW, SQUARE, VOLUME, Case
 from stem_cases import STEMS, StemCase, run_stem, run_stem_nan
 from triton_ptx import executing_ptx
 
@@ -25,6 +25,10 @@ CASES = [
     Case(VOLUME, 24, 12, CUBE),
     Case(LINE, 36, 48, ONE, weight=False),
     Case(IMAGE, 36, 12, SQUARE, weight=False),
+    Case(LINE, 36, 48, ONE, form=ALL),
+    Case(LINE, 96, 128, ONE, form=RESIDUAL_RELU),
+    Case(IMAGE, 48, 12, SQUARE, accumulate=False, form=RESIDUAL),
+    Case(IMAGE, 36, 12, SQUARE, form=ALL),
 ]
 ARITHMETIC = {  # dtype of the data, torch's switch, dtype of the rounding
     "bfloat16": (torch.bfloat16, "ieee", torch.bfloat16),
@@ -43,7 +47,7 @@ def test_norm_relu_conv(case: Case, arithmetic: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("case", [POOLED[0], POOLED[2]], ids=str)
+@pytest.mark.parametrize("case", [POOLED[0], POOLED[2], POOLED[0]._replace(form=LEAKY)], ids=str)
 def test_pooled(case: Case, target: str) -> None:
     run(case, "bfloat16", target)
 

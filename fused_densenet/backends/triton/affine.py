@@ -10,7 +10,7 @@ from ..contract import Gradient
 
 
 class Loaded(NamedTuple):
-    """``g = scale * stored + (slope * (value - mean) + offset)``."""
+    """``g = scale * stored + (slope * (value - mean) + offset)``, or by the sign of ``value``, which a launch knows."""
 
     stored: Tensor
     value: Tensor
@@ -23,7 +23,8 @@ class Loaded(NamedTuple):
 def loaded(grad: Gradient) -> Loaded:
     zeros, ones = _constants(grad.stored.shape[-1], grad.stored.device)
     if grad.value is None or grad.mean is None or grad.correction is None:
-        return Loaded(grad.stored, grad.stored, ones, zeros, zeros, zeros)
+        value = grad.stored if grad.value is None else grad.value
+        return Loaded(grad.stored, value, ones, zeros, zeros, zeros)
     offset, slope = grad.correction.unbind()
     return Loaded(grad.stored, grad.value, ones, slope, grad.mean, offset)
 

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from .operands import (
+    activate,
+    activate_backward,
     affine,
     gradient,
     normalise,
@@ -11,7 +13,6 @@ from .operands import (
     pointers,
     pooled_activation,
     position,
-    relu,
     window_start,
     window_step,
 )
@@ -39,10 +40,12 @@ def _store_dz(
     PD: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SUMS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """ReLU's backward, ``dx = dz`` or ``dx += scale * dz``, and the tile's sums of dz and dz * (x - mean) in ``sums``.
+    """The activation's backward, ``dx = dz`` or ``dx += scale * dz``, and where SUMS the tile's sums of dz and dz * (x - mean).
 
     Over all pixels of the windows that begin at ``first``, each with its share of ``da``. ``before`` is what ``dx`` holds of
     the first of them where that was loaded before the product, not to wait for it here, or None. Returns the windows' means of
@@ -53,7 +56,7 @@ def _store_dz(
         source = first + window_step(t, H, W, PH, PW)
         tile = tl.load(pointers(x, source, x_stride, c, ALIGN), mask=mask, other=0.0)
         z = normalise(tile, mean, scale, shift)
-        dz = tl.where(mask & ~(z <= 0), da * share, 0.0)  # where z is NaN too, as in torch
+        dz = tl.where(mask, activate_backward(da * share, z, SLOPE), 0.0)
         target = pointers(dx, source, dx_stride, c, ALIGN)
         stored = scale[None, :] * dz
         if ACCUMULATE:
@@ -63,13 +66,14 @@ def _store_dz(
         tl.store(target, stored.to(dx.dtype.element_ty), mask=mask)
         centred = dz * (tile.to(tl.float32) - mean[None, :])
         if t == 0:
-            a, sum_dz, sum_dz_centered = relu(z), tl.sum(dz, 0), tl.sum(centred, 0)
+            a, sum_dz, sum_dz_centered = activate(z, SLOPE), tl.sum(dz, 0), tl.sum(centred, 0)
         else:
-            a += relu(z)
+            a += activate(z, SLOPE)
             sum_dz += tl.sum(dz, 0)
             sum_dz_centered += tl.sum(centred, 0)
-    tl.store(sums + c, sum_dz, mask=c < C)
-    tl.store(sums + C + c, sum_dz_centered, mask=c < C)
+    if SUMS:
+        tl.store(sums + c, sum_dz, mask=c < C)
+        tl.store(sums + C + c, sum_dz_centered, mask=c < C)
     return a * share
 
 
@@ -105,8 +109,10 @@ def backward_pointwise(
     KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    VALUE_SLOPE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -145,6 +151,7 @@ def backward_pointwise(
             tl.load(g_slope + k, mask=in_k, other=0.0),
             tl.load(g_mean + k, mask=in_k, other=0.0),
             tl.load(g_offset + k, mask=in_k, other=0.0),
+            VALUE_SLOPE,
         )
         g = operand(tl.where(valid[:, None], g, 0.0), dtype, PRECISION)
         source = window_start(p, D, H, W, KD, KH, KW)
@@ -173,6 +180,8 @@ def backward_pointwise(
             KD,
             KH,
             KW,
+            SLOPE,
+            mean is not None,
             ACCUMULATE,
             ALIGN,
         )
@@ -214,14 +223,16 @@ def backward_data(
     KH: tl.constexpr,
     KW: tl.constexpr,
     POOL: tl.constexpr,
+    SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    VALUE_SLOPE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``dz[p, c] = (relu' at x[p, c]) * sum over taps and k of g[p - tap, k] * weight[k, c, tap]``, and its sums.
+    """``dz[p, c] = (the activation's derivative at x[p, c]) * sum over taps and k of g[p - tap, k] * weight[k, c, tap]``, and its sums.
 
     A program computes a tile of BLOCK_P pixels by BLOCK_C channels; its sums go to ``partials`` (tiles, 2, C). Where POOL,
     as in ``backward_pointwise``.
@@ -260,6 +271,7 @@ def backward_data(
             tl.load(g_slope + k, mask=in_k, other=0.0),
             tl.load(g_mean + k, mask=in_k, other=0.0),
             tl.load(g_offset + k, mask=in_k, other=0.0),
+            VALUE_SLOPE,
         )
         g = operand(tl.where(inside[:, None], g, 0.0), dtype, PRECISION)
         w = tl.load(
@@ -289,6 +301,8 @@ def backward_data(
         KD if POOL else 1,
         KH if POOL else 1,
         KW if POOL else 1,
+        SLOPE,
+        mean is not None,
         ACCUMULATE,
         ALIGN,
     )
@@ -324,13 +338,15 @@ def backward_weight(
     KH: tl.constexpr,
     KW: tl.constexpr,
     POOL: tl.constexpr,
+    SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    VALUE_SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``dweight[k, c, tap] = sum over p of g[p - tap, k] * relu(norm(x[p, c]))``.
+    """``dweight[k, c, tap] = sum over p of g[p - tap, k] * a[p, c]``, ``a`` the activation.
 
     Taps and k together are the rows of the product, ``tap * K + k``, so that one reading of ``x`` serves as many taps
     as fit BLOCK_K. A program's share of the pixels goes to ``weights_at`` in ``partials``, (programs, taps * K, C). Where
@@ -375,6 +391,7 @@ def backward_weight(
             tl.load(g_slope + k, mask=in_n, other=0.0),
             tl.load(g_mean + k, mask=in_n, other=0.0),
             tl.load(g_offset + k, mask=in_n, other=0.0),
+            VALUE_SLOPE,
         )
         g = operand(tl.where(g_mask, g, 0.0), dtype, PRECISION)
         a = pooled_activation(
@@ -391,6 +408,7 @@ def backward_weight(
             KD if POOL else 1,
             KH if POOL else 1,
             KW if POOL else 1,
+            SLOPE,
             ALIGN,
         )
         dw = tl.dot(tl.trans(g), operand(a, dtype, PRECISION), dw, input_precision=PRECISION)

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from .operands import (
+    activate,
     affine,
     normalise,
     operand,
     pointers,
     pooled_activation,
     position,
-    relu,
     tile_moments,
     window_start,
 )
@@ -25,6 +25,7 @@ def norm_relu_conv(
     gamma,
     beta,
     weight,
+    bias,
     out,
     moments,
     x_stride,
@@ -40,18 +41,23 @@ def norm_relu_conv(
     KH: tl.constexpr,
     KW: tl.constexpr,
     POOL: tl.constexpr,
+    SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    OUT_SLOPE: tl.constexpr,
     MOMENTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``out[p, k] = sum over taps and c of relu(norm(x[p + tap, c])) * weight[k, c, tap]``, the weight packed.
+    """``out[p, k] = sum over taps and c of a[p + tap, c] * weight[k, c, tap]``, the weight packed.
+
+    ``a`` is norm(x) behind an activation of SLOPE for negative numbers; ``bias`` (or None) is added, and an activation of
+    OUT_SLOPE, 1 for none, done to what is stored.
 
     A program computes a tile of BLOCK_P pixels by BLOCK_K channels, and leaves its mean and M2 in ``moments``
     (tiles of pixels, 2, K). Where POOL, the pixels of ``out`` are windows of KD by KH by KW pixels of ``x``, and the
-    convolution, of size 1, is of their means of relu(norm(x)).
+    convolution, of size 1, is of their means of ``a``.
     """
     TAPS: tl.constexpr = 1 if POOL else KD * KH * KW
     dtype = x.dtype.element_ty
@@ -74,7 +80,7 @@ def norm_relu_conv(
         x_mean, x_scale, x_shift = affine(mean, var, gamma, beta, c, in_c, EPS)
         if POOL:
             mask = valid[:, None] & in_c[None, :]
-            a = pooled_activation(x, x_stride, first, c, mask, x_mean, x_scale, x_shift, H, W, KD, KH, KW, ALIGN)
+            a = pooled_activation(x, x_stride, first, c, mask, x_mean, x_scale, x_shift, H, W, KD, KH, KW, SLOPE, ALIGN)
             w_at = weight
         else:
             tap = step % TAPS
@@ -87,13 +93,15 @@ def norm_relu_conv(
                 inside = inside & (width + ww >= 0) & (width + ww < W)
             source = p.to(tl.int64) + ((dd * H + hh) * W + ww)
             values = tl.load(pointers(x, source, x_stride, c, ALIGN), mask=inside[:, None] & in_c[None, :], other=0.0)
-            a = relu(normalise(values, x_mean, x_scale, x_shift))
+            a = activate(normalise(values, x_mean, x_scale, x_shift), SLOPE)
             if TAPS > 1:
                 a = tl.where(inside[:, None], a, 0.0)
             w_at = weight + tap * K * length
         w = tl.load(w_at + c[:, None] + (k * length)[None, :], mask=(c < length)[:, None] & in_k[None, :], other=0.0)
         acc = tl.dot(operand(a, dtype, PRECISION), w, acc, input_precision=PRECISION)
-    stored = acc.to(out.dtype.element_ty)
+    if bias is not None:
+        acc += tl.load(bias + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+    stored = activate(acc, OUT_SLOPE).to(out.dtype.element_ty)
     tl.store(pointers(out, p, out_stride, k, ALIGN), stored, mask=valid[:, None] & in_k[None, :])
     if MOMENTS:
         n = tl.minimum(pixels - tile * BLOCK_P, BLOCK_P).to(tl.float32)

@@ -84,7 +84,7 @@ def add_partials(
     """Adds the shares of all programs in a fixed order: the first programs the weight gradient, the last the sums.
 
     Sum j is of dz of channel j, or of dz * (x - mean) of channel j - C; what they are to the norm (contract.Owed) is what
-    is stored.
+    is stored. Without a norm there are none.
     """
     weight_programs = tl.cdiv(weight_values, BLOCK)
     program = tl.program_id(0)
@@ -102,7 +102,7 @@ def add_partials(
         offset = row % K * weight_k + i % C * weight_c
         offset += tap // (KH * KW) * weight_d + tap // KW % KH * weight_h + tap % KW * weight_w
         tl.store(dweight + offset, tl.sum(acc, 0).to(dweight.dtype.element_ty), mask=valid)
-    if program >= weight_programs:
+    if var is not None and program >= weight_programs:
         j = (program - weight_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
         tile = tl.arange(0, BLOCK_R)
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)

@@ -12,15 +12,20 @@ def rstd_of(var, channels, mask, EPS: tl.constexpr):
 
 @triton.jit
 def affine(mean, var, gamma, beta, channels, mask, EPS: tl.constexpr):
-    """A norm's mean, scale and shift, float32, of channels; zero where there are none."""
-    scale = tl.load(gamma + channels, mask=mask, other=0.0).to(tl.float32) * rstd_of(var, channels, mask, EPS)
-    shift = tl.load(beta + channels, mask=mask, other=0.0).to(tl.float32)
-    return tl.load(mean + channels, mask=mask, other=0.0), scale, shift
+    """A norm's mean, scale and shift, float32, of channels; zero where there are none. The identity without a norm."""
+    if mean is None:
+        centre = tl.zeros_like(channels).to(tl.float32)
+        scale, shift = centre + 1.0, centre
+    else:
+        scale = tl.load(gamma + channels, mask=mask, other=0.0).to(tl.float32) * rstd_of(var, channels, mask, EPS)
+        shift = tl.load(beta + channels, mask=mask, other=0.0).to(tl.float32)
+        centre = tl.load(mean + channels, mask=mask, other=0.0)
+    return centre, scale, shift
 
 
 @triton.jit
 def normalise(x, mean, scale, shift):
-    """ReLU's input. Forward and backward use this very expression, so that they agree on its sign."""
+    """The activation's input. Forward and backward use this very expression, so that they agree on its sign."""
     return (x.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
 
 
@@ -28,6 +33,30 @@ def normalise(x, mean, scale, shift):
 def relu(z):
     """NaN stays, as in torch; without the option it would become 0 on a GPU."""
     return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activate(z, SLOPE: tl.constexpr):
+    """The activation of slope SLOPE for negative inputs: of 0 ReLU, of 1 none."""
+    if SLOPE == 0:
+        a = relu(z)
+    elif SLOPE == 1:
+        a = z
+    else:
+        a = tl.where(z > 0, z, SLOPE * z)
+    return a
+
+
+@triton.jit
+def activate_backward(gradient, of, SLOPE: tl.constexpr):
+    """Its backward, by its input or its output; where that is NaN as in torch."""
+    if SLOPE == 0:
+        result = tl.where(of <= 0, 0.0, gradient)
+    elif SLOPE == 1:
+        result = gradient
+    else:
+        result = gradient * tl.where(of > 0, 1.0, SLOPE)
+    return result
 
 
 @triton.jit
@@ -42,10 +71,14 @@ def operand(values, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def gradient(stored, value, scale, slope, mean, offset):
-    """``contract.Gradient`` of a tile of pixels by channels."""
-    centred = value.to(tl.float32) - mean[None, :]
-    return scale[None, :] * stored.to(tl.float32) + (slope[None, :] * centred + offset[None, :])
+def gradient(stored, value, scale, slope, mean, offset, VALUE_SLOPE: tl.constexpr):
+    """``contract.Gradient`` of a tile of pixels by channels; VALUE_SLOPE is its ``negative_slope``."""
+    if VALUE_SLOPE == 1:
+        centred = value.to(tl.float32) - mean[None, :]
+        g = scale[None, :] * stored.to(tl.float32) + (slope[None, :] * centred + offset[None, :])
+    else:
+        g = activate_backward(stored.to(tl.float32), value.to(tl.float32), VALUE_SLOPE)
+    return g
 
 
 @triton.jit
@@ -109,14 +142,16 @@ def pooled_activation(
     PD: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
+    SLOPE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Means of relu(norm(x)) over windows that begin at ``first``."""
-    a = relu(normalise(tl.load(pointers(x, first, x_stride, c, ALIGN), mask=mask, other=0.0), mean, scale, shift))
+    """Means of the activation over windows that begin at ``first``."""
+    values = tl.load(pointers(x, first, x_stride, c, ALIGN), mask=mask, other=0.0)
+    a = activate(normalise(values, mean, scale, shift), SLOPE)
     for t in tl.static_range(1, PD * PH * PW):
         source = first + window_step(t, H, W, PH, PW)
         values = tl.load(pointers(x, source, x_stride, c, ALIGN), mask=mask, other=0.0)
-        a += relu(normalise(values, mean, scale, shift))
+        a += activate(normalise(values, mean, scale, shift), SLOPE)
     return a * (1.0 / (PD * PH * PW))
 
 

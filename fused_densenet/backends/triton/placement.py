@@ -63,6 +63,7 @@ def place_backward(
     image_pixels,
     C,
     tiles_per_image,
+    VALUE_SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -81,6 +82,7 @@ def place_backward(
         tl.load(slope + c, mask=in_c, other=0.0),
         tl.load(mean + c, mask=in_c, other=0.0),
         tl.load(offset + c, mask=in_c, other=0.0),
+        VALUE_SLOPE,
     )
     target = out + image * out_image + at(p, out_pixel, c.to(tl.int64) * out_channel)
     tl.store(target, g.to(out.dtype.element_ty), mask=mask)

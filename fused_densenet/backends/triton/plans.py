@@ -8,102 +8,18 @@ added in a fixed order.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import backward, forward, merging, packing, placement, pooling, tuning
+from . import backward, biases, forward, merging, packing, placement, pooling, tuning
 from .launch import Launch, kernels
+from .problem import Problem, Size, pixel_stride, power
 from .tiles_on_disk import Tile
-from .tuning import ShapeClass
 
-Size = tuple[int, ...]
 _kept = functools.lru_cache(maxsize=1 << 15)  # of 2 KB each: 270 sizes of images in DenseNet-121
-
-
-class Problem(NamedTuple):
-    """A convolution: everything that decides its kernels but for their tiles.
-
-    Attributes:
-        x, out, weight: shapes; ``out`` is the gradient's in backward, and says whether to pool.
-        arithmetic: as in :class:`tuning.ShapeClass`.
-        address: the low four bits that any address of ``x``, ``out`` and, in backward, ``value`` and ``dx`` has.
-        eps, norm_dtype: the norm's, and the dtype of its weight and bias.
-    """
-
-    x: Size
-    x_strides: Size
-    out: Size
-    out_strides: Size
-    weight: Size
-    weight_strides: Size
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-    arithmetic: str
-    address: int
-    device: torch.device
-    eps: float = 1e-5
-    norm_dtype: torch.dtype = torch.float32
-
-    @property
-    def pixels(self) -> int:
-        """Of the output."""
-        return math.prod(self.out[:4])
-
-    @property
-    def pool(self) -> bool:
-        return self.out[1:4] != self.x[1:4]
-
-    @property
-    def taps(self) -> int:
-        return math.prod(self.weight[2:])
-
-    def window(self) -> Size:
-        return tuple(1 if out == size else 2 for out, size in zip(self.out[1:4], self.x[1:4], strict=True))
-
-    def sizes(self) -> Size:
-        return (self.pixels, *self.x[1:4], self.weight[1], self.weight[0])
-
-    def shape_class(self, kernel: str) -> ShapeClass:
-        k, c = self.weight[:2]
-        rows = k * self.taps if kernel == "backward_weight" else k
-        pixels = 4 ** math.ceil(math.log(max(self.pixels, 1), 4))
-        return ShapeClass(kernel, self.arithmetic, power(rows), self.taps, power(c), pixels, self.pool)
-
-    def tile(self, kernel: str) -> Tile:
-        return tuning.tile(self.shape_class(kernel), self.device, self.pixels)
-
-    def constants(self, *pixel_strides: int) -> dict[str, Any]:
-        """``pixel_strides`` are those of all tensors that the kernel loads and stores."""
-        kd, kh, kw = self.window() if self.pool else self.weight[2:]
-        size = self.dtype.itemsize
-        divided = [size * number for number in (*pixel_strides, *self.weight[:2])]
-        align = math.gcd(16, self.address, *divided) // size
-        sizes = {"EPS": self.eps, "KD": kd, "KH": kh, "KW": kw, "POOL": self.pool}
-        return {**sizes, "PRECISION": self.precision, "ALIGN": align}
-
-    @property
-    def precision(self) -> str:
-        return "tf32" if self.arithmetic == "tf32" else "ieee"
-
-    def blocks(self, tile: Tile) -> dict[str, Any]:
-        return {"BLOCK_P": tile.p, "BLOCK_C": min(tile.c, power(self.weight[1])), "BLOCK_K": tile.k}
-
-    @property
-    def packs(self) -> bool:
-        """Whether the weight must be packed first."""
-        return must_be_packed(
-            self.weight, self.weight_strides, self.weight_dtype, self.dtype, self.arithmetic == "tf32"
-        )
-
-
-def must_be_packed(weight: Size, strides: Size, weight_dtype: torch.dtype, dtype: torch.dtype, tf32: bool) -> bool:
-    """A weight of such shape and strides for data of ``dtype``; others lie as the products load them."""
-    c = weight[1]
-    as_it_is = weight_dtype == dtype and not tf32 and math.prod(weight[2:]) == 1
-    return not (as_it_is and c % 16 == 0 and strides[:2] == (c, 1))
 
 
 class Owes(NamedTuple):
@@ -117,7 +33,6 @@ class Owes(NamedTuple):
     eps: float
     pixels: int
     row: int
-    accumulate: bool
     kinds: tuple[torch.dtype, bool, bool]
 
 
@@ -132,7 +47,7 @@ class Place:
 
 @dataclass(slots=True)
 class Forward:
-    """``product(x, *norm, weight, out, moments)``, ``merge`` as in :class:`Place`.
+    """``product(x, *norm, weight, bias, out, moments)``, ``merge`` as in :class:`Place`.
 
     Attributes:
         packs: whether the weight must be packed first.
@@ -145,22 +60,38 @@ class Forward:
 
 
 @dataclass(slots=True)
+class Bias:
+    """``sum(*grad, partials)``, then ``add(partials, dbias)``.
+
+    Attributes:
+        workspace: the shape of ``partials``.
+    """
+
+    sum: Launch
+    add: Launch
+    workspace: Size
+
+
+@dataclass(slots=True)
 class Backward:
     """``data(*grad, x, *norm, weight, dx, partials)``, ``weight(*grad, x, *norm, partials)`` unless the former does it
-    or nothing of the kind is wanted, ``add(partials, dweight, *settled)``, the norm's variance and weight and its :class:`contract.Owed`.
+    or nothing of the kind is wanted, ``add(partials, dweight, *settled)``, the norm's variance and weight and its
+    :class:`contract.Owed`, all None without one; no ``add`` where it has nothing to add.
 
     Attributes:
         packs: as in :class:`Forward`.
         workspace: values of ``partials``.
         rest: (dimension, start, length) of the pixels that odd sizes leave without a window, where ``dx`` is zero.
+        bias: what makes the bias's gradient, if one is wanted.
     """
 
     packs: bool
     data: Launch
     weight: Launch | None
-    add: Launch
+    add: Launch | None
     workspace: Size
     rest: list[tuple[int, int, int]]
+    bias: Bias | None
 
 
 @dataclass(slots=True)
@@ -233,9 +164,9 @@ def place(
 
 @_kept
 def place_backward(
-    out: Size, out_strides: Size, stored: Size, value: Size, dtypes: tuple[torch.dtype, torch.dtype]
+    out: Size, out_strides: Size, stored: Size, value: Size, slope: float, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> Launch | None:
-    """``stored`` and ``value`` are strides. None as :func:`place`."""
+    """``stored`` and ``value`` are strides, ``slope`` that of the gradient. None as :func:`place`."""
     found = images(out, out_strides)
     if found is None:
         return None
@@ -245,7 +176,7 @@ def place_backward(
     tiles = triton.cdiv(pixels, 128)
     grid = (count * tiles, triton.cdiv(channels, blocks["BLOCK_C"]), 1)
     numbers = (pixel_stride(out, stored), pixel_stride(out, value), *strides, pixels, channels, tiles)
-    return Launch(placement.place_backward, grid, numbers, 8, 1, **blocks)
+    return Launch(placement.place_backward, grid, numbers, 8, 1, VALUE_SLOPE=slope, **blocks)
 
 
 @_kept
@@ -262,6 +193,7 @@ def norm_relu_conv(problem: Problem, moments: bool, tile: Tile | None = None) ->
         tile.warps,
         tile.stages,
         **problem.constants(*strides),
+        OUT_SLOPE=problem.out_slope,
         MOMENTS=moments,
         **problem.blocks(tile),
     )
@@ -287,11 +219,12 @@ def norm_relu_conv_backward(
     value: Size,
     dx: Size,
     dweight: Size | None,
-    owes: Owes,
+    accumulate: bool,
+    owes: Owes | None,
     tiles: tuple[tuple[str, Tile], ...] = (),
 ) -> Backward:
     """``value`` and ``dx`` are strides, as ``dweight``, which is None where none is wanted; ``tiles`` by kernel."""
-    chosen, accumulate = dict(tiles), owes.accumulate
+    chosen = dict(tiles)
     k, c = problem.weight[:2]
     stored = pixel_stride(problem.out, problem.out_strides)
     strides = (stored, pixel_stride(problem.out, value), _x_stride(problem), pixel_stride(problem.x, dx))
@@ -300,26 +233,28 @@ def norm_relu_conv_backward(
     tile = chosen.get(name) or problem.tile(name)
     rows = triton.cdiv(problem.pixels, tile.p)
     c_tiles = triton.cdiv(c, problem.blocks(tile)["BLOCK_C"])
-    weights_at = triton.cdiv(rows * 2 * c, 16) * 16
+    weights_at = 0 if owes is None else triton.cdiv(rows * 2 * c, 16) * 16
     weight, splits = None, 0
+    constants = {**problem.constants(*strides), "VALUE_SLOPE": problem.out_slope, "ACCUMULATE": accumulate}
     if has_pointwise(problem):
-        constants = {**problem.constants(*strides), "ACCUMULATE": accumulate, "WEIGHT": dweight is not None}
+        constants["WEIGHT"] = dweight is not None
         del constants["POOL"]
         share, splits = _split(problem.pixels, tile.p, 2 * tuning.multiprocessors(problem.device) // c_tiles)
         numbers: Size = (*strides, weights_at, *problem.sizes(), share)
         grid = (c_tiles, splits, 1)
     else:
-        constants = {**problem.constants(*strides), "ACCUMULATE": accumulate}
         numbers, grid = (*strides, *problem.sizes()), (c_tiles * rows, 1, 1)
         if dweight is not None:
             weight_tile = chosen.get("backward_weight") or problem.tile("backward_weight")
             weight, splits = _backward_weight(problem, strides[:3], weights_at, weight_tile)
     function = getattr(backward, name)
     data = Launch(function, grid, numbers, tile.warps, tile.stages, **constants, **problem.blocks(tile))
-    add = _add(weights_at, values, splits, rows, owes, c, k, dweight or (0,) * 5, problem.weight[3:])
-    return Backward(
-        problem.packs, data, weight, add, (weights_at + splits * values,), _rest(problem) if not accumulate else []
-    )
+    add = None
+    if owes is not None or values:
+        add = _add(weights_at, values, splits, rows, accumulate, owes, c, k, dweight or (0,) * 5, problem.weight[3:])
+    rest = [] if accumulate else _rest(problem)
+    bias = None if problem.bias is None else _bias(problem, strides[:2])
+    return Backward(problem.packs, data, weight, add, (weights_at + splits * values,), rest, bias)
 
 
 def _backward_weight(problem: Problem, strides: Size, weights_at: int, tile: Tile) -> tuple[Launch, int]:
@@ -335,9 +270,23 @@ def _backward_weight(problem: Problem, strides: Size, weights_at: int, tile: Til
         tile.warps,
         tile.stages,
         **problem.constants(*strides),
+        VALUE_SLOPE=problem.out_slope,
         **blocks,
     )
     return launch, splits
+
+
+def _bias(problem: Problem, strides: Size) -> Bias:
+    """``strides`` between pixels of the gradient and of its value."""
+    k = problem.weight[0]
+    blocks = {"BLOCK_P": 128, "BLOCK_K": min(power(k), 32)}
+    k_tiles = triton.cdiv(k, blocks["BLOCK_K"])
+    share, programs = _split(problem.pixels, 128, 4 * tuning.multiprocessors(problem.device) // k_tiles)
+    constants = {"VALUE_SLOPE": problem.out_slope, "ALIGN": problem.constants(*strides)["ALIGN"], **blocks}
+    numbers = (*strides, problem.pixels, k, share)
+    sum_gradient = Launch(biases.sum_gradient, (programs, k_tiles, 1), numbers, 8, 1, **constants)
+    add = Launch(biases.add_biases, (triton.cdiv(k, 8), 1, 1), (programs, k), 4, 1, BLOCK_R=128, BLOCK_K=8)
+    return Bias(sum_gradient, add, (programs, k))
 
 
 def _add(
@@ -345,16 +294,19 @@ def _add(
     values: int,
     splits: int,
     rows: int,
-    owes: Owes,
+    accumulate: bool,
+    owes: Owes | None,
     c: int,
     k: int = 1,
     strides: Size = (0,) * 5,
     kernel: Size = (1, 1),
 ) -> Launch:
     """``strides`` are those of the weight's gradient, ``kernel`` the last two sizes of it."""
-    blocks = {"KH": kernel[0], "KW": kernel[1], "EPS": owes.eps, "ACCUMULATE": owes.accumulate}
+    sums = 0 if owes is None else triton.cdiv(2 * c, 8)
+    owes = owes or Owes(0.0, 1, 0, (torch.float32, False, False))
+    blocks = {"KH": kernel[0], "KW": kernel[1], "EPS": owes.eps, "ACCUMULATE": accumulate}
     blocks |= {"BLOCK_S": 16, "BLOCK": 256, "BLOCK_R": 512, "BLOCK_C": 8}
-    grid = (triton.cdiv(values, 256) + triton.cdiv(2 * c, 8), 1, 1)
+    grid = (triton.cdiv(values, 256) + sums, 1, 1)
     numbers = (weights_at, values, splits, rows, *strides, owes.pixels, owes.row, c, k)
     return Launch(merging.add_partials, grid, numbers, 8, 1, **blocks)
 
@@ -389,7 +341,7 @@ def norm_relu_pool_backward(
         pooling.norm_relu_pool_backward, (programs, c_tiles, 1), numbers, 8, 1, EPS=owes.eps, **window, **blocks
     )
     look = None if grad == x else _windows(x, strides[1], grad, 0, owes.eps)
-    return PoolBackward(look, data, _add(0, 0, 0, programs, owes, c), (programs * 2 * c,))
+    return PoolBackward(look, data, _add(0, 0, 0, programs, False, owes, c), (programs * 2 * c,))
 
 
 def _windows(x: Size, x_stride: int, out: Size, out_stride: int, eps: float) -> Launch:
@@ -433,19 +385,6 @@ def forget() -> None:
         norm_relu_pool_backward,
     ):
         plan.cache_clear()
-
-
-def power(size: int) -> int:
-    """The next power of two, at least 16, the least side of a matrix product's tile."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def pixel_stride(shape: Size, strides: Size) -> int:
-    """The stride between neighbouring pixels of ``(N, D, H, W, C)``."""
-    for dim in (3, 2, 1, 0):
-        if shape[dim] > 1:
-            return strides[dim]
-    return shape[4]
 
 
 def _x_stride(problem: Problem) -> int:

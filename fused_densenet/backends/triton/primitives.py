@@ -11,12 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import eager
-from ..contract import Gradient, Norm, Owed, is_plain, uses_tf32
+from ..contract import Gradient, Norm, Owed, uses_tf32
 from . import plans, tuning
 from .affine import Loaded, loaded
-from .plans import Backward, Forward, Owes, Problem
+from .plans import Backward, Forward, Owes
+from .problem import Problem, must_be_packed, pixel_stride
 from .tiles_on_disk import Tile
+
+Vectors = tuple[Tensor | None, ...]
+"""Mean, variance, weight and bias of a norm; None where there is none."""
+
+_NOTHING_OWED = (None,) * len(Owed._fields)
 
 
 class Packed(NamedTuple):
@@ -31,7 +36,7 @@ def pack_weights(weights: Sequence[Tensor], x: Tensor) -> list[Tensor | Packed]:
     dtype, tf32 = weights[0].dtype, uses_tf32(x)
     if any(weight.dtype != dtype for weight in weights):
         return list(weights)
-    needed = [plans.must_be_packed(w.shape, w.stride(), dtype, x.dtype, tf32) for w in weights]
+    needed = [must_be_packed(w.shape, w.stride(), dtype, x.dtype, tf32) for w in weights]
     packed = iter(_pack([weight for weight, wanted in zip(weights, needed, strict=True) if wanted], x))
     return [next(packed) if wanted else weight for weight, wanted in zip(weights, needed, strict=True)]
 
@@ -60,7 +65,7 @@ def _in_a_row(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:
     if not x.numel():
         return
-    stride, dtype = (None, None) if out is None else (plans.pixel_stride(out.shape, out.stride()), out.dtype)
+    stride, dtype = (None, None) if out is None else (pixel_stride(out.shape, out.stride()), out.dtype)
     plan = plans.place(x.shape, x.stride(), stride, (x.dtype, dtype), mean is not None)
     if plan is None:
         place(x.contiguous(), out, mean, var)
@@ -73,16 +78,12 @@ def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None
 
 
 def place_backward(grad: Gradient, out: Tensor) -> None:
-    if grad.negative_slope != 1:
-        eager.place_backward(grad, out)
-        return
     if not out.numel():
         return
     terms = loaded(grad)
     stored = terms.stored
-    launch = plans.place_backward(
-        out.shape, out.stride(), stored.stride(), terms.value.stride(), (stored.dtype, out.dtype)
-    )
+    strides, dtypes = (out.stride(), stored.stride(), terms.value.stride()), (stored.dtype, out.dtype)
+    launch = plans.place_backward(out.shape, *strides, grad.negative_slope, dtypes)
     if launch is None:
         contiguous = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         place_backward(grad, contiguous)
@@ -102,22 +103,19 @@ def norm_relu_conv(
     negative_slope: float = 1.0,
 ) -> None:
     weight, matrix = weight if isinstance(weight, Packed) else (weight, None)
-    if norm is None or not is_plain(norm, bias, negative_slope):
-        eager.norm_relu_conv(x, norm, weight, out, mean, var, bias, negative_slope)
-        return
     if not out.numel():
         return
-    problem = _problem(x, out, weight, x.data_ptr() | out.data_ptr(), norm)
-    vectors = norm[:4]
+    problem = _problem(x, out, weight, x.data_ptr() | out.data_ptr(), norm, negative_slope, bias)
+    vectors = _vectors(norm)
     if tuning.AUTOTUNE:
-        _tune_forward(problem, x, vectors, weight, out, mean)
+        _tune_forward(problem, x, vectors, weight, bias, out, mean)
     plan = plans.norm_relu_conv(problem, mean is not None)
     packed = _packed(plan, weight, matrix, x)
     if mean is None:
-        plan.product(x, *vectors, packed, out, None)
+        plan.product(x, *vectors, packed, bias, out, None)
     else:
         moments = _workspace(plan.workspace, x)
-        plan.product(x, *vectors, packed, out, moments)
+        plan.product(x, *vectors, packed, bias, out, moments)
         plan.merge(moments, mean, var)
 
 
@@ -133,22 +131,20 @@ def norm_relu_conv_backward(
     dbias: Tensor | None = None,
 ) -> None:
     weight, matrix = weight if isinstance(weight, Packed) else (weight, None)
-    if norm is None or owed is None or not is_plain(norm, dbias, grad.negative_slope):
-        eager.norm_relu_conv_backward(grad, x, norm, weight, dx, accumulate, dweight, owed, dbias)
-        return
     terms = loaded(grad)
     stored = terms.stored
     if not stored.numel():
-        for result in (dweight, None if accumulate else dx):
+        for result in (dweight, dbias, None if accumulate else dx):
             if result is not None:
                 result.zero_()
-        _settle_nothing(accumulate, owed)
+        if owed is not None:
+            _settle_nothing(accumulate, owed)
         return
     address = x.data_ptr() | stored.data_ptr() | terms.value.data_ptr() | dx.data_ptr()
-    problem = _problem(x, stored, weight, address, norm)
-    vectors = norm[:4]
-    owes = _owes(norm, x, accumulate, owed)
-    strides = terms.value.stride(), dx.stride(), None if dweight is None else dweight.stride(), owes
+    problem = _problem(x, stored, weight, address, norm, grad.negative_slope, dbias)
+    vectors = _vectors(norm)
+    owes = None if norm is None or owed is None else _owes(norm, x, owed)
+    strides = terms.value.stride(), dx.stride(), None if dweight is None else dweight.stride(), accumulate, owes
     if tuning.AUTOTUNE:
         _tune_backward(problem, strides, terms, x, vectors, weight, dx)
     plan = plans.norm_relu_conv_backward(problem, *strides)
@@ -158,7 +154,12 @@ def norm_relu_conv_backward(
     plan.data(*terms, x, *vectors, packed, dx, partials)
     if plan.weight is not None:
         plan.weight(*terms, x, *vectors, partials)
-    plan.add(partials, dweight, norm.var, norm.weight, *owed)
+    if plan.add is not None:
+        plan.add(partials, dweight, *vectors[1:3], *(owed or _NOTHING_OWED))
+    if plan.bias is not None:
+        shares = _workspace(plan.bias.workspace, x)
+        plan.bias.sum(*terms, shares)
+        plan.bias.add(shares, dbias)
 
 
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
@@ -173,7 +174,7 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
         _settle_nothing(False, owed)
         return
     plan = plans.norm_relu_pool_backward(
-        x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), _owes(norm, x, False, owed), x.dtype, x.device
+        x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), _owes(norm, x, owed), x.dtype, x.device
     )
     vectors, places = norm[:4], None
     if plan.look is not None:
@@ -184,11 +185,15 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
     plan.add(partials, None, norm.var, norm.weight, *owed)
 
 
-def _owes(norm: Norm, x: Tensor, accumulate: bool, owed: Owed) -> Owes:
+def _vectors(norm: Norm | None) -> Vectors:
+    return (None,) * 4 if norm is None else norm[:4]
+
+
+def _owes(norm: Norm, x: Tensor, owed: Owed) -> Owes:
     correction, channels = owed.correction, x.shape[-1]
     row = channels if correction is None else correction.stride(0)
     kinds = (owed.dweight.dtype, correction is not None, owed.pixels is not None)
-    return Owes(norm.eps, x.numel() // channels, row, accumulate, kinds)
+    return Owes(norm.eps, x.numel() // channels, row, kinds)
 
 
 def _settle_nothing(accumulate: bool, owed: Owed) -> None:
@@ -198,8 +203,11 @@ def _settle_nothing(accumulate: bool, owed: Owed) -> None:
             result.zero_()
 
 
-def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int, norm: Norm) -> Problem:
+def _problem(
+    x: Tensor, out: Tensor, weight: Tensor, address: int, norm: Norm | None, out_slope: float, bias: Tensor | None
+) -> Problem:
     dtype = x.dtype
+    eps, norm_dtype, slope = (0.0, None, 1.0) if norm is None else (norm.eps, norm.weight.dtype, norm.negative_slope)
     arithmetic = "half" if dtype is not torch.float32 else "tf32" if uses_tf32(x) else "ieee"
     return Problem(
         x.shape,
@@ -213,8 +221,11 @@ def _problem(x: Tensor, out: Tensor, weight: Tensor, address: int, norm: Norm) -
         arithmetic,
         address & 15,
         x.device,
-        norm.eps,
-        norm.weight.dtype,
+        eps,
+        norm_dtype,
+        slope,
+        out_slope,
+        None if bias is None else bias.dtype,
     )
 
 
@@ -230,19 +241,19 @@ def _workspace(size: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _tune_forward(
-    problem: Problem, x: Tensor, norm: tuple[Tensor, ...], weight: Tensor, out: Tensor, mean: Tensor | None
+    problem: Problem, x: Tensor, norm: Vectors, weight: Tensor, bias: Tensor | None, out: Tensor, mean: Tensor | None
 ) -> None:
     def run(tile: Tile) -> None:
         plan = plans.norm_relu_conv(problem, mean is not None, tile)
         moments = None if mean is None else _workspace(plan.workspace, x)
-        plan.product(x, *norm, _packed(plan, weight, None, x), out, moments)
+        plan.product(x, *norm, _packed(plan, weight, None, x), bias, out, moments)
 
     if tuning.tune(problem.shape_class("norm_relu_conv"), problem.device, run):
         plans.forget()
 
 
 def _tune_backward(
-    problem: Problem, strides: tuple, grad: Loaded, x: Tensor, norm: tuple[Tensor, ...], weight: Tensor, dx: Tensor
+    problem: Problem, strides: tuple, grad: Loaded, x: Tensor, norm: Vectors, weight: Tensor, dx: Tensor
 ) -> None:
     """On a copy of ``dx``, which runs would accumulate into."""
     copy: list[Tensor] = []

@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 import triton_cpu
-from cases import CASES, NAN, NARROW_WEIGHTS, ONE, POOLED, Case
+from cases import CASES, IN_OTHER_FORMS, NAN, NARROW_WEIGHTS, ONE, POOLED, Case
 from stem_cases import STEMS, StemCase, run_stem, run_stem_nan
 
 from fused_densenet.backends import triton
@@ -17,13 +17,13 @@ from fused_densenet.backends.triton import plans, tiles_on_disk, tuning
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(torch.float32, torch.float16), (torch.bfloat16, None)], ids=["tf32", "bfloat16"]
 )
-@pytest.mark.parametrize("case", [*CASES, *POOLED, *NARROW_WEIGHTS], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *POOLED, *NARROW_WEIGHTS, *IN_OTHER_FORMS], ids=str)
 def test_norm_relu_conv(case: Case, dtype: torch.dtype, rounding: torch.dtype | None) -> None:
     with triton_cpu.watch(), cases.float32_products("tf32"):
         cases.run_case(case, dtype, rounding=rounding)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[9], *POOLED[:2]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[9], *POOLED[:2], *IN_OTHER_FORMS[3:7]], ids=str)
 def test_ieee_float32(case: Case) -> None:
     """The data gradient and the weight gradient are kernels of their own."""
     with triton_cpu.watch(), cases.float32_products("ieee"):
@@ -35,6 +35,20 @@ def test_ieee_float32(case: Case) -> None:
 def test_nan_reaches_what_it_reaches_in_torch(case: Case, precision: str) -> None:
     with triton_cpu.watch(), cases.float32_products(precision):
         cases.run_nan(case, torch.float32)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("normed", [True, False])
+def test_infinity_and_nan_before_an_activation(slope: float, normed: bool) -> None:
+    """A slope of 0 makes 0 of minus infinity, as ReLU does, and NaN stays NaN."""
+    x = torch.tensor([-torch.inf, torch.inf, torch.nan, -2.0]).reshape(1, 1, 1, 4, 1)
+    ones, zeros = torch.ones(1), torch.zeros(1)
+    norm = Norm(zeros, ones, ones, zeros, 0.0, slope) if normed else None
+    out = torch.empty_like(x)
+    with triton_cpu.watch(), cases.float32_products("ieee"):
+        triton.norm_relu_conv(x, norm, torch.ones(1, 1, 1, 1, 1), out, None, None, None, 1.0 if normed else slope)
+    expected = [0.0 if slope == 0 else -torch.inf, torch.inf, torch.nan, -2 * slope]
+    torch.testing.assert_close(out.flatten(), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -81,8 +95,12 @@ def test_an_empty_batch_launches_nothing() -> None:
         grad = Gradient(out, out, torch.randn(8), torch.randn(2, 8))
         triton.norm_relu_conv_backward(grad, x, norm, weight, x, True, dweight, Owed(*sums))
         triton.place_backward(grad, out)
+        dbias = torch.full((8,), torch.nan)
+        triton.norm_relu_conv(x, None, weight, out, None, None, torch.randn(8), 0.2)
+        grad = Gradient(out, out, negative_slope=0.2)
+        triton.norm_relu_conv_backward(grad, x, None, weight, x, True, dweight, None, dbias)
     assert not watch.launches
-    assert not dweight.any() and not sums.any()
+    assert not dweight.any() and not sums.any() and not dbias.any()
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], POOLED[3]], ids=str)

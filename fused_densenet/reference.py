@@ -22,7 +22,7 @@ _MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 class DenseLayer(nn.Module):
     """BN-ReLU-conv1-BN-ReLU-conv3 (``bn_size`` given) or BN-ReLU-conv3 (``bn_size=None``), then dropout.
 
-    With a ``negative_slope`` leaky ReLU stands for ReLU; with ``bias`` the convolutions have one.
+    With a ``bottleneck_drop_rate`` dropout follows the first convolution of a bottleneck layer, too. With a ``negative_slope`` leaky ReLU stands for ReLU; with ``bias`` the convolutions have one.
 
     Maps ``(N, num_input_features, *spatial)`` to the ``growth_rate`` new feature maps ``(N, growth_rate, *spatial)``.
     """
@@ -37,6 +37,7 @@ class DenseLayer(nn.Module):
         spatial_dims: int = 2,
         bias: bool = False,
         negative_slope: float = 0.0,
+        bottleneck_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
@@ -50,7 +51,7 @@ class DenseLayer(nn.Module):
         else:
             self.conv1 = conv(width, growth_rate, kernel_size=3, padding=1, bias=bias)
         self.bottleneck = bn_size is not None
-        self.drop_rate = drop_rate
+        self.drop_rate, self.bottleneck_drop_rate = drop_rate, bottleneck_drop_rate
         self.negative_slope = negative_slope
 
     def activation(self, x: Tensor) -> Tensor:
@@ -59,6 +60,8 @@ class DenseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.activation(self.norm1(x)))
         if self.bottleneck:
+            if self.bottleneck_drop_rate > 0:
+                out = F.dropout(out, self.bottleneck_drop_rate, self.training)
             out = self.conv2(self.activation(self.norm2(out)))
         return F.dropout(out, self.drop_rate, self.training) if self.drop_rate > 0 else out
 
@@ -82,6 +85,7 @@ class DenseBlock(nn.Module):
         bias: bool = False,
         negative_slope: float = 0.0,
         return_new: bool = False,
+        bottleneck_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         for i in range(num_layers):
@@ -93,6 +97,7 @@ class DenseBlock(nn.Module):
                 spatial_dims=spatial_dims,
                 bias=bias,
                 negative_slope=negative_slope,
+                bottleneck_drop_rate=bottleneck_drop_rate,
             )
             self.add_module(f"denselayer{i + 1}", layer)
         self.skipped = num_input_features if return_new else 0

@@ -1,6 +1,8 @@
 """Blocks and transitions with biases, leaky activations, dropout after both convolutions, or their new features alone."""
 
+import contextlib
 import copy
+import warnings
 from typing import Any
 
 import peers
@@ -91,6 +93,48 @@ def test_operator_by_operator(form: dict[str, Any]) -> None:
         found = step(ours, x)
     expected, compared = without_zeros(step(theirs, x), found)
     assert_same(compared, expected, "float64 whole block")
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.4), (0.3, 0.5), (0.3, 1.0)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_dropout_of_bottlenecks(rates: tuple[float, float], training: bool, memory_efficient: bool) -> None:
+    """The numbers that the unfused layers draw, in their order; operator by operator, too."""
+    form = {"drop_rate": rates[0], "bottleneck_drop_rate": rates[1]}
+    ours, theirs = pair(SIZE, form, memory_efficient=memory_efficient)
+    by_operators = copy.deepcopy(ours)
+    by_operators.denselayer2.conv2.register_forward_hook(lambda *_: None)
+    x, results, states = torch.randn(2, 8, 5, 6, dtype=torch.float64), [], []
+    for block in (theirs, ours, by_operators):
+        torch.manual_seed(3)
+        with contextlib.nullcontext() if block is not ours else strict(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(step(block.train(training), x))
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+    for found in results[1:]:
+        assert_same(found, results[0], "float64 whole block")
+
+
+def test_rate_of_bottlenecks_that_is_changed() -> None:
+    ours, theirs = pair(SIZE, {"drop_rate": 0.2})
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    ours(x)
+    for layer in (*ours.children(), *theirs.children()):
+        layer.bottleneck_drop_rate = 0.6
+    results = []
+    for block in (ours, theirs):
+        block.load_state_dict(theirs.state_dict())
+        torch.manual_seed(3)
+        with strict():
+            results.append(step(block, x))
+    assert_same(*results, "float64 whole block")
+
+
+@pytest.mark.parametrize(("size", "value"), [(SIZE, -0.1), (SIZE, 1.5), (PLAIN, 0.5)])
+def test_bad_rate_of_bottlenecks(size: Any, value: float) -> None:
+    with pytest.raises(ValueError, match="bottleneck_drop_rate: expected "):
+        FusedDenseBlock(*size, bottleneck_drop_rate=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])

@@ -89,6 +89,7 @@ def take_apart(layer: nn.Module, name: str) -> LayerParts:
         drop_rate if training else 0.0,
         isinstance(dropout, CHANNEL_DROPOUTS),
         [f"{name}.{key} is no part of a dense layer" for key in modules if key not in _NAMES],
+        getattr(layer, "bottleneck_drop_rate", 0.0) if layer.training and "conv2" in modules else 0.0,
     )
 
 

@@ -29,12 +29,16 @@ def check_block_arguments(
     growth_rate: int,
     drop_rate: float,
     spatial_dims: int,
+    bottleneck_drop_rate: float = 0.0,
 ) -> None:
     counts = {"num_layers": num_layers, "num_input_features": num_input_features, "growth_rate": growth_rate}
     if bn_size is not None:
         counts["bn_size"] = bn_size
     check_counts(counts)
     check_rate("drop_rate", drop_rate, "a probability")
+    check_rate("bottleneck_drop_rate", bottleneck_drop_rate, "a probability")
+    if bn_size is None and bottleneck_drop_rate:
+        raise ValueError(f"bottleneck_drop_rate: expected 0 where bn_size is None, got {bottleneck_drop_rate}")
     check_spatial_dims(spatial_dims)
 
 

@@ -48,6 +48,7 @@ class FusedDenseLayer(nn.Module):
         spatial_dims: int = 2,
         bias: bool = False,
         negative_slope: float = 0.0,
+        bottleneck_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         conv, norm = CONV[spatial_dims], NORM[spatial_dims]
@@ -60,7 +61,7 @@ class FusedDenseLayer(nn.Module):
             self.norm2 = norm(width)
             self.relu2 = nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
             self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=bias)
-        self.drop_rate = float(drop_rate)
+        self.drop_rate, self.bottleneck_drop_rate = float(drop_rate), float(bottleneck_drop_rate)
         self.memory_efficient = memory_efficient
 
     @property
@@ -72,6 +73,8 @@ class FusedDenseLayer(nn.Module):
         run = recomputed if self.memory_efficient else concatenated
         out = run((self.norm1, self.relu1, self.conv1), *inputs)
         if self.bottleneck:
+            if self.bottleneck_drop_rate > 0:
+                out = nn.functional.dropout(out, p=self.bottleneck_drop_rate, training=self.training)
             out = self.conv2(self.relu2(self.norm2(out)))
         if self.drop_rate > 0:
             out = nn.functional.dropout(out, p=self.drop_rate, training=self.training)
@@ -99,6 +102,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         bias: the convolutions have one.
         negative_slope: of the activations for negative numbers, 0 (ReLU) to 1.
         return_new: the result is the new feature maps alone.
+        bottleneck_drop_rate: dropout of each bottleneck, the result of a layer's first convolution, 0 to 1.
 
     Shape:
         ``(N, num_input_features, *spatial)`` to ``(N, num_input_features + num_layers * growth_rate, *spatial)``, with
@@ -130,9 +134,12 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         bias: bool = False,
         negative_slope: float = 0.0,
         return_new: bool = False,
+        bottleneck_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        check_block_arguments(num_layers, num_input_features, bn_size, growth_rate, drop_rate, spatial_dims)
+        check_block_arguments(
+            num_layers, num_input_features, bn_size, growth_rate, drop_rate, spatial_dims, bottleneck_drop_rate
+        )
         check_rate("negative_slope", negative_slope, "a number")
         self.return_new = return_new
         for i in range(num_layers):
@@ -145,6 +152,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
                 spatial_dims=spatial_dims,
                 bias=bias,
                 negative_slope=negative_slope,
+                bottleneck_drop_rate=bottleneck_drop_rate,
             )
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import step
 from networks import assert_same_step
 from rebuilt_networks import (
     GROWTH,
@@ -23,12 +24,12 @@ from rebuilt_networks import (
     pytorchcv,
 )
 from small_networks import blocks, results
-from tolerances import assert_largest
+from tolerances import assert_largest, assert_same
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fused_densenet
-from fused_densenet import FallbackWarning, FusedDenseBlock, FusedTransition, explain, fuse, strict, unfuse
+from fused_densenet import FallbackWarning, FusedDenseBlock, FusedTransition, explain, fuse, reference, strict, unfuse
 from fused_densenet.ops.functional import run_block
 
 
@@ -264,6 +265,45 @@ def test_rate_of_a_dropout_module() -> None:
     ours.stages[0].unit1.dropout.eval()
     (first, _) = explain(ours).blocks
     assert first.reasons == ["layer 2 differs from layer 1 in its dropout"]
+
+
+class DroppingTransition(nn.Module):
+    """A dropout between the convolution and the pooling."""
+
+    def __init__(self, dropout: nn.Module, dims: int) -> None:
+        super().__init__()
+        kinds = {2: (nn.BatchNorm2d, nn.Conv2d, nn.AvgPool2d), 3: (nn.BatchNorm3d, nn.Conv3d, nn.AvgPool3d)}
+        norm, convolution, pool = kinds[dims]
+        self.bn, self.squeeze, self.drop, self.down = norm(6), convolution(6, 4, 1), dropout, pool(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.drop(self.squeeze(torch.relu(self.bn(x)))))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "volume"])
+@pytest.mark.parametrize(
+    "kinds", [{2: nn.Dropout, 3: nn.Dropout}, {2: nn.Dropout2d, 3: nn.Dropout3d}], ids=["values", "maps"]
+)
+def test_transition_with_a_dropout(kinds: dict[int, Any], layout: str) -> None:
+    """It drops what the unfused one drops, at the rate and in the mode that it has at the time."""
+    dims = 3 if layout == "volume" else 2
+    block = reference.DenseBlock(1, 2, None, 4, spatial_dims=dims)
+    theirs = nn.Sequential(block, DroppingTransition(kinds[dims](0.4), dims)).double()
+    ours = fuse(copy.deepcopy(theirs), strict=True)
+    assert isinstance(ours[1], FusedTransition)
+    x = torch.randn(3, 2, *(6, 5, 4)[-dims:], dtype=torch.float64)
+    if layout == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    for training, dropping, rate in ((True, True, 0.4), (False, False, 0.4), (False, True, 0.7), (True, True, 0.0)):
+        found = []
+        for model in (ours, theirs):
+            model.train(training)[1].drop.train(dropping).p = rate
+            torch.manual_seed(2)
+            with strict():
+                found.append((*step(model, x).items(), ("numbers", torch.get_rng_state())))
+        actual, expected = map(dict, found)
+        assert torch.equal(actual.pop("numbers"), expected.pop("numbers"))
+        assert_same(actual, expected, "float64 whole block")
 
 
 def test_layers_by_themselves() -> None:

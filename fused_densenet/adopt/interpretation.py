@@ -15,7 +15,7 @@ from ..fallback.description import (
     StagePlaces,
     TransitionDescription,
 )
-from .trace import DROPOUTS, Node, Trace, plain_settings, rate
+from .trace import DROPOUTS, Node, Trace, pieces_of, plain_settings, rate
 
 _CONV = frozenset({"conv1d", "conv2d", "conv3d"})
 _RELU = frozenset({"relu", "leaky_relu"})
@@ -58,7 +58,7 @@ class Reading:
 
 def read_block(module: nn.Module, trace: Trace) -> Reading:
     """A module that returns its input beside what norm-relu-convs make of it, and of each other's results."""
-    if _is_around_another(trace) or not any(n.op == "cat" and _is_dense(_pieces(n)) for n in trace.nodes):
+    if _is_around_another(trace) or not any(n.op == "cat" and _is_dense(pieces_of(n)) for n in trace.nodes):
         return Reading(hints=_foreign(module, trace))
     result, row = trace.result, _row(trace)
     while result is not None and result.op != "cat":
@@ -75,7 +75,7 @@ def read_block(module: nn.Module, trace: Trace) -> Reading:
     foreign = _foreign(module, trace, [*around.before, *around.after])
     if foreign:
         return Reading(reasons=foreign)
-    prepends = not returns_new and len(layers) > 0 and _pieces(result)[-1] is base
+    prepends = not returns_new and len(layers) > 0 and pieces_of(result)[-1] is base
     order = _order_reasons(result, base, layers, chains, prepends, returns_new)
     if order:
         return Reading(reasons=order)
@@ -105,7 +105,7 @@ def read_block(module: nn.Module, trace: Trace) -> Reading:
 
 
 def read_transition(module: nn.Module, trace: Trace) -> Reading:
-    """A module that returns ``pool(conv(relu(norm(x))))``, the pooling perhaps missing."""
+    """A module that returns ``pool(dropout(conv(relu(norm(x)))))``, the pooling and the dropout perhaps missing."""
     pool = trace.result if trace.result is not None and trace.result.op in _POOL else None
     end = trace.result if pool is None else pool.inputs[0]
     chain = None if end is None else _chain(end, {id(trace.nodes[0])})
@@ -116,9 +116,8 @@ def read_transition(module: nn.Module, trace: Trace) -> Reading:
         return Reading(reasons=foreign or ["it is no norm, ReLU, convolution and pooling in a row"])
     places = _places(module, [])
     reasons = _left_over(module, trace, places, [*chain.stages[0], *([] if pool is None else [pool])], [])
-    if chain.dropouts != [None]:
-        reasons.append("it has a dropout")
     number_of = {place.path: number for number, place in enumerate(places)}
+    dropout = _dropout(module, chain.dropouts[0], number_of)
     pooling = None
     if pool is not None:
         pooling = number_of[pool.caller] if _is_torchs(module, pool.caller) else None
@@ -127,9 +126,8 @@ def read_transition(module: nn.Module, trace: Trace) -> Reading:
     if reasons:
         return Reading(reasons=reasons)
     stage = _stage(chain.stages[0], number_of)
-    return Reading(
-        TransitionDescription(tuple(places), _settings(module, places), (), stage, pool is not None, pooling)
-    )
+    settings = _settings(module, places, [] if dropout is None else [dropout.module])
+    return Reading(TransitionDescription(tuple(places), settings, (), stage, pool is not None, pooling, dropout))
 
 
 def read_residual(module: nn.Module, trace: Trace) -> Reading:
@@ -148,7 +146,7 @@ def read_residual(module: nn.Module, trace: Trace) -> Reading:
         scale, end = float(numbers[0]) if len(numbers) == 1 else 0.0, end.inputs[0]
         seen.append(end)
     last = end if end.op in _CONV and len(end.inputs) == 1 else None
-    pieces = _pieces(end if last is None else last.inputs[0])
+    pieces = pieces_of(end if last is None else last.inputs[0])
     layers = [_then_activation(piece, pieces[:number]) for number, piece in enumerate(pieces[1:], 1)]
     if pieces[0] is not first or not layers or None in layers or (last is None and len(seen) > 1):
         return Reading(hints=list(dict.fromkeys(hints)))
@@ -185,7 +183,7 @@ def _then_activation(node: Node, read: Sequence[Node]) -> Node | None:
     conv = node.inputs[0] if node.op in _RELU and len(node.inputs) == 1 else None
     if conv is None or conv.op not in _CONV or not conv.owner or len(conv.inputs) != 1:
         return None
-    return conv if list(map(id, _pieces(conv.inputs[0]))) == list(map(id, read)) else None
+    return conv if list(map(id, pieces_of(conv.inputs[0]))) == list(map(id, read)) else None
 
 
 def _scaled(add: Node) -> bool:
@@ -197,12 +195,6 @@ def _is_around_another(trace: Trace) -> bool:
     """Whether a module inside does all that it does."""
     first = trace.nodes[0]
     return any(call.path and call.given is first and call.returned is trace.result for call in trace.calls)
-
-
-def _pieces(node: Node) -> list[Node]:
-    if node.op != "cat":
-        return [node]
-    return [piece for part in node.inputs for piece in _pieces(part)]
 
 
 def _is_dense(pieces: Sequence[Node]) -> bool:
@@ -252,16 +244,16 @@ def _chain(end: Node, starts: Collection[int]) -> _Chain | None:
 def _layers(trace: Trace, result: Node) -> tuple[dict[int, _Chain], Node | None, list[Node], bool]:
     """What the pieces of ``result`` are: the chains that made them, what all layers read, the layers, only the layers?"""
     first = trace.nodes[0]
-    ends = {id(piece) for node in trace.nodes if node.op == "cat" for piece in _pieces(node)} | {id(first)}
-    pieces = sorted(_pieces(result), key=trace.nodes.index)
+    ends = {id(piece) for node in trace.nodes if node.op == "cat" for piece in pieces_of(node)} | {id(first)}
+    pieces = sorted(pieces_of(result), key=trace.nodes.index)
     chains = {id(piece): chain for piece in pieces if (chain := _chain(piece, ends)) is not None}
-    layers = sorted((p for p in pieces if id(p) in chains), key=lambda p: len(_pieces(chains[id(p)].source)))
+    layers = sorted((p for p in pieces if id(p) in chains), key=lambda p: len(pieces_of(chains[id(p)].source)))
     rest = [piece for piece in pieces if id(piece) not in chains]
-    if not rest and len(layers) > 1 and _pieces(chains[id(layers[1])].source) == layers[:1]:
+    if not rest and len(layers) > 1 and pieces_of(chains[id(layers[1])].source) == layers[:1]:
         rest, layers = layers[:1], layers[1:]  # what is in front of the layers is a norm-relu-conv, too
     if rest:
         return chains, rest[0] if len(rest) == 1 else None, layers, False
-    return chains, _pieces(chains[id(layers[0])].source)[0], layers, True
+    return chains, pieces_of(chains[id(layers[0])].source)[0], layers, True
 
 
 def _order_reasons(
@@ -280,9 +272,9 @@ def _order_reasons(
         return [id(p) for p in pieces] == [id(p) for p in (expected[::-1] if prepends else expected)]
 
     for number, layer in enumerate(layers):
-        if not are(_pieces(chains[id(layer)].source), [base, *layers[:number]]):
+        if not are(pieces_of(chains[id(layer)].source), [base, *layers[:number]]):
             return ["its layers do not each read its input and the features of all layers before, in order"]
-    if not are(_pieces(result), [*([] if returns_new else [base]), *layers]):
+    if not are(pieces_of(result), [*([] if returns_new else [base]), *layers]):
         return ["it returns features in another order than its layers read them"]
     return []
 

@@ -1,5 +1,6 @@
 """What a module computes: its operators on a small input, which parameters each one reads, and what else it looks at."""
 
+import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ class Node:
         arguments: the others, by position or name.
         owner: path of the module whose parameters or buffers it reads, "" for none, None where there are several.
         caller: path of the module whose ``forward`` called it.
+        channels: of the tensor.
     """
 
     op: str
@@ -36,6 +38,14 @@ class Node:
     arguments: dict[int | str, Any] = field(default_factory=dict)
     owner: str | None = ""
     caller: str = ""
+    channels: int = 0
+
+
+def pieces_of(node: Node) -> list[Node]:
+    """What concatenations put together, in order; a node that is none is the only piece."""
+    if node.op != "cat":
+        return [node]
+    return [piece for part in node.inputs for piece in pieces_of(part)]
 
 
 @dataclass
@@ -146,7 +156,7 @@ class _Recorder(TorchFunctionMode):
             for name, tensor in (*part._parameters.items(), *part._buffers.items())
             if tensor is not None
         }
-        self.nodes = [Node("input")]
+        self.nodes = [Node("input", channels=_channels(x))]
         self.node_of = {id(x): self.nodes[0]}
         self.alive: list[Any] = [x]  # so that no other tensor gets the id of one of these
         self.calls: list[Call] = []
@@ -186,15 +196,19 @@ class _Recorder(TorchFunctionMode):
             return out
         inputs = tuple(self._node(t) for t in tensors if id(t) not in self.owners)
         arguments = {key: value for key, value in (*enumerate(args), *options.items()) if not list(_tensors(value))}
+        rest = _without_first(inputs[0], args[1]) if name == "__getitem__" and len(inputs) == 1 else None
         if name in _SAME or (name in DROPOUTS and not rate(arguments)):
             nodes = [inputs[0]] * len(results)
+        elif rest is not None:
+            nodes = [rest]
+            self.nodes += [] if rest in self.nodes else nodes
         else:
             paths = {path for path, _ in owned}
             owner = None if len(paths) > 1 else next(iter(paths), "")
             op = _ALIASES.get(name, name)
             if op == "cat" and arguments.get("dim", arguments.get(1, 0)) not in (1, 1 - args[0][0].dim()):
                 op = "cat along another dimension than the channels'"
-            nodes = [Node(op, inputs, arguments, owner, self._caller()) for _ in results]
+            nodes = [Node(op, inputs, arguments, owner, self._caller(), _channels(out)) for out in results]
             self.nodes += nodes
         for tensor, node in zip(results, nodes, strict=True):
             self.node_of[id(tensor)] = node
@@ -212,6 +226,28 @@ class _Recorder(TorchFunctionMode):
             self.nodes.append(node)
             self.alive.append(tensor)
         return node
+
+
+def _channels(tensor: Tensor) -> int:
+    return tensor.shape[1] if tensor.dim() > 1 else 0
+
+
+def _without_first(node: Node, index: Any) -> Node | None:
+    """``node[index]`` where that is all channels from some on, and these are whole pieces of a concatenation."""
+    if not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None):
+        return None
+    channels, found = index[1], pieces_of(node)
+    if not isinstance(channels, slice) or channels != slice(channels.start, None, None):
+        return None
+    if any(i is not ... and i != slice(None) for i in index[2:]):
+        return None
+    starts = list(itertools.accumulate([piece.channels for piece in found], initial=0))[:-1]
+    if (channels.start or 0) not in starts:
+        return None
+    kept = found[starts.index(channels.start or 0) :]
+    if len(kept) in (1, len(found)):
+        return kept[0] if len(kept) == 1 else node
+    return Node("cat", tuple(kept), channels=node.channels - channels.start)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

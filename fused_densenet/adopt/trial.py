@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..backends import use_backend
 from ..fallback.anatomy import HOOKS, SWITCHES
-from ..fallback.description import BlockDescription
 from ..fallback.reasons import strict
 from ..nn.block import NORM
 from .interpretation import Reading
@@ -82,7 +81,7 @@ def _set_mode(module: nn.Module, mode: str, described: Described) -> None:
         choices = random.Random(0)
         for part in module.modules():
             part.training = choices.random() < 0.5
-        for place in described.dropout_places() if isinstance(described, BlockDescription) else ():
+        for place in described.dropout_places():
             module.get_submodule(described.places[place.follows].path).training = True
 
 

@@ -90,6 +90,10 @@ class Description:
                 return True
         return False
 
+    def dropout_places(self) -> list[DropoutPlace]:
+        """All dropouts that it has."""
+        return []
+
     def named(self, found: Sequence[Any]) -> dict[str, Any]:
         """What :meth:`find` found, by path, without the module itself."""
         return {place.path: module for place, module in zip(self.places[1:], found[1:], strict=True) if place.kinds}
@@ -180,21 +184,27 @@ class TransitionDescription(Description):
         places_of_stage: its norm-relu-conv.
         pools: whether it pools.
         pool: number of the module that does; None where a function is called.
+        dropout: between the convolution and the pooling.
     """
 
     places_of_stage: StagePlaces
     pools: bool
     pool: int | None
+    dropout: DropoutPlace | None = None
 
-    def parts(self, transition: nn.Module) -> tuple[dict[str, Any], Stage, nn.Module | None, list[str]]:
-        """Its modules by path, its norm-relu-conv, its pooling, and what has changed."""
+    def parts(self, transition: nn.Module) -> tuple[dict[str, Any], Stage, nn.Module | None, list[str], float, bool]:
+        """Its modules by path, its norm-relu-conv, its pooling, what has changed, its dropout's rate and whether of channels."""
         found, changes = self.find(transition)
         if changes:
-            return {}, Stage(None, [], None, ("norm", "relu", "conv")), None, changes
+            return {}, Stage(None, [], None, ("norm", "relu", "conv")), None, changes, 0.0, False
         stage, pool = self.stage(self.places_of_stage, found), None
         if self.pools:
             pool = _HALVING[stage.conv.weight.dim() - 3] if self.pool is None else found[self.pool]
-        return self.named(found), stage, pool, []
+        (rate,), channels = _rates([self.dropout], found)
+        return self.named(found), stage, pool, [], rate, channels
+
+    def dropout_places(self) -> list[DropoutPlace]:
+        return [] if self.dropout is None else [self.dropout]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import choose
@@ -30,12 +31,23 @@ AVG_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 class TransitionParts(NamedTuple):
-    """A transition taken apart: its modules by name, its norm-relu-conv, and its pooling where it has one."""
+    """A transition taken apart.
+
+    Attributes:
+        modules: by name, all that it calls.
+        stage: its norm-relu-conv.
+        pool: its pooling, where it has one.
+        changes: what is not as ``fuse`` found it.
+        drop_rate: of a dropout between the convolution and the pooling, 0 where it does nothing.
+        drops_channels: whether that drops whole channels.
+    """
 
     modules: dict[str, Any]
     stage: Stage
     pool: nn.Module | None
     changes: Sequence[str] = ()
+    drop_rate: float = 0.0
+    drops_channels: bool = False
 
     def structure_reasons(self) -> list[str]:
         """Why a transition that looks like this cannot run fused, whatever the input."""
@@ -122,11 +134,15 @@ class FusedTransition(Gate, nn.Sequential):
 
     def _fused(self, x: Tensor, known: Known, passage: Passage) -> Tensor:
         plan: TransitionPlan = known.plan
-        stage, pool = plan.parts.stage, plan.parts.pool
-        convolution = norm_relu_conv_of(stage)
+        stage, pool, dropping = plan.parts.stage, plan.parts.pool, plan.parts.drop_rate > 0
+        convolution, pools = norm_relu_conv_of(stage), pool is not None and not dropping
         group, taken = sync_group(stage.norm), passage.statistics
-        out, statistics = transition(x, convolution, pool=pool is not None, group=group, statistics=taken)
+        out, statistics = transition(x, convolution, pool=pools, group=group, statistics=taken)
         passage.statistics = None
+        if dropping:
+            passage.convolved(stage.conv)
+            out = _dropped(out, plan.parts, passage.layout or torch.contiguous_format)
+            out = out if pool is None else pool(out)
         passage.convolved(stage.conv, pool)
         if statistics is not None and plan.running is not None:
             plan.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x, known.tensors)
@@ -135,7 +151,7 @@ class FusedTransition(Gate, nn.Sequential):
     def link(self, plan: "TransitionPlan") -> Link | None:
         stage, pool = plan.parts.stage, plan.parts.pool
         in_training = uses_batch_stats(stage.norm)
-        if plan.reasons or (in_training and isinstance(stage.norm, nn.SyncBatchNorm)):
+        if plan.reasons or plan.parts.drop_rate or (in_training and isinstance(stage.norm, nn.SyncBatchNorm)):
             return None
         weight, biased = stage.conv.weight, stage.conv.bias is not None
         part = Reduction(tuple(weight.shape), biased, stage.norm.eps, stage.slope, pool is not None, in_training)
@@ -205,6 +221,13 @@ def transition(
     if autocasts(x) and x.dtype == torch.float32:
         out = out.to(torch.get_autocast_dtype(x.device.type))
     return out, statistics
+
+
+def _dropped(out: Tensor, parts: TransitionParts, layout: torch.memory_format) -> Tensor:
+    """Dropout of ``out`` as torch would draw it, in the order of memory, for a tensor of ``layout``."""
+    draw, rate = torch.feature_dropout if parts.drops_channels else F.dropout, parts.drop_rate
+    kept = draw(torch.ones_like(out, memory_format=layout, requires_grad=False), rate, True) != 0
+    return out * kept * (1 / (1 - rate) if rate < 1 else 0.0)
 
 
 def _halves(pool: Any) -> bool:

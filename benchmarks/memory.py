@@ -50,7 +50,7 @@ from torch import Tensor, nn
 import fused_densenet
 from fused_densenet.reference import DenseNet
 
-RRDB, CROP = "rrdb", 64
+RRDB = "rrdb"
 DEPTHS = (4, 8, 16, 32, 48, 64)
 
 
@@ -160,13 +160,13 @@ def measure(case: Case, variant: str, batch: int, device: torch.device, dtype: t
     }
 
 
-def measure_rrdb(variant: str, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def measure_rrdb(variant: str, batch: int, crop: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
     network = RRDBNet().to(device, dtype)
     if variant == "ours":
         fused_densenet.fuse(network, strict=True)
-    crops = torch.rand(batch, 3, CROP, CROP, device=device, dtype=dtype)
-    targets = torch.rand(batch, 3, 4 * CROP, 4 * CROP, device=device, dtype=dtype)
+    crops = torch.rand(batch, 3, crop, crop, device=device, dtype=dtype)
+    targets = torch.rand(batch, 3, 4 * crop, 4 * crop, device=device, dtype=dtype)
     memory = step_memory(
         lambda: F.l1_loss(network(crops), targets), lambda: network.zero_grad(set_to_none=True), device
     )
@@ -176,10 +176,10 @@ def measure_rrdb(variant: str, batch: int, device: torch.device, dtype: torch.dt
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
-        "size": CROP,
+        "size": crop,
         "saved_bytes": memory.saved_bytes,
         "peak_bytes": memory.peak_bytes,
-        "floor_bytes": floor_bytes(batch * CROP * CROP, dtype),
+        "floor_bytes": floor_bytes(batch * crop * crop, dtype),
     }
 
 
@@ -272,6 +272,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=224, help="of the image")
+    parser.add_argument(
+        "--crop", type=int, default=64, help="side of the images that RRDBNet makes four times as large"
+    )
     parser.add_argument("--networks", nargs="*", choices=[*NETWORKS, RRDB], default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS), metavar="LAYERS", help="of one block")
     add_output_options(parser)
@@ -287,7 +290,7 @@ def main() -> None:
             rows.append(measure(case, variant, args.batch, device, dtype))
             advance(f"{case.network}: {variant}")
         for variant in others:
-            rows.append(measure_rrdb(variant, args.batch, device, dtype))
+            rows.append(measure_rrdb(variant, args.batch, args.crop, device, dtype))
             advance(f"{RRDB}: {variant}")
 
     sweep = [row for row in rows if row["network"].startswith("block of")]
@@ -303,7 +306,7 @@ def main() -> None:
         print_ratios(networks)
     if others:
         rrdb = [row for row in rows if row["network"] == RRDB]
-        console.print(table(f"RRDBNet, {CROP}×{CROP} crops, {setting}", rrdb))
+        console.print(table(f"RRDBNet, {args.crop}×{args.crop} crops, {setting}", rrdb))
     where = environment(device, dtype)
     console.print(describe(where), highlight=False)
     if args.json:

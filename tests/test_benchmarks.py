@@ -86,6 +86,21 @@ def test_floor_of_a_network(memory: dict[str, Any]) -> None:
     assert rows["ours, memory_efficient"]["saved_bytes"] == floor + statistics
 
 
+def test_memory_of_super_resolution(tmp_path: pathlib.Path) -> None:
+    """Of each of RRDBNet's 69 dense blocks 192 channel planes are kept, one buffer, where concatenation keeps 768."""
+    crop, file = 4, tmp_path / "memory.json"
+    sizes = ["--device", "cpu", "--batch", str(BATCH), "--crop", str(crop)]
+    done = run("memory.py", *sizes, "--networks", "rrdb", "--depths", "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows.keys() == {"reference", "ours"}
+    planes = 69 * BATCH * crop**2 * FLOAT
+    for row in rows.values():
+        assert (row["network"], row["size"], row["floor_bytes"]) == ("rrdb", crop, 192 * planes)
+        assert row["peak_bytes"] > row["saved_bytes"] > row["floor_bytes"]
+    assert rows["reference"]["saved_bytes"] - rows["ours"]["saved_bytes"] == (768 - 192) * planes
+
+
 def test_train(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "train.json"
     done = run("train.py", "--epochs", "1", "--batch", "256", "--json", file, "--plot", tmp_path / "train.png")

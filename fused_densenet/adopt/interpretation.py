@@ -21,7 +21,9 @@ _CONV = frozenset({"conv1d", "conv2d", "conv3d"})
 _RELU = frozenset({"relu", "leaky_relu"})
 _NORM = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm"})
 _POOL = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
-_RESIDUAL_PARTS = frozenset({"input", "cat", "add", "mul", *_RELU, *_CONV})
+_ADD = frozenset({"add", "add_", "__iadd__"})
+_MUL = frozenset({"mul", "mul_", "__imul__"})
+_RESIDUAL_PARTS = frozenset({"input", "cat", *_ADD, *_MUL, *_RELU, *_CONV})
 _PARTS = frozenset({"input", "batch_norm", "cat", *_RELU, *_CONV, *_POOL, *DROPOUTS})
 
 
@@ -138,10 +140,10 @@ def read_residual(module: nn.Module, trace: Trace) -> Reading:
     if end is None or _is_around_another(trace):
         return Reading(hints=hints)
     seen, scale, residual = [end], 1.0, False
-    if end.op == "add" and any(node is first for node in end.inputs) and len(end.inputs) == 2 and not _scaled(end):
+    if end.op in _ADD and any(node is first for node in end.inputs) and len(end.inputs) == 2 and not _scaled(end):
         residual, end = True, next((node for node in end.inputs if node is not first), first)
         seen.append(end)
-    if end.op == "mul" and len(end.inputs) == 1:
+    if end.op in _MUL and len(end.inputs) == 1:
         numbers = [value for value in end.arguments.values() if isinstance(value, int | float)]
         scale, end = float(numbers[0]) if len(numbers) == 1 else 0.0, end.inputs[0]
         seen.append(end)
@@ -314,7 +316,7 @@ def _foreign(module: nn.Module, trace: Trace, elsewhere: Collection[str] = ()) -
 
 
 def _described(module: nn.Module, node: Node) -> str:
-    if _is_torchs(module, node.caller):
+    if _is_torchs(module, node.caller) and not isinstance(module.get_submodule(node.caller), (*NORMS, *CONVS)):
         return f"{node.caller} is a {type(module.get_submodule(node.caller)).__name__}"
     return f"{node.caller or 'its forward'} calls {node.op}"
 

@@ -17,7 +17,7 @@ DROPOUTS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d":
 """Functions that drop values out, and whether they drop whole channels."""
 
 _SAME = frozenset({"contiguous"})
-_ALIASES = {"relu_": "relu", "leaky_relu_": "leaky_relu", "concat": "cat", "concatenate": "cat"}
+_ALIASES = {"relu_": "relu", "leaky_relu_": "leaky_relu", "concat": "cat", "concatenate": "cat", "hstack": "cat"}
 
 
 @dataclass(eq=False)
@@ -189,6 +189,8 @@ class _Recorder(TorchFunctionMode):
         owned = [self.owners[id(t)] for t in tensors if id(t) in self.owners]
         if name in HARMLESS or (owned and all(attribute == "num_batches_tracked" for _, attribute in owned)):
             return out
+        if name == "size" and (*args[1:], *options.values()) == (1,):  # which is what the first parameter is for
+            return out
         results = list(_tensors(out))
         if not results:
             what = {"size": "shape", "__len__": "shape"}.get(name, name).strip("_")
@@ -206,7 +208,7 @@ class _Recorder(TorchFunctionMode):
             paths = {path for path, _ in owned}
             owner = None if len(paths) > 1 else next(iter(paths), "")
             op = _ALIASES.get(name, name)
-            if op == "cat" and arguments.get("dim", arguments.get(1, 0)) not in (1, 1 - args[0][0].dim()):
+            if op == "cat" and name != "hstack" and _dimension(arguments) not in (1, 1 - results[0].dim()):
                 op = "cat along another dimension than the channels'"
             nodes = [Node(op, inputs, arguments, owner, self._caller(), _channels(out)) for out in results]
             self.nodes += nodes
@@ -226,6 +228,11 @@ class _Recorder(TorchFunctionMode):
             self.nodes.append(node)
             self.alive.append(tensor)
         return node
+
+
+def _dimension(arguments: Mapping[int | str, Any]) -> Any:
+    """The dimension among the arguments of a concatenation."""
+    return next((arguments[key] for key in ("dim", "axis", 1) if key in arguments), 0)
 
 
 def _channels(tensor: Tensor) -> int:

@@ -9,6 +9,8 @@ must agree. Packages that are not installed are left out and named at the end.
 import copy
 import importlib
 import importlib.metadata
+import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,6 +23,11 @@ from small_networks import results
 from torch import nn
 
 from fused_densenet import FusedDenseBlock, FusedFeatures, FusedResidualDenseBlock, FusedTransition, explain, fuse
+
+# basicsr imports a module that torchvision has no more. Its networks need nothing of it.
+_gone = types.ModuleType("torchvision.transforms.functional_tensor")
+_gone.rgb_to_grayscale = None  # type: ignore[attr-defined]
+sys.modules.setdefault(_gone.__name__, _gone)
 
 
 class Network(NamedTuple):
@@ -50,6 +57,10 @@ PACKAGES = [
     Network("pytorchcv", "pytorchcv.models.condensenet.condensenet74_c4_g4", (), None),
     Network("pytorchcv", "pytorchcv.models.peleenet.peleenet", (), None),
     Network("timm_3d", "timm_3d.create_model", ("densenet121",), None),
+    Network("basicsr", "basicsr.archs.rrdbnet_arch.RRDBNet", (3, 3), (1, 3, 8, 8)),
+    Network("spandrel", "spandrel.architectures.ESRGAN.__arch.RRDB.RRDBNet", (), (1, 3, 8, 8)),
+    Network("torchsr", "torchsr.models.rdn", (2,), (1, 3, 8, 8)),
+    Network("mmpretrain", "mmpretrain.models.backbones.densenet.DenseNet", ("121",), (2, 3, 64, 64)),
 ]
 
 

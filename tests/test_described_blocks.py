@@ -343,3 +343,5 @@ def test_transition_in_a_stage_that_is_left() -> None:
     with pytest.warns(FallbackWarning, match="not every dense block can be fused: 0: 2.conv2.bn is a GroupNorm"):
         model = fuse(nn.ModuleList([stage]))
     assert isinstance(model[0][0], FusedTransition) and not blocks(model)
+    (report,) = explain(model).blocks
+    assert report.reasons == ["2.conv2.bn is a GroupNorm"]

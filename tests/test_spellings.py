@@ -89,6 +89,14 @@ def test_other_padding(mode: str) -> None:
         fuse(nn.Sequential(model, nn.Identity()))
 
 
+def test_rates_that_differ() -> None:
+    model = Block()
+    for step, rate in zip(model.steps, (0.1, 0.1, 0.2), strict=True):
+        step.append(nn.Dropout(rate))
+    with pytest.warns(FallbackWarning, match="can be fused: 0: layer 3 differs from layer 1 in its dropout"):
+        fuse(nn.Sequential(model, nn.Identity()).eval())
+
+
 def in_place(new: Tensor, x: Tensor) -> Tensor:
     new *= 0.3
     new += x

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..fallback.anatomy import CONVS, NORMS, kinds_of, own_class, patches, structure_reasons, take_apart
 from ..fallback.description import BlockDescription, ResidualDescription
+from ..fallback.reasons import structure_and_hook_reasons
 from ..nn.block import FusedDenseBlock
 from ..nn.residual import FusedResidualDenseBlock
 from ..nn.stem import FusedFeatures, run_at
@@ -287,7 +288,7 @@ def _obstacles(
 ) -> list[str]:
     """Why a module that was found to be a dense block or transition cannot be fused all the same."""
     if isinstance(description, BlockDescription):
-        reasons = structure_reasons(description.parts(module), None)
+        reasons = structure_and_hook_reasons(description.parts(own.train()), None)
     elif isinstance(description, ResidualDescription):
         reasons = described_residual(module, description).structure_reasons()
     else:

@@ -15,7 +15,7 @@ from ..fallback.anatomy import HOOKS, SWITCHES
 from ..fallback.reasons import strict
 from ..nn.block import NORM
 from .interpretation import Reading
-from .swapping import Described, swap
+from .swapping import Described, is_swapped, swap, swap_back
 from .trace import Trace, trace
 
 _SIZES = {1: ((5,), (12,)), 2: ((5, 3), (9, 10)), 3: ((2, 3, 5), (3, 3, 9))}
@@ -124,9 +124,11 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _copy(module: nn.Module, spatial_dims: int) -> nn.Module:
-    """On the CPU in float64, with norms that do something, of this process alone, without hooks."""
+    """On the CPU in float64, with norms that do something, of this process alone, without hooks; nothing inside is fused."""
     own = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
     for part in own.modules():
+        if is_swapped(part):
+            swap_back(part)
         for name in HOOKS:
             part.__dict__[name].clear()
         for name in SWITCHES:

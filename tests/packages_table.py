@@ -60,7 +60,7 @@ PACKAGES = [
     Network("basicsr", "basicsr.archs.rrdbnet_arch.RRDBNet", (3, 3), (1, 3, 8, 8)),
     Network("spandrel", "spandrel.architectures.ESRGAN.__arch.RRDB.RRDBNet", (), (1, 3, 8, 8)),
     Network("torchsr", "torchsr.models.rdn", (2,), (1, 3, 8, 8)),
-    Network("mmpretrain", "mmpretrain.models.backbones.densenet.DenseNet", ("121",), (2, 3, 64, 64)),
+    Network("mmpretrain", "mmpretrain.models.backbones.densenet.DenseNet", ("121",), None),
 ]
 
 

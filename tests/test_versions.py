@@ -7,10 +7,13 @@ from types import ModuleType
 
 import pytest
 
+from fused_densenet import __version__
 from fused_densenet.backends import extension
 
 ROOT = Path(__file__).parent.parent
-README, TABLE = ((ROOT / name).read_text() for name in ("README.md", "docs/versions.md"))
+README, TABLE, MESSAGES = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/versions.md", "docs/troubleshooting.md")
+)
 PROJECT = (ROOT / "pyproject.toml").read_text()
 
 
@@ -62,6 +65,19 @@ def test_python() -> None:
 
 def test_triton() -> None:
     assert tried("triton") == set(promised("triton"))
+
+
+def test_first_screen() -> None:
+    first = README.partition("\n## ")[0]
+    torch, python = promised("torch"), promised("Python")
+    assert re.findall(r"torch from (\S+) to (\d+\.\d+)", first) == [(torch[0], torch[-1])]
+    assert re.findall(r"Python from (\S+) on", first) == [python[0]]
+    assert set(re.findall(r"fused_densenet-(\d.*?)-", README)) == {__version__}
+
+
+def test_messages() -> None:
+    """A newer torch is one that is newer than the newest that is served."""
+    assert re.findall(r"is newer than (\d+\.\d+)", MESSAGES) == [promised("torch")[-1]]
 
 
 @pytest.mark.parametrize("page", [README, (ROOT / ".ci/run").read_text(), script("setup.py").INSTALL])

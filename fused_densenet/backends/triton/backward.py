@@ -13,6 +13,7 @@ from .operands import (
     pointers,
     pooled_activation,
     position,
+    product,
     window_start,
     window_step,
 )
@@ -64,7 +65,7 @@ def _store_dz(
                 before = tl.load(target, mask=mask, other=0.0)
             stored = before.to(tl.float32) + stored
         tl.store(target, stored.to(dx.dtype.element_ty), mask=mask)
-        centred = dz * (tile.to(tl.float32) - mean[None, :])
+        centred = product(dz, tile.to(tl.float32) - mean[None, :])
         if t == 0:
             a, sum_dz, sum_dz_centered = activate(z, SLOPE), tl.sum(dz, 0), tl.sum(centred, 0)
         else:

@@ -160,4 +160,10 @@ def tile_moments(values, valid, n):
     """Mean and M2 per column over the ``n`` valid rows: two passes, no difference of large squares."""
     mean = tl.sum(tl.where(valid[:, None], values, 0.0), 0) / n
     centred = tl.where(valid[:, None], values - mean[None, :], 0.0)
-    return mean, tl.sum(centred * centred, 0)
+    return mean, tl.sum(product(centred, centred), 0)
+
+
+@triton.jit
+def product(a, b):
+    """``a * b``, rounded before it is added to anything: fused into the sum of two threads, it would be another in each."""
+    return tl.fma(a, b, tl.zeros_like(a))

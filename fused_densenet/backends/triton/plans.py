@@ -359,12 +359,12 @@ def _window(x: Size, out: Size) -> dict[str, int]:
 
 
 def _pool_blocks(channels: int, window: dict[str, int]) -> dict[str, int]:
-    return {"BLOCK_P": 16 if window["WD"] > 1 else 32, "BLOCK_C": min(power(channels), 64)}
+    return {"BLOCK_P": 8 if window["WD"] > 1 else 32, "BLOCK_C": min(power(channels), 64)}
 
 
 def _merge(rows: int, rows_per_image: int, row_pixels: int, pixels: int, channels: int) -> Launch:
     numbers = (rows, rows_per_image, row_pixels, pixels, channels)
-    return Launch(merging.merge_moments, (triton.cdiv(channels, 8), 1, 1), numbers, 8, 1, BLOCK_R=512, BLOCK_K=8)
+    return Launch(merging.merge_moments, (triton.cdiv(channels, 8), 1, 1), numbers, 16, 1, BLOCK_R=512, BLOCK_K=8)
 
 
 def _rest(problem: Problem) -> list[tuple[int, int, int]]:

@@ -116,6 +116,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
     "sm_90": {
         ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 2)]},
         ("norm_relu_conv pooled", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
+        ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 8, 1)]},
         ("backward_data pooled", "tf32"): {256: [Tile(64, 64, 32, 8, 2)]},
         ("backward_pointwise pooled", "half"): {128: [Tile(64, 32, 128, 8, 2), Tile(32, 32, 128, 8, 1)]},
     },

@@ -129,7 +129,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 1)]},
         ("norm_relu_conv pooled", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
         ("backward_data", "half"): {32: [Tile(64, 64, 32, 4, 2)], 256: [Tile(64, 64, 32, 4, 2)]},
-        ("backward_data", "tf32"): {16: [Tile(64, 64, 16, 4, 2)], 256: [Tile(64, 64, 32, 8, 2)]},
+        ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 8, 2)]},
         ("backward_data", "ieee"): {256: [Tile(32, 32, 32, 8, 1)]},
         ("backward_data pooled", "tf32"): {256: [Tile(64, 64, 32, 8, 2)]},
         ("backward_pointwise", "half"): {64: [Tile(64, 32, 64, 8, 2)]},
@@ -141,10 +141,11 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         **_MMA_SYNC,
         ("norm_relu_conv", "tf32"): {16: [Tile(32, 32, 16, 4, 3)]},
         ("norm_relu_conv", "half"): {
+            16: [Tile(64, 32, 16, 8, 3)],
             64: [Tile(64, 64, 64, 8, 3)],
             128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
         },
-        ("norm_relu_conv", "ieee"): {256: [Tile(32, 32, 32, 8, 1)]},
+        ("norm_relu_conv", "ieee"): {256: [Tile(32, 16, 32, 8, 1)]},
     },
     "gfx1100": {
         ("norm_relu_conv", "half"): {

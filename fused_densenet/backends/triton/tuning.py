@@ -91,7 +91,7 @@ _TILES: dict[tuple[str, str], Choices] = {
 
 _SMALL: dict[tuple[str, str], list[Tile]] = {
     ("norm_relu_conv", "half"): [Tile(32, 32, 64, 4, 3)],
-    ("norm_relu_conv", "tf32"): [Tile(32, 32, 32, 8, 3)],
+    ("norm_relu_conv", "tf32"): [Tile(32, 16, 32, 8, 3)],
     ("backward_data", "half"): [Tile(64, 64, 32, 4, 2), Tile(32, 64, 32, 8, 2)],
 }
 """Further candidates of every family, for so few pixels that the others leave multiprocessors without a program."""

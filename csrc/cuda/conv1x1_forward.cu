@@ -8,8 +8,7 @@
 //   Up to 64 output channels: 4 x 1 warps, 256 pixels. Up to 192 or 256: three or four warps beside each other.
 // Blocks are persistent: the copies for the next tile are under way while one is stored, and each leaves one row of
 // moments. Layers with fewer such tiles than multiprocessors get tiles of 32 pixels and 64 channels, which read x again
-// from the second-level cache, and if these do not suffice either, splits of the input channels whose sums are added
-// in a fixed order afterwards.
+// from the second-level cache, and if these do not suffice either, splits of the input channels.
 //
 // Weights are copied as they are where channels are side by side in the data's type. Else, as for float32 weights
 // beside 16-bit data, one small kernel packs them first, instead of every block by single loads.
@@ -21,7 +20,7 @@
 namespace fused_densenet {
 namespace {
 
-constexpr int kMostColumns = 256, kFewColumns = 64, kPackThreads = 256;
+constexpr int kMostColumns = 256, kFewColumns = 64, kPackThreads = 256, kColumnTiles = 8;
 
 // W[out][in] with neighbouring channels side by side, rows some bytes apart.
 struct Rows {
@@ -114,7 +113,7 @@ template <Arithmetic A, int MI>
 __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   using M = Product<A>;
   using T = typename M::T;
-  constexpr int NT = 8, element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;
+  constexpr int NT = kColumnTiles, element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;
   using Tile = WarpTile<MI, NT>;
   DYN_SMEM(shared);
   const int tid = threadIdx.x, threads = blockDim.x, lane = tid & 31, warp = tid >> 5;
@@ -193,19 +192,22 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
     return p < f.pixels ? p : -1;
   };
 
+  const bool split = f.output.partial != nullptr;
+  const auto store_tile = [&] {
+    tile.activate(f.output.slope);
+    tile.template store<T>(f.output, staging, pixel);
+    if (f.output.moments.data == nullptr) return;
+    const int valid = clamp(f.pixels - tile_index * layout.rows, 0, layout.rows);
+    tile.add_moments(statistics, part, count == 0, valid, pixel);
+    count += valid;
+  };
   const auto finish_tile = [&] {
-    if (f.output.partial != nullptr) {
-      tile.store_partial(f.output, static_cast<int>(blockIdx.z), pixel);
+    if (split) {
+      tile.store_partial(f.output, tile_index);
     } else {
-      tile.activate(f.output.slope);
-      tile.template store<T>(f.output, staging, pixel);
-      if (f.output.moments.data != nullptr) {
-        const int valid = clamp(f.pixels - tile_index * layout.rows, 0, layout.rows);
-        tile.add_moments(statistics, part, count == 0, valid, pixel);
-        count += valid;
-      }
+      store_tile();
     }
-    tile.start(bias);
+    tile.start(split ? nullptr : bias);
     tile_index += gridDim.x;
   };
 
@@ -248,9 +250,17 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   };
 
   __syncthreads();
-  tile.start(bias);
+  tile.start(split ? nullptr : bias);
   pipeline(own_tiles * steps, f.stages, load, prepare, consume);
-  if (f.output.moments.data != nullptr && f.output.partial == nullptr) {
+  if (split) {
+    if (!adds_splits(f.output, reinterpret_cast<unsigned*>(statistics.part(0, 0)))) return;
+    for (tile_index = blockIdx.x; tile_index < tiles; tile_index += gridDim.x) {
+      tile.start(bias);
+      tile.add_partials(f.output, tile_index);
+      store_tile();
+    }
+  }
+  if (f.output.moments.data != nullptr) {
     store_statistics(statistics, f.output.moments, static_cast<int>(blockIdx.x), first_column, count);
   }
 }
@@ -314,7 +324,7 @@ Plan make_plan(const Forward& f, const Device& device) {
     k.split_channels = static_cast<int>(ceil_div(ceil_div(s.in, splits), channels) * channels);
     plan.threads = 32 * k.warps_beside * warps_above;
     return Layout(k, plan.threads, plan.small ? 1 : large, sizeof(T),
-                  static_cast<int>(WarpTile<1, 8>::staging_bytes<T>()));
+                  static_cast<int>(WarpTile<1, kColumnTiles>::staging_bytes<T>()));
   };
   const int64_t fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
   take_columns(kMostColumns, 4);
@@ -344,7 +354,8 @@ Plan make_plan(const Forward& f, const Device& device) {
   const bool whole_words = s.out == 1 || f.weight.stride_out * sizeof(T) % 4 == 0;
   const bool pack = !same_type || (f.weight.stride_in != 1 && s.in > 1) || !whole_words;
   const size_t pooled_bytes = s.window() > 1 ? pixels * packed_row<T>(s) : 0;
-  plan.shared = plan_forward(f, A, splits, plan.grid, pack ? pack_rows(f, A) : Packing{}, pooled_bytes);
+  const int64_t tile_sums = blocks * column_blocks * plan.threads * (plan.small ? 1 : large) * kColumnTiles;
+  plan.shared = plan_forward(f, A, plan.grid, tile_sums, pack ? pack_rows(f, A) : Packing{}, pooled_bytes);
   return plan;
 }
 
@@ -368,9 +379,8 @@ int run(const Forward& f, const Device& device, void* prepared, void* workspace,
   k.access = access_of(k.x, k.pixels > 1 ? k.pixel : 0);
   k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
   k.weights = weights_of<T>(f, plan, prepared);
-  const int error = LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, Product<A>::kTiles>, plan.grid,
-                           dim3(plan.threads), plan.shared_bytes, stream, k);
-  return error != 0 ? error : finish_forward(f, A, plan.shared, k.output, stream);
+  return LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, Product<A>::kTiles>, plan.grid,
+                dim3(plan.threads), plan.shared_bytes, stream, k);
 }
 
 }  // namespace

@@ -14,8 +14,7 @@
 // size has too many weights. A contiguous weight, whose channels are nine elements apart, would have to be packed
 // anyway, by every block.
 //
-// Layers with too few boxes get smaller ones, and if these do not suffice either, splits of the input channels whose
-// sums are added in a fixed order afterwards.
+// Layers with too few boxes get smaller ones, and if these do not suffice either, splits of the input channels.
 #include "boxes.cuh"
 #include "forward.cuh"
 #include "prepare.cuh"
@@ -128,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   for (int i = tid; i < taps; i += kThreads) tap_offsets[i] = index_in(f.halo, place_in(f.kernel, i)) * kPitch;
   fill_table(f, blockIdx.x, table(0), layout.halo);
   __syncthreads();
-  tile.start(bias);
+  const bool split = f.output.partial != nullptr;
+  tile.start(split ? nullptr : bias);
 
   const int centre = index_in(f.halo, {0, f.kernel.d / 2, f.kernel.h / 2, f.kernel.w / 2});
   const int chunk = tid % (kStage / kChunk), own_row = own_row_of(tid);
@@ -199,19 +199,21 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     return place < 0 ? place : table(consuming.table)[place + centre];
   };
 
+  const auto store_tile = [&] {
+    tile.activate(f.output.slope);
+    tile.template store<T>(f.output, staging, pixel);
+    if (f.output.moments.data == nullptr) return;
+    const int valid = pixels_of(f, consuming_tile);
+    tile.add_moments(statistics, warp, count == 0, valid, pixel);
+    count += valid;
+  };
   const auto finish_tile = [&] {
-    if (f.output.partial != nullptr) {
-      tile.store_partial(f.output, static_cast<int>(blockIdx.z), pixel);
+    if (split) {
+      tile.store_partial(f.output, consuming_tile);
     } else {
-      tile.activate(f.output.slope);
-      tile.template store<T>(f.output, staging, pixel);
-      if (f.output.moments.data != nullptr) {
-        const int valid = pixels_of(f, consuming_tile);
-        tile.add_moments(statistics, warp, count == 0, valid, pixel);
-        count += valid;
-      }
+      store_tile();
     }
-    tile.start(bias);
+    tile.start(split ? nullptr : bias);
     consuming_tile += grid;
   };
 
@@ -294,7 +296,18 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   };
 
   pipeline(all_steps, kStages, load, prepare, consume);
-  if (f.output.moments.data != nullptr && f.output.partial == nullptr) {
+  if (split) {
+    if (!adds_splits(f.output, reinterpret_cast<unsigned*>(statistics.part(0, 0)))) return;
+    for (consuming_tile = blockIdx.x; consuming_tile < tiles; consuming_tile += grid) {
+      __syncthreads();
+      fill_table(f, consuming_tile, table(consuming.table), layout.halo);
+      __syncthreads();
+      tile.start(bias);
+      tile.add_partials(f.output, consuming_tile);
+      store_tile();
+    }
+  }
+  if (f.output.moments.data != nullptr) {
     store_statistics(statistics, f.output.moments, static_cast<int>(blockIdx.x), tile.first, count);
   }
 }
@@ -348,7 +361,9 @@ Plan make_plan(const Forward& f, const Device& device) {
   const int64_t at_once = device.multiprocessors * std::min<int64_t>(resident, 3) / (column_blocks * splits);
   plan.grid = dim3(static_cast<unsigned>(std::min<int64_t>(k.tiles.volume(), std::max<int64_t>(1, at_once))),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
-  plan.shared = plan_forward(f, A, splits, plan.grid, pack_fragments(f, k.groups, A), 0);
+  const int64_t tile_sums =
+      k.tiles.volume() * column_blocks * kThreads * (plan.large ? 4 * 2 * k.groups : 2 * 2 * kMostGroups);
+  plan.shared = plan_forward(f, A, plan.grid, tile_sums, pack_fragments(f, k.groups, A), 0);
   return plan;
 }
 
@@ -374,8 +389,7 @@ int run(const Forward& f, const Device& device, void* prepared, void* workspace,
                                : conv3_kernel<A, tiles, 6>;
     }
   }
-  const int error = LAUNCH(kernel, plan.grid, dim3(kThreads), plan.shared_bytes, stream, k);
-  return error != 0 ? error : finish_forward(f, A, plan.shared, k.output, stream);
+  return LAUNCH(kernel, plan.grid, dim3(kThreads), plan.shared_bytes, stream, k);
 }
 
 }  // namespace

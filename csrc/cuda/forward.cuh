@@ -1,5 +1,5 @@
 // What both forward convolutions do besides multiplying: tiles stored with their moments, and splits over channels
-// added.
+// added, in their order, by the last block to arrive of those that have the same tiles.
 #pragma once
 
 #include "launch.h"
@@ -13,25 +13,25 @@ constexpr int kGroup = 16;  // output channels that are read together
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Where a tile goes: rounded into `out`, or as partial sums of one split over the input channels.
+// Where a tile goes: rounded into `out`, and before that, of splits over the input channels, into `partial`.
 struct Output {
   unsigned char* data;
   int64_t pixel;  // bytes
   int channels, access;
   Bias bias;
-  float slope;     // of what is stored
-  float* partial;  // [split][pixel][pitch], null if there is one split
-  int64_t partial_pitch, partial_split;
+  float slope;         // of what is stored
+  float4* partial;     // a tile's sums by thread, [split][tile][block of columns]; null if there is one split
+  int64_t of_split;    // how many
+  unsigned* arrivals;  // of splits, for each block of tiles and of columns; prepared
   MomentRows moments;
 };
 
-// What a launch needs besides the kernel. Prepared memory is laid out as the packed weight, counters; the workspace as
-// pooled activations, partial sums, moments.
+// What a launch needs besides the kernel. Prepared memory is laid out as the packed weight, counters of arrivals, those
+// of moments; the workspace as pooled activations, partial sums, moments.
 struct ForwardPlan {
-  int splits;
   Packing packing;
   MomentRows moments;
-  int64_t counters;
+  int64_t of_split, arrivals, counters;
   size_t packed_bytes, pooled_bytes, partial_bytes;
   Needs needs() const {
     const Preparation preparation{packing, nullptr, static_cast<int64_t>(packed_bytes), counters};
@@ -40,13 +40,10 @@ struct ForwardPlan {
   }
 };
 
-// forward.cu
-ForwardPlan plan_forward(const Forward& f, Arithmetic arithmetic, int64_t splits, dim3 grid, const Packing& packing,
+// forward.cu; `tile_sums`: all threads' sums of all tiles.
+ForwardPlan plan_forward(const Forward& f, Arithmetic arithmetic, dim3 grid, int64_t tile_sums, const Packing& packing,
                          size_t pooled_bytes);
 Output make_output(const Forward& f, int64_t element, const ForwardPlan& plan, void* prepared, void* workspace);
-// Adds the splits; a cudaError_t.
-int finish_forward(const Forward& f, Arithmetic arithmetic, const ForwardPlan& plan, const Output& output,
-                   void* stream);
 
 template <Arithmetic A>
 struct Kind {
@@ -85,10 +82,10 @@ struct Statistics {
   __device__ float* squares() const { return data + 2 * channels; }
   __device__ float* part(int i, int which) const { return data + (3 + 2 * i + which) * channels; }
 
-  // The bias of channels from `first` on, zero beyond the last; null where it is not added to a block's sums.
+  // The bias of channels from `first` on, zero beyond the last; null where there is none.
   template <class T>
   __device__ const float* load_bias(const Output& o, int first) const {
-    if (o.bias.data == nullptr || o.partial != nullptr) return nullptr;
+    if (o.bias.data == nullptr) return nullptr;
     float* const to = part(parts, 0);
     for (int c = threadIdx.x; c < channels; c += blockDim.x) {
       to[c] = first + c < o.channels ? entry<T>(o.bias.data, o.bias.narrow, first + c) : 0.0f;
@@ -154,21 +151,24 @@ struct WarpTile {
     return 16 * staging_pitch<T>();
   }
 
-  // pixel(i, row) is where row `row` of tile i lies in the output, negative if it does not.
-  template <class PixelOf>
-  __device__ __forceinline__ void store_partial(const Output& o, int split, PixelOf pixel) const {
-    const int lane = threadIdx.x & 31;
+  // Of tile number `tile`, into the block's split.
+  __device__ __forceinline__ void store_partial(const Output& o, int64_t tile) const {
+    float4* const to = o.partial + blockIdx.z * o.of_split + place_of(tile);
 #pragma unroll
-    for (int i = 0; i < MI; ++i) {
+    for (int i = 0; i < MI * NT; ++i) {
+      const float (&own)[4] = sum[i / NT][i % NT];
+      if (i % NT * 8 < columns) to[i * blockDim.x] = make_float4(own[0], own[1], own[2], own[3]);
+    }
+  }
+  __device__ __forceinline__ void add_partials(const Output& o, int64_t tile) {
+    const float4* from = o.partial + place_of(tile);
+    for (unsigned split = 0; split < gridDim.z; ++split, from += o.of_split) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t p = pixel(i, (lane >> 2) + 8 * half);
-        float* to = o.partial + split * o.partial_split + p * o.partial_pitch + first + 2 * (lane & 3);
-#pragma unroll
-        for (int j = 0; j < NT; ++j) {
-          if (p < 0 || 8 * j >= columns) continue;
-          *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
-        }
+      for (int i = 0; i < MI * NT; ++i) {
+        if (i % NT * 8 >= columns) continue;
+        const float4 more = __ldcg(from + i * blockDim.x);
+        float (&own)[4] = sum[i / NT][i % NT];
+        own[0] += more.x, own[1] += more.y, own[2] += more.z, own[3] += more.w;
       }
     }
   }
@@ -201,6 +201,7 @@ struct WarpTile {
   }
 
   // Rounds the sums to T and stores them, by way of `staging`, this warp's shared memory, as widely as they may be.
+  // pixel(i, row) is where row `row` of tile i lies in the output, negative if it does not.
   template <class T, class PixelOf>
   __device__ __forceinline__ void store(const Output& o, unsigned char* staging, PixelOf pixel) {
     const int lane = threadIdx.x & 31, units = columns * int{sizeof(T)} / o.access;
@@ -290,10 +291,21 @@ struct WarpTile {
   }
 
  private:
+  // Of this thread's first sums in a split.
+  __device__ __forceinline__ int64_t place_of(int64_t tile) const {
+    return (tile * gridDim.y + blockIdx.y) * (MI * NT * blockDim.x) + threadIdx.x;
+  }
   __device__ __forceinline__ void put(float* to, int c, int column, float total) const {
     if (c / 2 * 8 < columns) to[column + c / 2 * 8 + (c & 1)] = total;
   }
 };
+
+// For a block whose sums are all stored: whether it is the last of its splits, which adds them up.
+__device__ inline bool adds_splits(const Output& o, unsigned* scratch) {
+  if (!comes_last(o.arrivals + blockIdx.y * gridDim.x + blockIdx.x, static_cast<int>(gridDim.z), scratch)) return false;
+  __syncthreads();  // scratch has been read
+  return true;
+}
 
 // Row `row` of the moments, from a block's statistics of channels [first, first + s.channels) over `count` pixels;
 // merged if it is the last.

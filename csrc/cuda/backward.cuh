@@ -117,15 +117,18 @@ class BackwardBlock {
 #pragma unroll
     for (int i = 0; i < C::m_tiles; ++i) {
 #pragma unroll
-      for (int h = 0; h < each; ++h) rows[i][h] = o_.row_of[tile_row(i) + Product<C::A>::left_row(lane, h)];
+      for (int h = 0; h < each; ++h) {
+        const int row = tile_row(i) + Product<C::A>::left_row(lane, h);
+        rows[i][h] = C::pointwise ? row : o_.row_of[row];
+      }
     }
-    shifted_product<C::A, Full>(da_, o_.g, rows, o_.groups, o_.weight, column_, 8 * pass.groups, pairs_);
+    shifted_product<C::A, Full, C::pointwise>(da_, o_.g, rows, o_.groups, o_.weight, column_, 8 * pass.groups, pairs_);
   }
 
   template <bool Full>
   __device__ void weight_product(const Pass& pass) {
-    outer_product<C::A, Full>(dweight_, o_.g, o_.row_of, o_.groups, warp_m_, C::warps_m, (pass.groups + 1) / 2, o_.a,
-                              column_, plan_.rows, pairs_);
+    outer_product<C::A, Full, C::pointwise>(dweight_, o_.g, o_.row_of, o_.groups, warp_m_, C::warps_m,
+                                            (pass.groups + 1) / 2, o_.a, column_, plan_.rows, pairs_);
   }
 
   // Of the plan's boxes, one after the other without a division.
@@ -149,48 +152,71 @@ class BackwardBlock {
   __device__ void finish_data(Activation activation, int buffer, int slot) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int window = plan_.window_pixels, count = plan_.box_pixels;
-    const int* const pixels = o_.x_pixels(slot);
     const Matrix<T> x = o_.x(buffer), dx = o_.dx(buffer);
+    // A warp's channels do not cross 32: neighbouring fours are exchanged in all of them or in none.
+    static_assert(32 % (8 * C::n_tiles) == 0);
+    const float* const vectors = o_.x_vectors.at(0, column_ + 2 * t);
     if (window > 1) share_data(1.0f / static_cast<float>(window));
     for (int w = 0; w < window; ++w) {
-      int rows[C::m_tiles][2];
-      bool exists[C::m_tiles][2];
+      const int first = w * count + tile_row(0), last = (w + 1) * count - 1;
+      T* const to = dx.at(first + g, column_ + 2 * t);
+      cut_data(o_.x_pixels(slot) + first + g);
 #pragma unroll
-      for (int i = 0; i < C::m_tiles; ++i) {
+      for (int pair = 0; pair < C::n_tiles / 2; ++pair) {
+        if (!Full && pair >= pairs_) break;
+        float2 means[2], scales[2], shifts[2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int p = tile_row(i) + g + 8 * h;
-          rows[i][h] = w * count + min(p, count - 1);
-          exists[i][h] = p < count && pixels[rows[i][h]] != kOutside;
+        for (int j = 0; j < 2; ++j) {
+          means[j] = load2(vectors + 16 * pair + 8 * j);
+          scales[j] = load2(vectors + C::channels + 16 * pair + 8 * j);
+          shifts[j] = load2(vectors + 2 * C::channels + 16 * pair + 8 * j);
         }
-      }
-#pragma unroll
-      for (int j = 0; j < C::n_tiles; ++j) {
-        if (!Full && j / 2 >= pairs_) break;
-        const int c = column_ + 8 * j + 2 * t;
-        const float2 mean = load2(o_.x_vectors.at(0, c)), scale = load2(o_.x_vectors.at(1, c));
-        const float2 shift = load2(o_.x_vectors.at(2, c));
 #pragma unroll
         for (int i = 0; i < C::m_tiles; ++i) {
+          if (tile_row(i) >= count) break;
+          TilePart<T> in, old;
+          in.load(x, first + 16 * i, last, column_ + 16 * pair);
+          if (f_.accumulate) old.load(dx, first + 16 * i, last, column_ + 16 * pair);
+          __syncwarp();  // lanes have read what others write
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float2 in = load2(x.at(rows[i][h], c));
-            const bool cut = !exists[i][h];
+          for (int q = 0; q < 4; ++q) {
+            const int j = 2 * pair + q / 2, h = q & 1;
+            const float2 mean = means[q / 2], scale = scales[q / 2], shift = shifts[q / 2];
+            const float2 own = in.at(q), more = old.at(q);
             const float2 z =
-                make_float2(normalised(in.x, mean.x, scale.x, shift.x), normalised(in.y, mean.y, scale.y, shift.y));
-            const float2 dz = make_float2(cut ? 0 : activation.backward(da_[i][j][2 * h], z.x),
-                                          cut ? 0 : activation.backward(da_[i][j][2 * h + 1], z.y));
+                make_float2(normalised(own.x, mean.x, scale.x, shift.x), normalised(own.y, mean.y, scale.y, shift.y));
+            const float2 dz =
+                make_float2(activation.backward(da_[i][j][2 * h], z.x), activation.backward(da_[i][j][2 * h + 1], z.y));
             sums_[j][0] += dz.x;
             sums_[j][1] += dz.y;
-            sums_[j][2] = fmaf(dz.x, in.x - mean.x, sums_[j][2]);
-            sums_[j][3] = fmaf(dz.y, in.y - mean.y, sums_[j][3]);
-            if (cut) continue;
-            T* const to = dx.at(rows[i][h], c);
-            const float2 old = f_.accumulate ? load2(to) : make_float2(0, 0);
-            store2(to, fmaf(scale.x, dz.x, old.x), fmaf(scale.y, dz.y, old.y));
+            sums_[j][2] = fmaf(dz.x, own.x - mean.x, sums_[j][2]);
+            sums_[j][3] = fmaf(dz.y, own.y - mean.y, sums_[j][3]);
+            if (!in_box(i, h)) continue;
+            store2(to + (16 * i + 8 * h) * C::ld + 8 * j, fmaf(scale.x, dz.x, more.x), fmaf(scale.y, dz.y, more.y));
           }
         }
       }
+    }
+  }
+
+  // Whether this lane's row 16 i + 8 h of its warp is one of the box.
+  __device__ bool in_box(int i, int h) const {
+    return tile_row(i) + static_cast<int>(threadIdx.x & 31) / 4 + 8 * h < plan_.box_pixels;
+  }
+
+  // Zero in rows without a pixel; pixels[16 i + 8 h] are those of this lane's rows.
+  __device__ void cut_data(const int* pixels) {
+    bool exists[2 * C::m_tiles], all = true;
+#pragma unroll
+    for (int i = 0; i < 2 * C::m_tiles; ++i) {
+      exists[i] = in_box(i / 2, i % 2) && pixels[8 * i] != kOutside;
+      all &= exists[i] || tile_row(i / 2) >= plan_.box_pixels;  // which nobody looks at
+    }
+    if (__all_sync(~0u, all)) return;
+#pragma unroll
+    for (int i = 0; i < C::m_tiles * C::n_tiles * 4; ++i) {
+      float& own = da_[i / (4 * C::n_tiles)][i / 4 % C::n_tiles][i % 4];
+      own = exists[i / (4 * C::n_tiles) * 2 + i % 4 / 2] ? own : 0.0f;
     }
   }
 
@@ -202,21 +228,24 @@ class BackwardBlock {
   }
 
   __device__ void store_dx(int buffer, int slot) {
-    const OwnChunks own = o_.own_x();
-    if (own.column == kOutside) return;
+    const int column = o_.own_x_column();
+    if (column == kOutside) return;
     const Matrix<T> from = o_.dx(buffer);
-    T* const to = static_cast<T*>(f_.dx.data) + o_.first_channel + own.column;
-    const int ld = static_cast<int>(f_.dx.ld), left = o_.channels - own.column;
+    const int left = o_.channels - column, step = o_.bytes_of(f_.dx);
+    const unsigned char* const to = o_.start_of(f_.dx, o_.first_channel + column);
     const bool whole = plan_.x_access == kChunk && left >= Chunk<T>::size;
-    for (int row = own.row; row < plan_.x_rows; row += own.step) {
-      const int64_t p = o_.x_pixels(slot)[row];
-      if (p == kOutside) continue;
+    const int* const pixels = o_.x_pixels(slot);
+    o_.for_x_rows(plan_.x_rows, [&](int first, int more) {
+      const int p = pixels[first + more];
+      if (p == kOutside) return;
+      T* const own = reinterpret_cast<T*>(const_cast<unsigned char*>(bytes_behind(to, p, step)));
+      const T* const row = from.at(first, column) + more * C::ld;
       if (whole) {
-        *reinterpret_cast<Chunk<T>*>(to + p * ld) = *reinterpret_cast<const Chunk<T>*>(from.at(row, own.column));
+        *reinterpret_cast<Chunk<T>*>(own) = *reinterpret_cast<const Chunk<T>*>(row);
       } else {
-        store_chunk(to + p * ld, from.at(row, own.column), left, plan_.x_access);
+        store_chunk(own, row, left, plan_.x_access);
       }
-    }
+    });
   }
 
   // Over the lanes and warps that share channels, to row blockIdx.y of the partial sums, (splits, 2, in).

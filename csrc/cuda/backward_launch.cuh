@@ -9,7 +9,7 @@ namespace fused_densenet {
 
 // For what the larger tiles have no room for, or too few blocks.
 template <Arithmetic A>
-using SmallBackward = BackwardConfig<A, 32, 64, 2, 4, 14, true>;
+using SmallBackward = BackwardConfig<A, 32, 64, 2, 4, 14, true, false>;
 
 template <class C>
 int launch_backward(const Backward& f, const BackwardPlan& plan, float* weights, float* sums, void* stream) {

@@ -7,15 +7,19 @@
 
 namespace fused_densenet {
 
-template <Arithmetic A_, int Pixels, int Channels, int WarpsM, int WarpsN, int RowTiles, bool AddsPasses>
+// Pointwise: for 1x1 convolutions only, whose products need no tables of rows and groups.
+template <Arithmetic A_, int Pixels, int Channels, int WarpsM, int WarpsN, int RowTiles, bool AddsPasses,
+          bool Pointwise>
 struct BackwardConfig {
   static constexpr Arithmetic A = A_;
+  static constexpr bool pointwise = Pointwise;
   using T = typename Product<A>::T;
   static constexpr int channels = Channels, warps_m = WarpsM, warps_n = WarpsN, row_tiles = RowTiles;
   static constexpr int threads = 32 * WarpsM * WarpsN;
   static constexpr int m_tiles = Pixels / (16 * WarpsM), n_tiles = Channels / (8 * WarpsN);
   static constexpr int ld = Channels + 8, sums_ld = Channels + 8;  // both sums of a channel in different banks
   static constexpr BackwardTile tile{sizeof(T), Pixels, Channels, WarpsM, 16 * WarpsM * RowTiles, AddsPasses};
+  static_assert(!Pointwise || (sizeof(T) == 2 && !AddsPasses));
   static_assert(Channels % 16 == 0 && m_tiles * 16 * WarpsM == Pixels && n_tiles % 2 == 0);
 };
 
@@ -87,10 +91,24 @@ struct BackwardOperands {
   __device__ const int* x_pixels(int slot) const { return box_pixels + slot * plan.x_rows; }
 
   static __device__ int chunks_of(int numbers) { return (numbers + kSize - 1) / kSize; }
-  __device__ OwnChunks own_x() const {
-    constexpr int lanes = C::channels / kSize == 32 ? 5 : C::channels / kSize == 16 ? 4 : 3;
-    static_assert(kSize << lanes == C::channels);
-    return OwnChunks::of<C>(lanes, chunks_of(channels));
+  // Of x: the first row and the column, kOutside where a thread has none.
+  static constexpr int kXLanes = C::channels / kSize, kXStep = C::threads / kXLanes;
+  static_assert(kXStep % 8 == 0);
+  __device__ int own_x_row() const { return static_cast<int>(threadIdx.x) / kXLanes; }
+  __device__ int own_x_column() const {
+    const int chunk = static_cast<int>(threadIdx.x) % kXLanes;
+    return chunk < chunks_of(channels) ? chunk * kSize : kOutside;
+  }
+  // body(first, more) for this thread's rows first + more below `rows`. `more` is known to the compiler.
+  template <class Body>
+  __device__ __forceinline__ void for_x_rows(int rows, Body body) const {
+    constexpr int turns = C::tile.pixels / kXStep;
+    for (int first = own_x_row(); first < rows; first += turns * kXStep) {
+#pragma unroll
+      for (int i = 0; i < turns; ++i) {
+        if (i == 0 || first + i * kXStep < rows) body(first, i * kXStep);
+      }
+    }
   }
   __device__ OwnChunks own_gradient(const Pass& pass) const {
     return OwnChunks::of<C>(plan.gradient_lanes, pass.outputs / kSize);
@@ -177,6 +195,11 @@ struct BackwardOperands {
       const Box shift{0, plan.kernel.d - 1 - tap.d, kh - 1 - tap.h, kw - 1 - tap.w};
       groups[j] = Group::of<T>(index_in(plan.halo, shift), i % of_tap * 8, g.ld);
     }
+    if (C::pointwise && (pass.groups & 1)) {
+      for (int i = threadIdx.x; i < plan.halo_pixels; i += C::threads) {
+        store_shared(g.at(i, 8 * pass.groups), make_uint4(0, 0, 0, 0));
+      }
+    }
     if (!plan.data) return;
     // A thread keeps its channel of x and takes rows (k, tap), taps first: neighbours in memory whatever the layout.
     // Loads are issued in batches, because a store to shared memory keeps the next load behind it.
@@ -237,8 +260,8 @@ struct BackwardOperands {
       for (int row = own.row; row < rows; row += own.step) {
         const int p = *pixel;
         if (p != kOutside) {
-          copy_chunk<access>(to, stored + int64_t{p} * stored_step, valid);
-          if (more) copy_chunk<access>(to_value, value + int64_t{p} * value_step, valid);
+          copy_chunk<access>(to, bytes_behind(stored, p, stored_step), valid);
+          if (more) copy_chunk<access>(to_value, bytes_behind(value, p, value_step), valid);
         }
         pixel += own.step, to += to_step, to_value += to_step;
       }
@@ -247,23 +270,24 @@ struct BackwardOperands {
 
   // x and, where it is added to, the old dx; zeros for pixels that do not exist.
   __device__ void fetch_x(int buffer, int slot) {
-    const OwnChunks own = own_x();
-    if (own.column == kOutside) return;
-    const int x_step = bytes_of(f.x), dx_step = bytes_of(f.dx), rows = plan.x_rows;
-    const unsigned char* const from = start_of(f.x, first_channel + own.column);
-    const unsigned char* const old = start_of(f.dx, first_channel + own.column);
+    const int column = own_x_column();
+    if (column == kOutside) return;
+    const int x_step = bytes_of(f.x), dx_step = bytes_of(f.dx);
+    const unsigned char* const from = start_of(f.x, first_channel + column);
+    const unsigned char* const old = start_of(f.dx, first_channel + column);
     const Matrix<T> to = x(buffer), old_to = dx(buffer);
     const bool old_too = plan.data && f.accumulate;
-    const int valid = valid_bytes(channels - own.column);
-    const auto byte_of = [](T* at) { return reinterpret_cast<unsigned char*>(at); };
+    const int valid = valid_bytes(channels - column);
+    const int* const pixels = x_pixels(slot);
     with_access(plan.x_access, [&](auto width) {
-      constexpr int access = decltype(width)::value;
-      const int* pixel = x_pixels(slot) + own.row;
-      for (int row = own.row; row < rows; row += own.step, pixel += own.step) {
-        const int p = max(*pixel, 0), bytes = *pixel == kOutside ? 0 : valid;
-        copy_chunk<access>(byte_of(to.at(row, own.column)), from + int64_t{p} * x_step, bytes);
-        if (old_too) copy_chunk<access>(byte_of(old_to.at(row, own.column)), old + int64_t{p} * dx_step, bytes);
-      }
+      const auto copy = [&](T* to, const unsigned char* from, int valid) {
+        copy_chunk<decltype(width)::value>(reinterpret_cast<unsigned char*>(to), from, valid);
+      };
+      for_x_rows(plan.x_rows, [&](int first, int more) {
+        const int p = pixels[first + more], bytes = p == kOutside ? 0 : valid;
+        copy(to.at(first, column) + more * C::ld, bytes_behind(from, p, x_step), bytes);
+        if (old_too) copy(old_to.at(first, column) + more * C::ld, bytes_behind(old, p, dx_step), bytes);
+      });
     });
   }
 
@@ -291,56 +315,56 @@ struct BackwardOperands {
   template <bool Value, class Form>
   __device__ __forceinline__ void transform_rows(const OwnChunks& own, int buffer, Form form) {
     const T* from = raw + own.turn * plan.pass_outputs + own.column;
-    const T* from_value = from + plan.raw_rows * plan.pass_outputs;
+    const int to_value = plan.raw_rows * plan.pass_outputs;
     const int* pixel = gradient_pixels(buffer) + own.row;
     const int rows = plan.halo_pixels, from_step = own.step * plan.pass_outputs;
     for (int row = own.row; row < rows; row += own.step) {
-      uint4 out = make_uint4(0, 0, 0, 0);
+      T* const to = g.at(row, own.column);
       if (*pixel != kOutside) {
         float stored[kSize], value[kSize];
         as_floats(stored, *reinterpret_cast<const Chunk<T>*>(from));
         if constexpr (Value) {
-          as_floats(value, *reinterpret_cast<const Chunk<T>*>(from_value));
+          as_floats(value, *reinterpret_cast<const Chunk<T>*>(from + to_value));
 #pragma unroll
           for (int i = 0; i < kSize; ++i) stored[i] = form(i, stored[i], value[i]);
         }
-        out = multiplied<C::A>(stored);
+        store_shared(to, multiplied<C::A>(stored));
+      } else {
+        store_shared(to, make_uint4(0, 0, 0, 0));
       }
-      store_shared(g.at(row, own.column), out);
-      pixel += own.step, from += from_step, from_value += from_step;
+      pixel += own.step, from += from_step;
     }
   }
 
   // The activation, averaged over windows; zero where there is no gradient (without a halo, rows of g are pixels).
   __device__ void transform_x(int buffer, int slot) {
-    const int* const pixels = plan.kernel.volume() == 1 ? gradient_pixels(buffer) : x_pixels(slot);
-    const int window = plan.window_pixels, count = plan.box_pixels;
-    const OwnChunks own = own_x();
-    if (own.column == kOutside) return;
-    const float share = 1.0f / static_cast<float>(window);
-    const Affine<C::A> affine(x_vectors, own.column);
+    const int window = plan.window_pixels, count = plan.box_pixels, column = own_x_column();
+    const int* const pixels = window > 1 ? gradient_pixels(buffer) : x_pixels(slot);
+    if (column == kOutside) return;
+    const Affine<C::A> affine(x_vectors, column);
     const Matrix<T> from = x(buffer);
     with_activation(plan.slope, [&](auto activation) {
-      for (int row = own.row; row < plan.rows; row += own.step) {
-        uint4 out = make_uint4(0, 0, 0, 0);
-        const bool exists = row < count && pixels[row] != kOutside;
-        if (exists && window == 1) {
-          out = affine.activated(from.at(row, own.column), activation);
-        } else if (exists) {
+      for_x_rows(plan.rows, [&](int first, int more) {
+        T* const to = a.at(first, column) + more * C::ld;
+        if (first + more >= count || pixels[first + more] == kOutside) {
+          store_shared(to, make_uint4(0, 0, 0, 0));
+        } else if (window == 1) {
+          store_shared(to, affine.activated(from.at(first, column) + more * C::ld, activation));
+        } else {
+          const float share = 1.0f / static_cast<float>(window);
           float mean[kSize] = {};
           for (int w = 0; w < window; ++w) {
             float z[kSize];
-            as_floats(z, *reinterpret_cast<const Chunk<T>*>(from.at(w * count + row, own.column)));
+            as_floats(z, *reinterpret_cast<const Chunk<T>*>(from.at(w * count + first + more, column)));
 #pragma unroll
             for (int i = 0; i < kSize; ++i) {
               const float a = activation(normalised(z[i], affine.mean[i], affine.scale[i], affine.shift[i]));
               mean[i] = fmaf(a, share, mean[i]);
             }
           }
-          out = multiplied<C::A>(mean);
+          store_shared(to, multiplied<C::A>(mean));
         }
-        store_shared(a.at(row, own.column), out);
-      }
+      });
     });
   }
 };

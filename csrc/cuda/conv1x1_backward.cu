@@ -12,7 +12,7 @@ namespace fused_densenet {
 namespace {
 
 template <Arithmetic A>
-using Large = BackwardConfig<A, 64, 128, 2, 4, 6, false>;
+using Large = BackwardConfig<A, 64, 128, 2, 4, 6, false, true>;
 
 }  // namespace
 

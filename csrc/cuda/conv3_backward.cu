@@ -13,7 +13,7 @@ namespace fused_densenet {
 namespace {
 
 template <Arithmetic A>
-using Large = BackwardConfig<A, 128, 64, 4, 2, 7, false>;
+using Large = BackwardConfig<A, 128, 64, 4, 2, 7, false, false>;
 
 }  // namespace
 

@@ -48,7 +48,14 @@ template <class T>
 __device__ __forceinline__ float2 unpacked(unsigned pair);
 template <>
 __device__ __forceinline__ float2 unpacked<__nv_bfloat16>(unsigned pair) {
+#ifdef CUDA_HOST
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+#else
+  float2 both;  // without a move from a register of bits to one of numbers
+  asm("shl.b32 %0, %1, 16;" : "=f"(both.x) : "r"(pair));
+  asm("and.b32 %0, %1, 0xFFFF0000;" : "=f"(both.y) : "r"(pair));
+  return both;
+#endif
 }
 template <>
 __device__ __forceinline__ float2 unpacked<__half>(unsigned pair) {

@@ -37,6 +37,36 @@ struct Matrix {
   }
 };
 
+// Numbers of 16 rows and 16 columns as a lane has them in accumulators: at(2 j + i) are row g + 8 i, columns 8 j + 2 t
+// and the next. Zeros where nothing is loaded. For whole warps; rows behind `last` are it.
+template <class T>
+struct TilePart {
+  static constexpr bool narrow = sizeof(T) == 2;
+  uint32_t words[narrow ? 4 : 8] = {};
+
+  __device__ __forceinline__ void load(const Matrix<T>& from, int row, int last, int column) {
+    const int lane = threadIdx.x & 31;
+    if constexpr (narrow) {
+      ldmatrix_x4(words, shared_address(from.at(min(row + (lane & 15), last), column + (lane >> 4) * 8)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair =
+            load2(from.at(min(row + (lane >> 2) + 8 * (i & 1), last), column + 8 * (i >> 1) + 2 * (lane & 3)));
+        words[2 * i] = __float_as_uint(pair.x);
+        words[2 * i + 1] = __float_as_uint(pair.y);
+      }
+    }
+  }
+  __device__ __forceinline__ float2 at(int i) const {
+    if constexpr (narrow) {
+      return unpacked<T>(words[i]);
+    } else {
+      return make_float2(__uint_as_float(words[2 * i]), __uint_as_float(words[2 * i + 1]));
+    }
+  }
+};
+
 // Calls body(pair) for the pairs of N tiles that exist; with Full, which a loop is compiled for, all do.
 template <int N, bool Full, class Body>
 __device__ __forceinline__ void for_pairs(int pairs, Body body) {
@@ -49,8 +79,8 @@ __device__ __forceinline__ void for_pairs(int pairs, Body body) {
 
 // acc += a[rows + shift, groups] * b[columns, all numbers]^T for 16 M rows, 8 N columns and `depth` numbers of b's
 // rows. rows[i][h]: the rows of `a` under rows Product<A>::left_row(lane, h) of tile i. Of b's columns, `pairs` times
-// 16 count.
-template <Arithmetic A, bool Full, class T, int M, int N>
+// 16 count. Unshifted, groups lie one after the other, with zeros behind an odd number of them; 16-bit numbers only.
+template <Arithmetic A, bool Full, bool Unshifted, class T, int M, int N>
 __device__ __forceinline__ void shifted_product(float (&acc)[M][N][4], const Matrix<T>& a,
                                                 const int (&rows)[M][Product<A>::kRows], const Group* groups,
                                                 const Matrix<T>& b, int column, int depth, int pairs) {
@@ -68,7 +98,7 @@ __device__ __forceinline__ void shifted_product(float (&acc)[M][N][4], const Mat
   }
 #pragma unroll 4
   for (int at = 0; at < depth; at += step) {
-    const Group e = groups[(at + own) / 8];
+    const Group e = Unshifted ? Group::of<T>(0, at + own, 0) : groups[(at + own) / 8];
     typename P::Left left[M];
 #pragma unroll
     for (int i = 0; i < M; ++i) {
@@ -104,8 +134,8 @@ __device__ __forceinline__ void shifted_product(float (&acc)[M][N][4], const Mat
 }
 
 // acc += sum over rows r < depth of a[row_of[r] + shift, groups]^T * b[r, columns]: M tiles of two groups, first, first
-// + stride, ... below `tiles`, by 8 N columns.
-template <Arithmetic A, bool Full, class T, int M, int N>
+// + stride, ... below `tiles`, by 8 N columns. Unshifted, row_of is the identity, and groups are as above.
+template <Arithmetic A, bool Full, bool Unshifted, class T, int M, int N>
 __device__ __forceinline__ void outer_product(float (&acc)[M][N][4], const Matrix<T>& a, const int* row_of,
                                               const Group* groups, int first, int stride, int tiles, const Matrix<T>& b,
                                               int column, int depth, int pairs) {
@@ -157,7 +187,8 @@ __device__ __forceinline__ void outer_product(float (&acc)[M][N][4], const Matri
     int shift[narrow ? M : 1];
 #pragma unroll
     for (int i = 0; i < (narrow ? M : 1); ++i) {
-      shift[i] = narrow ? groups[2 * min(first + stride * i, tiles - 1) + (lane >> 3 & 1)].packed : 0;
+      const int group = 2 * (Unshifted ? first + stride * i : min(first + stride * i, tiles - 1)) + (lane >> 3 & 1);
+      shift[i] = Unshifted ? Group::of<T>(0, 8 * group, 0).packed : narrow ? groups[group].packed : 0;
     }
     for (int base = 0; base < depth; base += step) {
       typename Product<A>::Right right[N / 2];
@@ -172,7 +203,8 @@ __device__ __forceinline__ void outer_product(float (&acc)[M][N][4], const Matri
           }
         }
       });
-      const int near = row_of[base + (narrow ? (lane & 7) + (lane >> 4) * 8 : t)];
+      const int own_row = base + (narrow ? (lane & 7) + (lane >> 4) * 8 : t),
+                near = Unshifted ? own_row : row_of[own_row];
       const int far = row_of[base + (narrow ? 0 : t + 4)];
       const SharedAddress left_row = left_at + near * a.ld * int{sizeof(T)};
 #pragma unroll

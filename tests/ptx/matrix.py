@@ -87,6 +87,16 @@ def _shuffle(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     machine.put(target, value[source], active)
 
 
+@instruction("vote")
+def _vote(machine: Machine, it: Instruction, active: np.ndarray) -> None:
+    """Of predicates, over a warp of which all lanes take part."""
+    lanes = active.reshape(-1, WARP)
+    if (lanes.any(1) & ~lanes.all(1)).any():
+        raise machine.error(it, "a vote in which not all lanes of a warp take part")
+    votes = machine.bits(it.operands[1], 1).reshape(-1, WARP)
+    machine.put(it.operands[0], np.repeat({"all": votes.all(1), "any": votes.any(1)}[it.modifiers[1]], WARP), active)
+
+
 @instruction("elect")
 def _elect(machine: Machine, it: Instruction, active: np.ndarray) -> None:
     leader = np.repeat(active.reshape(-1, WARP).argmax(1), WARP)

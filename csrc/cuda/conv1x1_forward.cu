@@ -7,8 +7,9 @@
 //   Two fit a multiprocessor of sm_90 and keep 2 x 2 x 8 KiB of x in flight, which covers its memory's latency.
 //   Up to 64 output channels: 4 x 1 warps, 256 pixels. Up to 192 or 256: three or four warps beside each other.
 // Blocks are persistent: the copies for the next tile are under way while one is stored, and each leaves one row of
-// moments. Layers with fewer such tiles than multiprocessors get tiles of 32 pixels and 64 channels, which read x again
-// from the second-level cache, and if these do not suffice either, splits of the input channels.
+// moments. Layers with fewer such tiles than multiprocessors get tiles of a half or a quarter of the pixels. Where
+// these leave more than a third of the multiprocessors idle, tiles are of 32 pixels and 64 channels, which read x again
+// from the second-level cache, and if these do not suffice either, there are splits of the input channels.
 //
 // Weights are copied as they are where channels are side by side in the data's type. Else, as for float32 weights
 // beside 16-bit data, one small kernel packs them first, instead of every block by single loads.
@@ -145,24 +146,22 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
   int64_t loading_tile = blockIdx.x, tile_index = blockIdx.x;
   int loading = 0, preparing = 0, consuming = 0, count = 0;
 
-  const auto rows_of = [&](int step, int count) {
-    const int own = (count - own_row + row_step - 1) / row_step;
-    return step * kStage + chunk * kChunk < all_bytes ? own : 0;
-  };
+  const auto own_of = [&](int count) { return (count - own_row + row_step - 1) / row_step; };
+  const int own_pixels = own_of(layout.rows), own_columns = own_of(layout.columns);
+  const auto in_stage = [&](int step, int rows) { return step * kStage + chunk * kChunk < all_bytes ? rows : 0; };
 
   const auto load = [&](int stage) {
     const int channel = loading * channels + chunk * per_chunk;
     const int valid = clamp((split_channels - channel) * element, 0, kChunk);
     const int64_t offset = int64_t{first_channel + channel} * element;
-    const auto existing = [&](int64_t beyond) { return (clamp(beyond, 0, 1 << 20) + row_step - 1) / row_step; };
     unsigned char* to = stage_at(stage) + own_row * kPitch + chunk * kChunk;
     const int64_t pixel = loading_tile * layout.rows + own_row;
-    copy_rows(to, row_step * kPitch, f.x + pixel * f.pixel + offset, row_step * f.pixel, rows_of(loading, layout.rows),
-              existing(f.pixels - pixel), valid, f.access);
+    copy_rows(to, row_step * kPitch, f.x + pixel * f.pixel + offset, row_step * f.pixel, in_stage(loading, own_pixels),
+              clamp(f.pixels - pixel, 0, layout.rows), row_step, valid, f.access);
     const int column = first_column + own_row;
     copy_rows(to + layout.rows * kPitch, row_step * kPitch, f.weights.data + column * f.weights.row + offset,
-              row_step * f.weights.row, rows_of(loading, layout.columns), existing(f.output.channels - column), valid,
-              f.weights.access);
+              row_step * f.weights.row, in_stage(loading, own_columns),
+              clamp(f.output.channels - column, 0, layout.columns), row_step, valid, f.weights.access);
     if (++loading == steps) {
       loading = 0;
       loading_tile += gridDim.x;
@@ -174,7 +173,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
     const Affine<A> affine(vectors, preparing * channels + chunk * per_chunk);
     with_activation(f.slope, [&](auto activation) {
       unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
-      for (int i = rows_of(preparing, layout.rows); i > 0; --i, x += row_step * kPitch) {
+      for (int i = in_stage(preparing, own_pixels); i > 0; --i, x += row_step * kPitch) {
         store_shared(x, affine.activated(x, activation));
       }
     });
@@ -268,7 +267,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
 struct Plan {
   Conv1x1 kernel;
   ForwardPlan shared;
-  bool small;
+  int tiles;  // of 16 pixels in a warp
   dim3 grid;
   int threads, shared_bytes;
 };
@@ -323,17 +322,22 @@ Plan make_plan(const Forward& f, const Device& device) {
   const auto take_splits = [&](int64_t splits) {
     k.split_channels = static_cast<int>(ceil_div(ceil_div(s.in, splits), channels) * channels);
     plan.threads = 32 * k.warps_beside * warps_above;
-    return Layout(k, plan.threads, plan.small ? 1 : large, sizeof(T),
+    return Layout(k, plan.threads, plan.tiles, sizeof(T),
                   static_cast<int>(WarpTile<1, kColumnTiles>::staging_bytes<T>()));
   };
   const int64_t fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
   take_columns(kMostColumns, 4);
-  plan.small = false;
-  plan.small = tiles(large) * column_blocks < device.multiprocessors ||
-               take_splits(fewest_splits).bytes(2) > device.shared_per_block;
-  if (plan.small) take_columns(kFewColumns, 2);
-  const int64_t blocks = tiles(plan.small ? 1 : large);
-  int64_t splits = plan.small ? device.multiprocessors / (blocks * column_blocks) : 1;
+  for (plan.tiles = large; plan.tiles > 1 && tiles(plan.tiles) * column_blocks < device.multiprocessors;) {
+    plan.tiles /= 2;
+  }
+  const bool small = 3 * tiles(plan.tiles) * column_blocks < 2 * device.multiprocessors ||
+                     take_splits(fewest_splits).bytes(2) > device.shared_per_block;
+  if (small) {
+    plan.tiles = 1;
+    take_columns(kFewColumns, 2);
+  }
+  const int64_t blocks = tiles(plan.tiles);
+  int64_t splits = small ? device.multiprocessors / (blocks * column_blocks) : 1;
   splits = std::max(std::min(splits, ceil_div(s.in, 64)), fewest_splits);
   const Layout layout = take_splits(splits);
   splits = ceil_div(s.in, k.split_channels);
@@ -347,14 +351,15 @@ Plan make_plan(const Forward& f, const Device& device) {
   }
   plan.shared_bytes = layout.bytes(k.stages);
   const int resident = std::max(1, (device.shared_per_block + 1024) / (plan.shared_bytes + 1024));
-  const int64_t at_once = int64_t{device.multiprocessors} * std::min(resident, std::max(1, 256 / plan.threads));
+  const int threads = plan.tiles == 1 ? 512 : 256;  // that registers are enough for
+  const int64_t at_once = int64_t{device.multiprocessors} * std::min(resident, std::max(1, threads / plan.threads));
   plan.grid = dim3(static_cast<unsigned>(std::min(blocks, std::max<int64_t>(1, at_once / (column_blocks * splits)))),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
   const bool same_type = sizeof(T) == 4 || !f.weight.is_float;
   const bool whole_words = s.out == 1 || f.weight.stride_out * sizeof(T) % 4 == 0;
   const bool pack = !same_type || (f.weight.stride_in != 1 && s.in > 1) || !whole_words;
   const size_t pooled_bytes = s.window() > 1 ? pixels * packed_row<T>(s) : 0;
-  const int64_t tile_sums = blocks * column_blocks * plan.threads * (plan.small ? 1 : large) * kColumnTiles;
+  const int64_t tile_sums = blocks * column_blocks * plan.threads * plan.tiles * kColumnTiles;
   plan.shared = plan_forward(f, A, plan.grid, tile_sums, pack ? pack_rows(f, A) : Packing{}, pooled_bytes);
   return plan;
 }
@@ -379,8 +384,11 @@ int run(const Forward& f, const Device& device, void* prepared, void* workspace,
   k.access = access_of(k.x, k.pixels > 1 ? k.pixel : 0);
   k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
   k.weights = weights_of<T>(f, plan, prepared);
-  return LAUNCH(plan.small ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, Product<A>::kTiles>, plan.grid,
-                dim3(plan.threads), plan.shared_bytes, stream, k);
+  auto kernel = plan.tiles == 1 ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, 2>;
+  if constexpr (Product<A>::kTiles > 2) {
+    if (plan.tiles > 2) kernel = conv1x1_kernel<A, Product<A>::kTiles>;
+  }
+  return LAUNCH(kernel, plan.grid, dim3(plan.threads), plan.shared_bytes, stream, k);
 }
 
 }  // namespace

@@ -84,14 +84,16 @@ __device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned cha
   with_access(access, [&](auto width) { copy_chunk<decltype(width)::value>(to, from, valid); });
 }
 
-// Copies `count` chunks of rows, of which `existing` exist, some bytes apart on both sides.
+// Copies `count` chunks of rows some bytes apart on both sides, each `step` rows beyond the last; `left` rows exist
+// from the first on.
 __device__ __forceinline__ void copy_rows(unsigned char* to, int to_step, const unsigned char* from, int64_t from_step,
-                                          int count, int existing, int valid, int access) {
+                                          int count, int left, int step, int valid, int access) {
   with_access(access, [&](auto width) {
     [[maybe_unused]] constexpr int together = decltype(width)::value < 16 ? 1 : 4;
 #pragma unroll together
     for (int i = 0; i < count; ++i) {
-      copy_chunk<decltype(width)::value>(to, from, i < existing ? valid : 0);
+      copy_chunk<decltype(width)::value>(to, from, left > 0 ? valid : 0);
+      left -= step;
       to += to_step;
       from += from_step;
     }

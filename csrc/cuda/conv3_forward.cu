@@ -27,7 +27,7 @@ constexpr int kMostGroups = 3;
 
 struct Conv3 {
   const unsigned char* x;
-  int64_t pixel;  // bytes
+  int pixel;  // bytes
   Norm norm;
   float slope;
   const unsigned char* weights;
@@ -38,22 +38,24 @@ struct Conv3 {
 
 // The dynamic shared memory of a block, in bytes from its beginning.
 struct Layout {
-  int vector_channels, columns, halo, rows, taps;
-  int statistics, staging, tables, rows_at, taps_at, stages, stage, bytes;
+  int vector_channels, columns, halo, rows, taps, offsets;
+  int statistics, staging, tables, rows_at, offsets_at, stages, stage, bytes;
 
-  __host__ __device__ Layout(const Conv3& f, int tiles, int element, int staging_bytes) {
+  // A product takes `depth` bytes of a row.
+  __host__ __device__ Layout(const Conv3& f, int tiles, int element, int depth, int staging_bytes) {
     const int channels = kStage / element;
     vector_channels = (f.split_channels + channels - 1) / channels * channels;
     columns = f.groups * kGroup;
     halo = f.halo.volume();
     rows = kWarps * tiles * 16;
     taps = f.kernel.volume();
+    offsets = kStage / depth * taps;
     statistics = NormVectors::kCount * vector_channels * int{sizeof(float)};
     staging = statistics + static_cast<int>(Statistics::bytes(columns, kWarps, f.output.bias));
     tables = staging + kWarps * staging_bytes;
     rows_at = tables + kTables * halo * int{sizeof(int)};
-    taps_at = rows_at + rows * int{sizeof(int)};
-    stages = (taps_at + taps * int{sizeof(int)} + 127) / 128 * 128;
+    offsets_at = rows_at + rows * int{sizeof(int)};
+    stages = (offsets_at + offsets * int{sizeof(int)} + 127) / 128 * 128;
     stage = halo * kPitch;
     bytes = stages + kStages * stage;
   }
@@ -84,23 +86,22 @@ __device__ int pixels_of(const Conv3& f, int tile) {
          min(f.box.w, f.image.w - origin.w);
 }
 
-// MI tiles of 16 pixels and NT tiles of 8 channels in a warp. Large tiles have as many channels as there are, or one
-// tile of 8 more; a test of each product costs more instructions than the products.
+// MI tiles of 16 pixels and NT tiles of 8 channels in a warp: as many channels as there are, or one tile of 8 more; a
+// test of each product costs more instructions than the products.
 template <Arithmetic A, int MI, int NT>
 __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   using M = Product<A>;
   using T = typename M::T;
-  constexpr bool exact = NT < 2 * kMostGroups || MI > 2;
   constexpr int element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;
   using Tile = WarpTile<MI, NT>;
   DYN_SMEM(shared);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const Layout layout(f, MI, element, Tile::template staging_bytes<T>());
+  const Layout layout(f, MI, element, M::kBytes, Tile::template staging_bytes<T>());
   const NormVectors vectors{{reinterpret_cast<float*>(shared), layout.vector_channels}};
   const Statistics statistics{reinterpret_cast<float*>(shared + layout.statistics), layout.columns, kWarps};
   unsigned char* staging = shared + layout.staging + warp * static_cast<int>(Tile::template staging_bytes<T>());
   int* row_places = reinterpret_cast<int*>(shared + layout.rows_at);
-  int* tap_offsets = reinterpret_cast<int*>(shared + layout.taps_at);
+  int* offsets = reinterpret_cast<int*>(shared + layout.offsets_at);  // of a stage's products: channels, then taps
   const auto stage_at = [&](int stage) { return shared + layout.stages + stage * layout.stage; };
   const auto table = [&](int i) { return reinterpret_cast<int*>(shared + layout.tables) + i * layout.halo; };
 
@@ -124,7 +125,9 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     row_places[i] = i < own_places ? index_in(f.halo, place_in(f.box, i)) : kOutside;
   }
 #pragma unroll 1
-  for (int i = tid; i < taps; i += kThreads) tap_offsets[i] = index_in(f.halo, place_in(f.kernel, i)) * kPitch;
+  for (int i = tid; i < layout.offsets; i += kThreads) {
+    offsets[i] = index_in(f.halo, place_in(f.kernel, i % taps)) * kPitch + i / taps * M::kBytes;
+  }
   fill_table(f, blockIdx.x, table(0), layout.halo);
   __syncthreads();
   const bool split = f.output.partial != nullptr;
@@ -164,14 +167,14 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     const int valid = clamp((split_channels - channel) * element, 0, kChunk);
     const unsigned char* x = f.x + int64_t{first_channel + channel} * element;
     const int* pixels = table(loading.table);
-    unsigned char* to = stage_at(stage) + chunk * kChunk;
+    unsigned char* to = stage_at(stage) + own_row * kPitch + chunk * kChunk;
     const int end = places_of(loading.step);
     with_access(f.access, [&](auto width) {
       [[maybe_unused]] constexpr int together = decltype(width)::value < 16 ? 1 : 4;
 #pragma unroll together
-      for (int place = own_row; place < end; place += row_step) {
+      for (int place = own_row; place < end; place += row_step, to += row_step * kPitch) {
         const int p = pixels[place];
-        copy_chunk<decltype(width)::value>(to + place * kPitch, p >= 0 ? x + p * f.pixel : f.x, p >= 0 ? valid : 0);
+        copy_chunk<decltype(width)::value>(to, bytes_behind(x, p, f.pixel), p >= 0 ? valid : 0);
       }
     });
     if (loading.advance(steps)) {
@@ -184,11 +187,11 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     if (multiplied_as_it_is<A>(f.norm)) return;
     const Affine<A> affine(vectors, preparing.step * channels + chunk * per_chunk);
     const int* pixels = table(preparing.table);
-    unsigned char* x = stage_at(stage) + chunk * kChunk;
+    unsigned char* x = stage_at(stage) + own_row * kPitch + chunk * kChunk;
     const int end = places_of(preparing.step);
     with_activation(f.slope, [&](auto activation) {
-      for (int place = own_row; place < end; place += row_step) {
-        if (pixels[place] >= 0) store_shared(x + place * kPitch, affine.activated(x + place * kPitch, activation));
+      for (int place = own_row; place < end; place += row_step, x += row_step * kPitch) {
+        if (pixels[place] >= 0) store_shared(x, affine.activated(x, activation));
       }
     });
     preparing.advance(steps);
@@ -218,11 +221,12 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   };
 
   // Weights lie as [block of columns][M::kBytes of channels][tap][group of columns], in the order of use.
-  const int groups = exact ? NT / 2 : f.groups, weight_step = groups * M::kFragments;
+  constexpr int weight_step = NT / 2 * M::kFragments;
   const int all_products = (f.in * element + M::kBytes - 1) / M::kBytes;
   const unsigned char* const all_weights =
-      f.weights + (int64_t{blockIdx.y} * all_products + first_channel * element / M::kBytes) * taps * weight_step;
-  const auto column_exists = [&](int j) { return (exact && j + 1 < NT) || 8 * j < tile.columns; };
+      f.weights + (int64_t{blockIdx.y} * all_products + first_channel * element / M::kBytes) * taps * weight_step +
+      M::packed_offset(lane);
+  const bool last_exists = 8 * (NT - 1) < tile.columns;
 
   struct Fragments {
     typename M::Left a[MI];
@@ -233,22 +237,16 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     const int bytes = min(kStage, (split_channels - consuming.step * channels) * element);
     const unsigned char* rows = stage_at(stage);
     const unsigned char* weights = all_weights + int64_t{consuming.step} * (kStage / M::kBytes) * taps * weight_step;
-    int tap = 0;
+    const int* offset = offsets;
     const auto fetch = [&](Fragments& to) {
-      const unsigned char* at = rows + tap_offsets[tap];
+      const unsigned char* at = rows + *offset++;
 #pragma unroll
-      for (int j = 0; j < NT / 2; ++j) {
-        if (exact || j < groups) M::load_packed(to.b[j], weights + j * M::kFragments, lane);
-      }
+      for (int j = 0; j < NT / 2; ++j) M::load_packed(to.b[j], weights + j * M::kFragments);
 #pragma unroll
       for (int i = 0; i < MI; ++i) {
         if (i < own_tiles) M::load(to.a[i], at, left_offset[i]);
       }
       weights += weight_step;
-      if (++tap == taps) {
-        tap = 0;
-        rows += M::kBytes;
-      }
     };
     const auto add_products = [&](const Fragments& from) {
 #pragma unroll
@@ -256,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
         if (i >= own_tiles) break;
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
-          if (column_exists(j)) M::multiply(sum[i][j], from.a[i], from.b[j / 2], j % 2);
+          if (j + 1 < NT || last_exists) M::multiply(sum[i][j], from.a[i], from.b[j / 2], j % 2);
         }
       }
     };
@@ -350,10 +348,10 @@ Plan make_plan(const Forward& f, const Device& device) {
     splits = std::max(std::min(device.multiprocessors / blocks, most_splits), fewest_splits);
     k.split_channels = static_cast<int>(ceil_div(most_splits, splits) * channels);
     plan.large = rows > kWarps * 16 * 2;
-    const int staging = static_cast<int>(plan.large && k.groups == 1   ? WarpTile<1, 2>::staging_bytes<T>()
-                                         : plan.large && k.groups == 2 ? WarpTile<1, 4>::staging_bytes<T>()
-                                                                       : WarpTile<1, 6>::staging_bytes<T>());
-    plan.shared_bytes = Layout(k, plan.large ? 4 : 2, sizeof(T), staging).bytes;
+    const int staging = static_cast<int>(k.groups == 1   ? WarpTile<1, 2>::staging_bytes<T>()
+                                         : k.groups == 2 ? WarpTile<1, 4>::staging_bytes<T>()
+                                                         : WarpTile<1, 6>::staging_bytes<T>());
+    plan.shared_bytes = Layout(k, plan.large ? 4 : 2, sizeof(T), M::kBytes, staging).bytes;
     if (enough && plan.shared_bytes <= device.shared_per_block) break;
   }
   splits = ceil_div(s.in, k.split_channels);
@@ -361,33 +359,35 @@ Plan make_plan(const Forward& f, const Device& device) {
   const int64_t at_once = device.multiprocessors * std::min<int64_t>(resident, 3) / (column_blocks * splits);
   plan.grid = dim3(static_cast<unsigned>(std::min<int64_t>(k.tiles.volume(), std::max<int64_t>(1, at_once))),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
-  const int64_t tile_sums =
-      k.tiles.volume() * column_blocks * kThreads * (plan.large ? 4 * 2 * k.groups : 2 * 2 * kMostGroups);
+  const int64_t tile_sums = k.tiles.volume() * column_blocks * kThreads * (plan.large ? 4 : 2) * 2 * k.groups;
   plan.shared = plan_forward(f, A, plan.grid, tile_sums, pack_fragments(f, k.groups, A), 0);
   return plan;
+}
+
+template <Arithmetic A, int MI>
+auto kernel_of(int groups) {
+  return groups == 1 ? conv3_kernel<A, MI, 2> : groups == 2 ? conv3_kernel<A, MI, 4> : conv3_kernel<A, MI, 6>;
 }
 
 template <Arithmetic A>
 int run(const Forward& f, const Device& device, void* prepared, void* workspace, void* stream) {
   using T = typename Product<A>::T;
   Plan plan = make_plan<A>(f, device);
-  if (plan.shared_bytes > device.shared_per_block || f.shape.pixels() > INT32_MAX) return cudaErrorNotSupported;
+  const int64_t pixel = f.x.ld * int64_t{sizeof(T)};
+  if (plan.shared_bytes > device.shared_per_block || std::max(f.shape.pixels(), pixel) > INT32_MAX) {
+    return cudaErrorNotSupported;
+  }
   Conv3& k = plan.kernel;
   k.x = static_cast<const unsigned char*>(f.x.data);
-  k.pixel = f.x.ld * int64_t{sizeof(T)};
+  k.pixel = static_cast<int>(pixel);
   k.access = access_of(f.x.data, f.shape.pixels() > 1 ? k.pixel : 0);
   k.norm = f.norm;
   k.slope = slope_of(f.norm);
   k.weights = static_cast<const unsigned char*>(prepared);
   k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
-  auto kernel = conv3_kernel<A, 2, 2 * kMostGroups>;
+  auto kernel = kernel_of<A, 2>(k.groups);
   if constexpr (Product<A>::kTiles > 2) {
-    constexpr int tiles = Product<A>::kTiles;
-    if (plan.large) {
-      kernel = k.groups == 1   ? conv3_kernel<A, tiles, 2>
-               : k.groups == 2 ? conv3_kernel<A, tiles, 4>
-                               : conv3_kernel<A, tiles, 6>;
-    }
+    if (plan.large) kernel = kernel_of<A, Product<A>::kTiles>(k.groups);
   }
   return LAUNCH(kernel, plan.grid, dim3(kThreads), plan.shared_bytes, stream, k);
 }

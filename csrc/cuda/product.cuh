@@ -36,7 +36,7 @@ struct TensorCores {
     return ((lane & 7) + (lane >> 4) * 8) * pitch + (lane >> 3 & 1) * 16;
   }
   static __device__ void load(Left& a, const unsigned char* row, const int (&offset)[kRows]) {
-    ldmatrix_x4(a.r, shared_address(row + offset[0]));
+    ldmatrix_x4(a.r, shared_address(row) + offset[0]);
   }
   static __device__ void load(Right& b, const unsigned char* rows, int) { ldmatrix_x4(b.r, shared_address(rows)); }
   static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {
@@ -44,10 +44,12 @@ struct TensorCores {
     mma(d, a.r, columns);
   }
 
-  // 16 columns in the order of fragments, 512 bytes in global memory: each lane reads 16 bytes of its own.
+  // 16 columns in the order of fragments, 512 bytes in global memory: each lane reads 16 bytes of its own, which begin
+  // at its offset.
   static constexpr int kFragments = 512;
-  static __device__ void load_packed(Right& b, const unsigned char* from, int lane) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + lane);
+  static __device__ int packed_offset(int lane) { return 16 * lane; }
+  static __device__ void load_packed(Right& b, const unsigned char* from) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
     b.r[0] = v.x;
     b.r[1] = v.y;
     b.r[2] = v.z;
@@ -116,8 +118,9 @@ struct Product<Arithmetic::f32> {
     }
   }
   static constexpr int kFragments = 256;
-  static __device__ void load_packed(Right& b, const unsigned char* from, int lane) {
-    const float4* own = reinterpret_cast<const float4*>(from) + 4 * (lane & 3);
+  static __device__ int packed_offset(int lane) { return 64 * (lane & 3); }
+  static __device__ void load_packed(Right& b, const unsigned char* from) {
+    const float4* own = reinterpret_cast<const float4*>(from);
 #pragma unroll
     for (int i = 0; i < 4; ++i) b.r[i >> 1][i & 1] = __ldg(own + i);
   }

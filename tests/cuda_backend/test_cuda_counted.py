@@ -4,7 +4,7 @@ import counted_cuda
 import launch_counts
 import pytest
 
-MOST = {"training": 450, "inference": 160}
+MOST = {"training": 450, "inference": 150}
 
 
 @pytest.mark.parametrize("kind", launch_counts.KINDS)

@@ -211,17 +211,18 @@ PREPARED = "if (i >= -1 && i + 1 < steps) prepare(current);"
 TRANSFORMED = "if (last_pass && more) o_.locate(first_pixel(box = next_box(box)), buffer ^ 1, next_slot);"
 STAGE_BARRIER = (f"{PREPARED}\n    __syncthreads();", PREPARED)
 STAGE_WAIT = ("wait_for_all_but(stages - 2);", "")
-STAGE_ROW = ("(to + place * kPitch,", "(to + (place + 1) * kPitch,")
+STAGE_ROW = ("(to, bytes_behind(x,", "(to + kPitch, bytes_behind(x,")
 STAGE_MISALIGNED = ("kPitch = 5 * kChunk", "kPitch = 5 * kChunk + 8")
 STAGE_CONFLICTS = ("kPitch = 5 * kChunk", "kPitch = 4 * kChunk")
 TABLE = ("row_places[i] =", "row_places[i + 1] =")
 OUT_PIXEL = ("return p < f.pixels ? p : -1;", "return p < f.pixels ? p + 1 : -1;")
 POOLED_PIXEL = ("if (out >= s.n * d * h * w) return;", "")
-X_PIXEL = ("x + p * f.pixel", "x + (p + 1) * f.pixel")
+X_PIXEL = ("bytes_behind(x, p, f.pixel)", "bytes_behind(x, p + 1, f.pixel)")
 SWAPPED = ('"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])')
 BOX_BARRIER = (f"{TRANSFORMED}\n        __syncthreads();", TRANSFORMED)
 BOX_WAIT = ("cp_async_wait<0>();\n        __syncthreads();", "__syncthreads();")
-DX_PIXEL = ("(to + p * ld) =", "(to + (p + 1) * ld) =")
+DX_PIXEL = ("(bytes_behind(to, p, step))", "(bytes_behind(to, p + 1, step))")
+SPLITS = ("static_cast<int>(gridDim.z), scratch)", "1, scratch)")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,14 @@ def test_a_bug_in_a_product_is_found(kernel: str, change: Change, check: str, me
         pytest.raises((AssertionError, RuntimeError), match=message),
     ):
         multiply(kernel, planted)
+
+
+def test_splits_that_are_added_too_early_are_found(tmp_path: Path) -> None:
+    """By the first block to arrive, where the last one must."""
+    first, *others = (CSRC / "cuda" / name for name in SOURCES["3x3 forward"])
+    with pytest.raises(AssertionError, match="race between blocks"):
+        small.forward(CASES["3x3"], "bfloat16", Ptx("80", (patched(first, SPLITS, tmp_path), *others)), 132)
+    small.forward(CASES["3x3"], "bfloat16", Ptx("80", (first, *others)), 132)
 
 
 @pytest.mark.parametrize("primitive", small.PRIMITIVES)

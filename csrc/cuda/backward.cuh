@@ -119,7 +119,7 @@ class BackwardBlock {
 #pragma unroll
       for (int h = 0; h < each; ++h) {
         const int row = tile_row(i) + Product<C::A>::left_row(lane, h);
-        rows[i][h] = C::pointwise ? row : o_.row_of[row];
+        rows[i][h] = C::pointwise ? min(row, plan_.rows - 1) : o_.row_of[row];
       }
     }
     shifted_product<C::A, Full, C::pointwise>(da_, o_.g, rows, o_.groups, o_.weight, column_, 8 * pass.groups, pairs_);

@@ -9,7 +9,7 @@ nvcc's PTX, executed for one block, says the instructions of a warp. A launch ta
 - the bytes that must move once, at 0.9 of the memory's bandwidth; what its blocks ask for, at that of the cache;
 - its multiplications at the rate of a large matrix product; :data:`LAUNCH` microseconds.
 
-What the last block of a launch does after the others, which merges moments, is not in it.
+What the last block of a launch does after the others, which merges moments and adds splits, is not in it.
 
 Every figure that comes out is a prediction and is called one; none was measured. The floor beside it is what
 gpu_report.py measures against: bytes once, or multiplications.

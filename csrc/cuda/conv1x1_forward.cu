@@ -109,6 +109,10 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
+// Large tiles have no registers left for splits.
+template <int MI>
+constexpr bool kSplits = MI < 4;
+
 // MI: tiles of 16 pixels in a warp.
 template <Arithmetic A, int MI>
 __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
@@ -191,7 +195,7 @@ __global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
     return p < f.pixels ? p : -1;
   };
 
-  const bool split = f.output.partial != nullptr;
+  const bool split = kSplits<MI> && f.output.partial != nullptr;
   const auto store_tile = [&] {
     tile.activate(f.output.slope);
     tile.template store<T>(f.output, staging, pixel);
@@ -327,8 +331,10 @@ Plan make_plan(const Forward& f, const Device& device) {
   };
   const int64_t fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
   take_columns(kMostColumns, 4);
-  for (plan.tiles = large; plan.tiles > 1 && tiles(plan.tiles) * column_blocks < device.multiprocessors;) {
-    plan.tiles /= 2;
+  plan.tiles = large;
+  const auto too_few = [&] { return tiles(plan.tiles) * column_blocks < device.multiprocessors; };
+  while (plan.tiles > 1 && (too_few() || (plan.tiles >= 4 && fewest_splits > 1))) {
+    plan.tiles = sizeof(T) == 2 ? plan.tiles / 2 : 1;
   }
   const bool small = 3 * tiles(plan.tiles) * column_blocks < 2 * device.multiprocessors ||
                      take_splits(fewest_splits).bytes(2) > device.shared_per_block;
@@ -384,9 +390,9 @@ int run(const Forward& f, const Device& device, void* prepared, void* workspace,
   k.access = access_of(k.x, k.pixels > 1 ? k.pixel : 0);
   k.output = make_output(f, sizeof(T), plan.shared, prepared, workspace);
   k.weights = weights_of<T>(f, plan, prepared);
-  auto kernel = plan.tiles == 1 ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, 2>;
-  if constexpr (Product<A>::kTiles > 2) {
-    if (plan.tiles > 2) kernel = conv1x1_kernel<A, Product<A>::kTiles>;
+  auto kernel = plan.tiles == 1 ? conv1x1_kernel<A, 1> : conv1x1_kernel<A, Product<A>::kTiles>;
+  if constexpr (sizeof(T) == 2) {
+    if (plan.tiles == 2) kernel = conv1x1_kernel<A, 2>;
   }
   return LAUNCH(kernel, plan.grid, dim3(plan.threads), plan.shared_bytes, stream, k);
 }

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   }
   fill_table(f, blockIdx.x, table(0), layout.halo);
   __syncthreads();
-  const bool split = f.output.partial != nullptr;
+  const bool split = MI < 4 && f.output.partial != nullptr;  // large tiles have no registers left for splits
   tile.start(split ? nullptr : bias);
 
   const int centre = index_in(f.halo, {0, f.kernel.d / 2, f.kernel.h / 2, f.kernel.w / 2});
@@ -336,15 +336,15 @@ Plan make_plan(const Forward& f, const Device& device) {
   k.output.bias = f.bias;
   k.groups = static_cast<int>(ceil_div(ceil_div(s.out, kGroup), column_blocks));
   int64_t splits = 1;
-  for (int rows = kWarps * 16 * M::kTiles; rows >= 1; rows /= 2) {
+  const int64_t fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
+  for (int rows = kWarps * 16 * (fewest_splits > 1 ? 2 : M::kTiles); rows >= 1; rows /= 2) {
     k.box = choose_box(k.image, k.kernel, rows, k.groups * kGroup);
     k.halo = halo_of(k.box, k.kernel);
     k.tiles = boxes_in(k.image, k.box);
     const int64_t blocks = k.tiles.volume() * column_blocks;
     // Below 64 pixels boxes only shrink to fit shared memory.
     const bool enough = blocks >= device.multiprocessors || rows <= kWarps * 16;
-    const int64_t most_splits = ceil_div(s.in, channels),
-                  fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
+    const int64_t most_splits = ceil_div(s.in, channels);
     splits = std::max(std::min(device.multiprocessors / blocks, most_splits), fewest_splits);
     k.split_channels = static_cast<int>(ceil_div(most_splits, splits) * channels);
     plan.large = rows > kWarps * 16 * 2;

@@ -385,6 +385,13 @@ def test_modules_that_do_not_take_part_in_training(change: Callable[[Any], None]
     assert 4 not in chained
 
 
+def test_gradients_leave_early_where_others_wait_for_them(chained: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model.train()(x).sum().backward()
+    assert not chained
+
+
 def test_memory_efficient_is_seen_between_two_steps(chained: list[int]) -> None:
     model, x = fuse(torchvisions()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
 

@@ -79,7 +79,12 @@ class Chain:
         return self._network(x, parameters, choose(x.device, x.dtype))
 
     def _step(self, x: Tensor, looked: "_Looked") -> Tensor | None:
-        """Where the first part is to be differentiated: one that is not keeps nothing for a backward pass, and has none."""
+        """Where the first part is to be differentiated: one that is not keeps nothing for a backward pass, and has none.
+
+        Not where there are other processes, to which a module's gradients go while those before it are computed.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None
         if not looked.as_they_are or not (x.requires_grad or any(t.requires_grad for t in looked.first)):
             return None
         spatial = sizes(self.parts, tuple(x.shape[2:]))

@@ -171,10 +171,14 @@ class BackwardKernel {
     const int64_t bytes = least(kBlock, f_.shape.in - next) * sizeof(T);
     prefetch.add(static_cast<const T*>(f_.x.data) + from * f_.x.ld + next, pixels, bytes, f_.x.ld * sizeof(T));
     prefetch.add(static_cast<const T*>(f_.dx.data) + from * f_.dx.ld + next, pixels, bytes, f_.dx.ld * sizeof(T));
-    int64_t calls = packed_.winograd ? b.size[0] * product_.calls({b.size[1], b.size[2]})
-                                     : b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock);
-    if (needs_dweight()) calls += packed_.taps * tiles_of<P, Reduce::pixels>(f_.shape.out, kBlock);
-    prefetch.spread(calls);
+    int64_t work = packed_.winograd ? b.size[0] * product_.work({b.size[1], b.size[2]})
+                                    : b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock) *
+                                          packed_.taps * packed_.row_elements();
+    if (needs_dweight()) {
+      work += packed_.taps * tiles_of<P, Reduce::pixels>(f_.shape.out, kBlock) * b.size[0] * b.size[1] *
+              row_elements(b) / (packed_.winograd ? 4 : 1);
+    }
+    prefetch.spread(work);
     return prefetch;
   }
 

@@ -27,9 +27,14 @@ class ForwardKernel {
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
-    operand_ = arena.take<E>((blocks_ * grid_.padded_pixels() + kWhole - 1) * kBlock);
+    const bool pointwise = f.shape.taps() == 1;
+    strip_ = pointwise
+                 ? most(kStripBytes / (blocks_ * kBlock * static_cast<int64_t>(sizeof(E))) / kTileRows, 1) * kTileRows
+                 : grid_.box[2];
+    operand_ = arena.take<E>((blocks_ * (pointwise ? strip_ : grid_.padded_pixels()) + kWhole - 1) * kBlock);
     result_ = arena.take<A>(packed_.winograd ? grid_.box[1] * grid_.box[2] * ldc_ : kTileRows * packed_.width);
-    pivot_ = arena.take<A>(ldc_);
+    rest_ = arena.take<A>(ldc_);
+    seen_ = arena.take<int64_t>(ceil_div(f.shape.out, Output<T>::columns));
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     steps_ = arena.take<Step>(f.shape.taps() * blocks_);
     product_ = {f.shape.in, f.shape.out};
@@ -71,17 +76,6 @@ class ForwardKernel {
 
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
-    const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
-    const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
-    with_activation<T>(f_.x, norm_, [&](const auto& activation) {
-      if (pools()) {
-        int64_t* first_pixels = of_part(first_pixels_, part);
-        windows_.first_pixels(b.begin[2], b.size[2], first_pixels);
-        load_operand(PooledActivation(activation, windows_, first_pixels, b.begin[2]), b, part, width, block_size);
-      } else {
-        load_operand(activation, b, part, width, block_size);
-      }
-    });
     Prefetch prefetch;
     if (i + 1 < end) {
       const int64_t next = grid_.pixel(grid_.at(i + 1), 0, 0, 0);
@@ -91,13 +85,42 @@ class ForwardKernel {
     const bool wanted = f_.moments.mean != nullptr;
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;
     Output<T> output(static_cast<T*>(f_.out.data), f_.out.ld, f_.shape.out, mean,
-                     wanted ? mean + f_.shape.out : nullptr, of_part(pivot_, part),
+                     wanted ? mean + f_.shape.out : nullptr, of_part(rest_, part), of_part(seen_, part),
                      {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)});
+    prefetch.spread(work(b));
+    if (pools()) windows_.first_pixels(b.begin[2], b.size[2], of_part(first_pixels_, part));
+    const int64_t strips = ceil_div(b.size[2], strip_);
+    for (int64_t s = 0; s < strips; ++s) {
+      const Range range = split(b.size[2], strips, s);
+      Box strip = b;
+      strip.begin[2] += range.begin;
+      strip.size[2] = range.size();
+      convolve(strip, b.begin[2], part, output, prefetch);
+    }
+  }
+
+  void convolve(const Box& b, int64_t begin, int64_t part, const Output<T>& output, Prefetch& prefetch) const {
+    const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
+    const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
+    with_activation<T>(f_.x, norm_, [&](const auto& activation) {
+      if (pools()) {
+        const int64_t* first_pixels = of_part(first_pixels_, part);
+        load_operand(PooledActivation(activation, windows_, first_pixels, begin), b, part, width, block_size);
+      } else {
+        load_operand(activation, b, part, width, block_size);
+      }
+    });
     if (packed_.winograd)
       by_patches(b, part, height * width * kBlock, block_size, output, prefetch);
     else
       tap_by_tap(b, part, height, width, block_size, output, prefetch);
-    output.finish(b.size[0] * b.size[1] * b.size[2]);
+  }
+
+  int64_t work(const Box& b) const {
+    if (packed_.winograd) return b.size[0] * product_.work({b.size[1], b.size[2]});
+    const Runs runs(grid_, b);
+    return b.size[0] * runs.count * tiles_of<P, Reduce::channels>(runs.pixels, f_.shape.out) * packed_.taps *
+           packed_.row_elements();
   }
 
   template <class S>
@@ -113,8 +136,8 @@ class ForwardKernel {
     });
   }
 
-  void tap_by_tap(const Box& b, int64_t part, int64_t height, int64_t width, int64_t block_size, Output<T>& output,
-                  Prefetch& prefetch) const {
+  void tap_by_tap(const Box& b, int64_t part, int64_t height, int64_t width, int64_t block_size,
+                  const Output<T>& output, Prefetch& prefetch) const {
     const E* operand = of_part(operand_, part);
     const Result<A> tile{of_part(result_, part), packed_.width, true};
     Step* steps = of_part(steps_, part);
@@ -127,7 +150,6 @@ class ForwardKernel {
       }
     }
     const Runs runs(grid_, b);
-    prefetch.spread(b.size[0] * runs.count * tiles_of<P, Reduce::channels>(runs.pixels, f_.shape.out));
     for (int64_t d = 0; d < b.size[0]; ++d) {
       for (int64_t h = 0; h < runs.count; ++h) {
         const int64_t first = grid_.pixel(b, d, h, 0);
@@ -143,11 +165,10 @@ class ForwardKernel {
     }
   }
 
-  void by_patches(const Box& b, int64_t part, int64_t plane_size, int64_t block_size, Output<T>& output,
+  void by_patches(const Box& b, int64_t part, int64_t plane_size, int64_t block_size, const Output<T>& output,
                   Prefetch& prefetch) const {
     if constexpr (P::pair == 1) {
       const TilePlane plane{b.size[1], b.size[2]};
-      prefetch.spread(b.size[0] * product_.calls(plane));
       for (int64_t d = 0; d < b.size[0]; ++d) {
         product_.run(plane, of_part(operand_, part) + d * plane_size, block_size, weight_, packed_.panel_size(),
                      of_part(result_, part), ldc_, of_part(patches_, part), of_part(products_, part),
@@ -167,13 +188,13 @@ class ForwardKernel {
   NormVectors<T> norm_;
   PackedWeight<P> packed_;
   Windows windows_;
-  int64_t blocks_, ldc_, parts_;
+  int64_t blocks_, ldc_, parts_, strip_;
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *operand_, *patches_;
-  A *partial_, *bias_, *result_, *pivot_, *products_;
+  A *partial_, *bias_, *result_, *rest_, *products_;
   Step* steps_;
-  int64_t* first_pixels_;
+  int64_t *first_pixels_, *seen_;
   size_t for_parts_, part_bytes_;
 };
 

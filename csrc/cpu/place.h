@@ -56,13 +56,13 @@ class PlaceKernel {
       const bool wanted = f_.moments.mean != nullptr;
       A* mean = wanted ? partial_ + 2 * i * f_.shape.out + c : nullptr;
       A* m2 = wanted ? mean + f_.shape.out : nullptr;
-      A pivot[kBlock];
+      A rest[kBlock];
+      int64_t seen[kBlock / Output<T>::columns];
       T* out = f_.out.data == nullptr ? nullptr : static_cast<T*>(f_.out.data) + c;
-      Output<T> output(out, f_.out.ld, channels, mean, m2, pivot);
+      Output<T> output(out, f_.out.ld, channels, mean, m2, rest, seen);
       for (int64_t j = 0; j < channels; j += Output<T>::columns) {
         output.store_rows(numbers + j, kBlock, i * kRun, pixels, j);
       }
-      output.finish(pixels);
     }
   }
 

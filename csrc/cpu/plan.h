@@ -3,6 +3,7 @@
 namespace fused_densenet::FD_ISA {
 
 constexpr int64_t kCacheBytes = 384 << 10;  // of a core's second-level cache, for the operands of one box
+constexpr int64_t kStripBytes = 16 << 10;   // of its first-level cache, for the activations of a strip of pixels
 
 // A 1x1 convolution sees one long row of pixels. Boxes are as equal as they can be, and as many as fill the threads
 // evenly; where `even`, of an even height and width but for the last.

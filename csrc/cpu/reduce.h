@@ -21,10 +21,11 @@ struct Epilogue {
 // Stores numbers as channels of `out` (unless that is null) and takes, of the values as stored, mean and sum of squared
 // deviations per channel (unless `mean` is null).
 //
-// In one pass, of deviations from a pivot, the average of a channel's first few rows: it lies within sqrt(rows / few)
-// standard deviations of the mean, so that what is subtracted in the end is of the size of what is left. Of numbers of
-// 16 bits the pivot is one, too: further digits of it, which all deviations would have in common, would make sums round
-// the same way over and over.
+// In one pass: some rows' deviations are taken from the mean of all rows before them (Welford 1962, many rows at once),
+// the first rows' from the average of the first few of them. So what is subtracted in the end is of the size of what is
+// left. What the mean loses to rounding is kept, as the `rest` of the sum of deviations from it. Of numbers of 16 bits
+// what deviations are taken from is one, too: further digits, which all deviations would have in common, would make sums
+// round the same way over and over.
 template <class T>
 class Output {
   using A = Accumulate<T>;
@@ -33,110 +34,128 @@ class Output {
  public:
   static constexpr int64_t columns = 2 * V::size;  // that are stored at once
 
-  // `pivot` has room for a number a channel.
-  Output(T* out, int64_t ld, int64_t channels, A* mean, A* m2, A* pivot, const Epilogue<A>& epilogue = {})
-      : out_(out), ld_(ld), channels_(channels), mean_(mean), m2_(m2), pivot_(pivot), epilogue_(epilogue) {}
-
-  // Rows of c, from `channel` on, as neighbouring pixels from `pixel`. A panel of columns comes for the first time
-  // before the next one does.
-  void store_rows(const A* c, int64_t ldc, int64_t pixel, int64_t rows, int64_t channel) {
-    const int n = static_cast<int>(least(columns, channels_ - channel));
-    const bool begins = mean_ != nullptr && channel >= begun_;
-    if (begins) begun_ = channel + columns;
-    T* out = out_ == nullptr ? nullptr : out_ + pixel * ld_ + channel;
-    if (n == columns)
-      store_columns<2>(c, ldc, out, rows, channel, V::size, begins);
-    else if (n > V::size)
-      store_columns<2>(c, ldc, out, rows, channel, n - V::size, begins);
-    else
-      store_columns<1>(c, ldc, out, rows, channel, n, begins);
+  // `rest` has room for a number a channel, `seen` for one for each so many columns.
+  Output(T* out, int64_t ld, int64_t channels, A* mean, A* m2, A* rest, int64_t* seen, const Epilogue<A>& epilogue = {})
+      : out_(out), ld_(ld), channels_(channels), mean_(mean), m2_(m2), rest_(rest), seen_(seen), epilogue_(epilogue) {
+    std::memset(seen, 0, static_cast<size_t>(ceil_div(channels, columns)) * sizeof(*seen));
   }
 
-  // After all `rows`.
-  void finish(int64_t rows) const {
-    if (mean_ == nullptr) return;
-    const V share = V::all(A(1) / static_cast<A>(rows));
-    for (int64_t j = 0; j < channels_; j += V::size) {
-      const int n = static_cast<int>(least(V::size, channels_ - j));
-      const V sum = load(mean_ + j, n);
-      store(m2_ + j, load(m2_ + j, n) - sum * sum * share, n);
-      store(mean_ + j, fma(sum, share, load(pivot_ + j, n)), n);
+  // Rows of c, from `channel` on, as neighbouring pixels from `pixel`.
+  void store_rows(const A* c, int64_t ldc, int64_t pixel, int64_t rows, int64_t channel) const {
+    const int n = static_cast<int>(least(columns, channels_ - channel));
+    for (int64_t i = 0; i < rows; i += kRows) {
+      T* out = out_ == nullptr ? nullptr : out_ + (pixel + i) * ld_ + channel;
+      const Rows r{c + i * ldc, ldc, out, least(kRows, rows - i), channel};
+      if (n == columns)
+        store_columns<2, true>(r, V::size);
+      else if (n > V::size)
+        store_columns<2, false>(r, n - V::size);
+      else
+        store_columns<1, false>(r, n);
     }
   }
 
  private:
-  static constexpr int64_t kPivotRows = 16;
+  static constexpr int64_t kRows = 32, kFirstRows = 16;
+
+  struct Rows {
+    const A* c;
+    int64_t ldc;
+    T* out;
+    int64_t count, channel;
+  };
+
+  static V as_pivot(V mean) {
+    if constexpr (sizeof(T) != 2) return mean;
+    T numbers[V::size];
+    store(numbers, mean, V::size);
+    return load(numbers, V::size);
+  }
 
   // `lanes` of the last vector.
-  template <int vectors>
-  void store_columns(const A* c, int64_t ldc, T* out, int64_t rows, int64_t channel, int lanes, bool begins) const {
+  template <int vectors, bool whole>
+  void store_columns(const Rows& r, int lanes) const {
+    if (epilogue_.bias != nullptr)
+      mean_ == nullptr ? store_each<vectors, whole, true, false>(r, lanes)
+                       : store_each<vectors, whole, true, true>(r, lanes);
+    else
+      mean_ == nullptr ? store_each<vectors, whole, false, false>(r, lanes)
+                       : store_each<vectors, whole, false, true>(r, lanes);
+  }
+
+  template <int vectors, bool whole, bool finishes, bool moments>
+  void store_each(const Rows& rows, int last_lanes) const {
+    const auto [c, ldc, out, count, channel] = rows;
+    const int64_t ld = ld_;
+    const auto lanes = [&](int v) { return whole || v + 1 < vectors ? V::size : last_lanes; };
     typename Epilogue<A>::Column finish[vectors];
-    V pivot[vectors], sum[vectors], squares[vectors];
+    V pivot[vectors], sum[2][vectors], squares[2][vectors];
+    const auto number = [&](int64_t i, int v) {
+      const V x = load(c + i * ldc + v * V::size);
+      return finishes ? finish[v](x) : x;
+    };
+    int64_t seen = 0;
+    if constexpr (moments) seen = seen_[channel / columns];
     for (int v = 0; v < vectors; ++v) {
       const int64_t j = channel + v * V::size;
-      const int n = v + 1 < vectors ? V::size : lanes;
-      if (epilogue_.bias != nullptr) finish[v] = epilogue_.column(j, n);
-      if (mean_ == nullptr) continue;
-      if (begins) {
-        sum[v] = V::zero();
-        const int64_t few = least(rows, kPivotRows);
-        for (int64_t i = 0; i < few; ++i) {
-          const V x = load(c + i * ldc + v * V::size);
-          sum[v] += epilogue_.bias != nullptr ? finish[v](x) : x;
-        }
-        store(pivot_ + j, sum[v] * V::all(A(1) / static_cast<A>(few)), n);
-        store(pivot_ + j, rounded<T>(pivot_ + j, n), n);
+      if constexpr (finishes) finish[v] = epilogue_.column(j, lanes(v));
+      if constexpr (!moments) continue;
+      sum[0][v] = sum[1][v] = squares[0][v] = squares[1][v] = V::zero();
+      if (seen > 0) {
+        pivot[v] = as_pivot(load(mean_ + j, lanes(v)));
+        continue;
       }
-      pivot[v] = load(pivot_ + j, n);
-      sum[v] = squares[v] = V::zero();
+      const int64_t few = least(count, kFirstRows);
+      V first = V::zero();
+      for (int64_t i = 0; i < few; ++i) first += number(i, v);
+      pivot[v] = as_pivot(first * V::all(A(1) / static_cast<A>(few)));
     }
-    const auto store_each = [&](int lanes, auto finishes, auto moments) {
-      for (int64_t i = 0; i < rows; ++i, c += ldc) {
+    const auto store_row = [&](int64_t i, int chain) {
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) {
-          const int n = v + 1 < vectors ? V::size : lanes;
-          V x = load(c + v * V::size);
-          if constexpr (finishes) x = finish[v](x);
-          if (out != nullptr) {
-            T* p = out + i * ld_ + v * V::size;
-            store(p, x, n);
-            if constexpr (sizeof(T) == 2) x = load(p, n);
-          }
-          if constexpr (moments) {
-            const V d = x - pivot[v];
-            sum[v] += d;
-            squares[v] = fma(d, d, squares[v]);
-          }
+      for (int v = 0; v < vectors; ++v) {
+        V x = number(i, v);
+        if (out != nullptr) {
+          T* p = out + i * ld + v * V::size;
+          store(p, x, lanes(v));
+          if constexpr (sizeof(T) == 2) x = load(p, lanes(v));
+        }
+        if constexpr (moments) {
+          const V d = x - pivot[v];
+          sum[chain][v] += d;
+          squares[chain][v] = fma(d, d, squares[chain][v]);
         }
       }
     };
-    const auto store_all = [&](int lanes) {  // a constant for whole vectors
-      if (epilogue_.bias != nullptr)
-        mean_ == nullptr ? store_each(lanes, Yes{}, No{}) : store_each(lanes, Yes{}, Yes{});
-      else
-        mean_ == nullptr ? store_each(lanes, No{}, No{}) : store_each(lanes, No{}, Yes{});
-    };
-    lanes == V::size ? store_all(V::size) : store_all(lanes);
-    for (int v = 0; v < vectors && mean_ != nullptr; ++v) {
-      const int64_t j = channel + v * V::size;
-      const int n = v + 1 < vectors ? V::size : lanes;
-      store(mean_ + j, begins ? sum[v] : load(mean_ + j, n) + sum[v], n);
-      store(m2_ + j, begins ? squares[v] : load(m2_ + j, n) + squares[v], n);
+    int64_t i = 0;
+    for (; i + 1 < count; i += 2) store_row(i, 0), store_row(i + 1, 1);
+    if (i < count) store_row(i, 0);
+    if constexpr (moments) {
+      const A all = static_cast<A>(seen + count);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t j = channel + v * V::size;
+        V total = sum[0][v] + sum[1][v], m2 = squares[0][v] + squares[1][v];
+        if (seen > 0) {
+          V rest = load(rest_ + j, lanes(v));
+          if constexpr (sizeof(T) == 2) {
+            rest = fma(load(mean_ + j, lanes(v)) - pivot[v], V::all(static_cast<A>(seen)), rest);
+          }
+          total += rest;
+          m2 += fma(rest * V::all(A(1) / static_cast<A>(seen)), rest, load(m2_ + j, lanes(v)));
+        }
+        const V shift = total * V::all(A(1) / all), mean = pivot[v] + shift;
+        store(mean_ + j, mean, lanes(v));
+        store(m2_ + j, m2 - total * shift, lanes(v));
+        store(rest_ + j, total - (mean - pivot[v]) * V::all(all), lanes(v));
+      }
+      seen_[channel / columns] = seen + count;
     }
   }
 
-  struct Yes {
-    constexpr operator bool() const { return true; }
-  };
-  struct No {
-    constexpr operator bool() const { return false; }
-  };
-
   T* out_;
   int64_t ld_, channels_;
-  A *mean_, *m2_, *pivot_;  // until the end mean and m2 hold sums of deviations and their squares, of each call's rows
+  A *mean_, *m2_, *rest_;  // of the rows that were seen
+  int64_t* seen_;
   Epilogue<A> epilogue_;
-  int64_t begun_ = 0;
 };
 
 // Partial moments [tile][2][channels] to mean and biased variance, by pairwise updates in the order of the tiles

@@ -23,6 +23,9 @@ constexpr int kTileVectors = 2;
 // Elements that are summed in one chain; the chains' sums are added. One long chain would round as often as it is long.
 constexpr int64_t kChain = 64;
 
+// Rows of a packed weight that are on their way from the second-level cache to the first.
+constexpr int64_t kAhead = 8;
+
 template <class A>
 struct Plain {
   using Element = A;
@@ -85,6 +88,10 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, typename
     const typename P::Element* a = a0 + steps[s].a;
     const typename P::Element* b = b0 + steps[s].b;
     for (int64_t k = steps[s].k; k > 0; --k, a += L::a_k, b += L::b_k) {
+      if constexpr (R == Reduce::channels) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + kAhead * L::b_k + v * V::size);
+      }
       typename P::Operand bv[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) bv[v] = P::read(b + v * V::size);
@@ -138,32 +145,43 @@ class Prefetch {
  public:
   // `rows` rows of `bytes` from `first`, `stride` bytes apart.
   void add(const void* first, int64_t rows, int64_t bytes, int64_t stride) {
-    if (streams_ == kStreams) return;
-    streams[streams_++] = {static_cast<const char*>(first), rows, ceil_div(bytes, kLine), stride};
+    if (streams_ == kStreams || rows == 0) return;
+    streams[streams_++] = {static_cast<const char*>(first), rows, ceil_div(bytes, kLine) * kLine, stride};
     lines_ += rows * ceil_div(bytes, kLine);
   }
-  // Over so many calls of some().
-  void spread(int64_t calls) { per_call_ = ceil_div(lines_, most(calls, 1)); }
-  void some() {
-    for (int64_t i = 0; i < per_call_ && stream_ < streams_; ++i) {
-      const Stream& s = streams[stream_];
-      __builtin_prefetch(s.first + row_ * s.stride + line_ * kLine, 0, 2);
-      if (++line_ < s.lines) continue;
-      line_ = 0;
-      if (++row_ < s.rows) continue;
-      row_ = 0;
-      ++stream_;
+  // Over so much work, in elements of the reduction summed over all tiles.
+  void spread(int64_t work) { rate_ = lines_ * kUnit / most(work, 1) + 1; }
+  // Those that are due when so much of it was done.
+  void some(int64_t work) {
+    for (due_ += work * rate_; due_ >= kUnit; due_ -= kUnit, at_ += kLine) {
+      if (at_ == end_ && !next_row()) return;
+      __builtin_prefetch(at_, 0, 2);
     }
   }
 
  private:
-  static constexpr int64_t kLine = 64, kStreams = 4;
+  static constexpr int64_t kLine = 64, kStreams = 4, kUnit = 1 << 16;
   struct Stream {
     const char* first;
-    int64_t rows, lines, stride;
+    int64_t rows, bytes, stride;
   };
+
+  bool next_row() {
+    if (stream_ == streams_) {
+      rate_ = 0;
+      return false;
+    }
+    Stream& s = streams[stream_];
+    at_ = s.first;
+    end_ = at_ + s.bytes;
+    s.first += s.stride;
+    if (--s.rows == 0) ++stream_;
+    return true;
+  }
+
   Stream streams[kStreams];
-  int64_t streams_ = 0, lines_ = 0, per_call_ = 0, stream_ = 0, row_ = 0, line_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t streams_ = 0, lines_ = 0, stream_ = 0, rate_ = 0, due_ = 0;
 };
 
 // Where products go: `data` is the first of all numbers, or, where `one_tile`, of every tile in turn.
@@ -182,15 +200,18 @@ int64_t tiles_of(int64_t rows, int64_t columns) {
 // One tile, in chains; `a_stride` elements of A from row to row.
 template <class P, Reduce R>
 void multiply_tile(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, typename P::Acc* c,
-                   int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count, bool accumulate) {
+                   int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count, bool accumulate,
+                   Prefetch& prefetch) {
   (void)a_stride;
   const int vectors = columns > Vec<typename P::Acc>::size ? 2 : 1;
   const TileFunction<P> function = Tiles<P, R>::find(static_cast<int>(rows), vectors);
   for (int64_t s = 0, next = 0; s < count; s = next) {
-    for (int64_t k = 0; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
+    int64_t k = 0;
+    for (; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
       k += steps[next].k;
     }
     function(a, b, c, ldc, steps + s, next - s, accumulate || s > 0);
+    prefetch.some(k);
   }
 }
 
@@ -208,9 +229,8 @@ void multiply(const typename P::Element* a, int64_t a_stride, const typename P::
     for (int64_t j = 0; j < columns; j += panel) {
       multiply_tile<P, R>(a + r.begin * a_stride, a_stride, b + j / panel * b_panel,
                           c.one_tile ? c.data : c.data + r.begin * c.ld + j, c.ld, r.size(), least(panel, columns - j),
-                          steps, count, accumulate);
+                          steps, count, accumulate, prefetch);
       after(r.begin, r.size(), j);
-      prefetch.some();
     }
   }
 }

@@ -184,9 +184,9 @@ class WinogradProduct {
   }
   int64_t patches_size() const { return blocks() * kPositions * strip() * kBlock; }
   int64_t products_size(int64_t ldc) const { return kPositions * strip() * ldc; }
-  int64_t calls(const TilePlane& plane) const {
+  int64_t work(const TilePlane& plane) const {
     const int64_t strips = ceil_div(plane.rows() * plane.columns(), strip());
-    return strips * kPositions *
+    return strips * kPositions * rows *
            tiles_of<P, Reduce::channels>(ceil_div(plane.rows() * plane.columns(), strips), columns);
   }
 

@@ -70,3 +70,23 @@ def test_moments_of_a_step(kernel: int, step: float) -> None:
     exact_var, exact_mean = torch.var_mean(x.double(), (0, 1, 2, 3), correction=0)
     assert_accurate(mean, exact_mean, "moments")
     assert_accurate(var, exact_var, "moments")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("channels", [128, 136])
+def test_large_outputs(dtype: torch.dtype, channels: int) -> None:
+    """What is more than caches keep is stored past them, an image alone is not; the last of 136 channels never are."""
+    images = 32 // dtype.itemsize
+    x = positive(images, 1, 28, 28, 16).to(dtype)
+    weight, norm = positive(channels, 16, 1, 1, 1), identity(16)
+    if dtype == torch.float64:
+        weight, norm = weight.double(), Norm(*(None if t is None else t.double() for t in norm[:4]), 0.0)
+    out, alone = torch.empty(2, images, 1, 28, 28, channels, dtype=dtype)
+    mean, var = torch.empty(2, channels, dtype=norm.mean.dtype)
+    CPU.norm_relu_conv(x, norm, weight, out, mean, var)
+    for image in range(images):
+        CPU.norm_relu_conv(x[image : image + 1], norm, weight, alone[image : image + 1], None, None)
+    assert torch.equal(out, alone)
+    exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
+    assert_accurate(mean, exact_mean, "moments")
+    assert_accurate(var, exact_var, "moments")

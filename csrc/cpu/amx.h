@@ -37,7 +37,7 @@ struct TileStrides {
 
 template <bool below, bool right>
 void amx_tile(const uint32_t* a0, TileStrides as, const uint32_t* b0, TileStrides bs, float* c, int64_t ldc,
-              const Step* steps, int64_t count, bool accumulate) {
+              const Step* steps, int64_t count, bool accumulate, Prefetch& prefetch) {
   if (accumulate) {
     FD_TILE_LOAD(0, c, ldc);
     if (right) FD_TILE_LOAD(1, c + 16, ldc);
@@ -53,6 +53,7 @@ void amx_tile(const uint32_t* a0, TileStrides as, const uint32_t* b0, TileStride
     const uint32_t* a = a0 + steps[s].a;
     const uint32_t* b = b0 + steps[s].b;
     for (int64_t k = 0; k < steps[s].k; k += kWhole, a += as.next, b += bs.next) {
+      prefetch.some(kWhole);  // while the registers are multiplied
       FD_TILE_LOAD(4, a, as.row);
       FD_TILE_LOAD(6, b, bs.row);
       FD_TILE_MULTIPLY(0, 4, 6);
@@ -83,8 +84,7 @@ inline void multiply_in_registers(const uint32_t* a, TileStrides as, const uint3
   const bool below = rows > kWhole, right = columns > 16;
   const auto function = below ? (right ? amx_tile<true, true> : amx_tile<true, false>)
                               : (right ? amx_tile<false, true> : amx_tile<false, false>);
-  function(a, as, b, bs, c, ldc, steps, count, accumulate);
-  for (int64_t s = 0; s < count; ++s) prefetch.some(steps[s].k);
+  function(a, as, b, bs, c, ldc, steps, count, accumulate, prefetch);
 }
 
 // In one chain: in float32 the sums of products of 8 bits round far less than what is stored.

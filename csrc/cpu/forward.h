@@ -53,6 +53,7 @@ class ForwardKernel {
       const TileRegisters registers;
       const Range boxes = split(grid_.count(), parts_, part);
       for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
+      fence();
     });
     if (f_.moments.mean != nullptr) {
       merge_moments(
@@ -86,7 +87,8 @@ class ForwardKernel {
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;
     Output<T> output(static_cast<T*>(f_.out.data), f_.out.ld, f_.shape.out, mean,
                      wanted ? mean + f_.shape.out : nullptr, of_part(rest_, part), of_part(seen_, part),
-                     {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)});
+                     {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)},
+                     Output<T>::streams(f_.out, f_.shape.out_pixels(), f_.shape.out));
     prefetch.spread(work(b));
     if (pools()) windows_.first_pixels(b.begin[2], b.size[2], of_part(first_pixels_, part));
     const int64_t strips = ceil_div(b.size[2], strip_);

@@ -35,9 +35,25 @@ class Output {
   static constexpr int64_t columns = 2 * V::size;  // that are stored at once
 
   // `rest` has room for a number a channel, `seen` for one for each so many columns.
-  Output(T* out, int64_t ld, int64_t channels, A* mean, A* m2, A* rest, int64_t* seen, const Epilogue<A>& epilogue = {})
-      : out_(out), ld_(ld), channels_(channels), mean_(mean), m2_(m2), rest_(rest), seen_(seen), epilogue_(epilogue) {
+  Output(T* out, int64_t ld, int64_t channels, A* mean, A* m2, A* rest, int64_t* seen, const Epilogue<A>& epilogue = {},
+         bool streams = false)
+      : out_(out),
+        ld_(ld),
+        channels_(channels),
+        mean_(mean),
+        m2_(m2),
+        rest_(rest),
+        seen_(seen),
+        epilogue_(epilogue),
+        streams_(streams) {
     std::memset(seen, 0, static_cast<size_t>(ceil_div(channels, columns)) * sizeof(*seen));
+  }
+
+  // Whether numbers go past the caches: more of them than those keep until they are read, which would first be fetched.
+  static bool streams(const Pixels& out, int64_t pixels, int64_t channels) {
+    constexpr size_t line = 64;
+    return reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.ld * sizeof(T) % line == 0 &&
+           pixels * channels * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   }
 
   // Rows of c, from `channel` on, as neighbouring pixels from `pixel`.
@@ -57,6 +73,7 @@ class Output {
 
  private:
   static constexpr int64_t kRows = 32, kFirstRows = 16;
+  static constexpr int64_t kStreamBytes = 3 << 20;  // more than a core's second-level cache of 1 or 2 MiB
 
   struct Rows {
     const A* c;
@@ -75,15 +92,23 @@ class Output {
   // `lanes` of the last vector.
   template <int vectors, bool whole>
   void store_columns(const Rows& r, int lanes) const {
-    if (epilogue_.bias != nullptr)
-      mean_ == nullptr ? store_each<vectors, whole, true, false>(r, lanes)
-                       : store_each<vectors, whole, true, true>(r, lanes);
-    else
-      mean_ == nullptr ? store_each<vectors, whole, false, false>(r, lanes)
-                       : store_each<vectors, whole, false, true>(r, lanes);
+    if constexpr (whole) {
+      if (streams_) return store_finished<vectors, whole, true>(r, lanes);
+    }
+    store_finished<vectors, whole, false>(r, lanes);
   }
 
-  template <int vectors, bool whole, bool finishes, bool moments>
+  template <int vectors, bool whole, bool streams>
+  void store_finished(const Rows& r, int lanes) const {
+    if (epilogue_.bias != nullptr)
+      mean_ == nullptr ? store_each<vectors, whole, streams, true, false>(r, lanes)
+                       : store_each<vectors, whole, streams, true, true>(r, lanes);
+    else
+      mean_ == nullptr ? store_each<vectors, whole, streams, false, false>(r, lanes)
+                       : store_each<vectors, whole, streams, false, true>(r, lanes);
+  }
+
+  template <int vectors, bool whole, bool streams, bool finishes, bool moments>
   void store_each(const Rows& rows, int last_lanes) const {
     const auto [c, ldc, out, count, channel] = rows;
     const int64_t ld = ld_;
@@ -114,11 +139,7 @@ class Output {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         V x = number(i, v);
-        if (out != nullptr) {
-          T* p = out + i * ld + v * V::size;
-          store(p, x, lanes(v));
-          if constexpr (sizeof(T) == 2) x = load(p, lanes(v));
-        }
+        if (out != nullptr) x = put<streams>(out + i * ld + v * V::size, x, lanes(v));
         if constexpr (moments) {
           const V d = x - pivot[v];
           sum[chain][v] += d;
@@ -156,6 +177,7 @@ class Output {
   A *mean_, *m2_, *rest_;  // of the rows that were seen
   int64_t* seen_;
   Epilogue<A> epilogue_;
+  bool streams_;
 };
 
 // Partial moments [tile][2][channels] to mean and biased variance, by pairwise updates in the order of the tiles

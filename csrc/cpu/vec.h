@@ -92,10 +92,19 @@ inline __m256i narrow(VecF x) {
 }
 inline VecF load(const bf16* p, int n) { return widen(load_16_bits(p, n)); }
 inline void store(bf16* p, VecF x, int n) { store_16_bits(p, narrow(x), n); }
-inline VecF load(const f16* p, int n) { return {_mm512_cvtph_ps(load_16_bits(p, n))}; }
-inline void store(f16* p, VecF x, int n) {
-  store_16_bits(p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
+inline __m256i narrow_to(const bf16*, VecF x) { return narrow(x); }
+inline VecF widen_from(const bf16*, __m256i b) { return widen(b); }
+inline __m256i narrow_to(const f16*, VecF x) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline VecF widen_from(const f16*, __m256i b) { return {_mm512_cvtph_ps(b)}; }
+inline VecF load(const f16* p, int n) { return widen_from(p, load_16_bits(p, n)); }
+inline void store(f16* p, VecF x, int n) { store_16_bits(p, narrow_to(p, x), n); }
+
+// Past the caches, to where a vector is aligned.
+inline void stream(float* p, VecF x) { _mm512_stream_ps(p, x.v); }
+inline void stream(double* p, VecD x) { _mm512_stream_pd(p, x.v); }
+inline void fence() { _mm_sfence(); }
 
 inline VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -203,6 +212,9 @@ inline VecF load(const f16* p, int n) { return {_mm256_cvtph_ps(load_16_bits(p, 
 inline void store(f16* p, VecF x, int n) {
   store_16_bits(p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
 }
+inline void stream(float* p, VecF x) { _mm256_stream_ps(p, x.v); }
+inline void stream(double* p, VecD x) { _mm256_stream_pd(p, x.v); }
+inline void fence() { _mm_sfence(); }
 
 inline VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -256,6 +268,35 @@ inline V relu(V x) {
 template <class V>
 inline V leaky(V z, V slope) {
   return larger(slope * z, z);
+}
+
+#if !defined(FD_AVX512) && !defined(FD_AVX2)
+template <class A>
+void stream(A* p, Vec<A> x) {
+  store(p, x);
+}
+inline void fence() {}
+#endif
+
+// Stores numbers, past the caches where it `streams` (then a whole vector, aligned), and returns what was stored.
+template <bool streams, class T, class V>
+V put(T* p, V x, int n) {
+#if defined(FD_AVX512)
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bits = narrow_to(p, x);
+    if constexpr (streams)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+    else
+      store_16_bits(p, bits, n);
+    return widen_from(p, bits);
+  }
+#endif
+  if constexpr (streams && sizeof(T) != 2)
+    stream(p, x);
+  else
+    store(p, x, n);
+  if constexpr (sizeof(T) == 2) return load(p, n);
+  return x;
 }
 
 // Storage types load into, and store from, vectors of their accumulation type.

@@ -24,8 +24,8 @@ struct Epilogue {
 // In one pass: some rows' deviations are taken from the mean of all rows before them (Welford 1962, many rows at once),
 // the first rows' from the average of the first few of them. So what is subtracted in the end is of the size of what is
 // left. What the mean loses to rounding is kept, as the `rest` of the sum of deviations from it. Of numbers of 16 bits
-// what deviations are taken from is one, too: further digits, which all deviations would have in common, would make sums
-// round the same way over and over.
+// what deviations are taken from is one, too: further digits, which all deviations would have in common, would make
+// sums round the same way over and over.
 template <class T>
 class Output {
   using A = Accumulate<T>;

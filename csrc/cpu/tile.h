@@ -88,7 +88,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, typename
     const typename P::Element* a = a0 + steps[s].a;
     const typename P::Element* b = b0 + steps[s].b;
     for (int64_t k = steps[s].k; k > 0; --k, a += L::a_k, b += L::b_k) {
-      if constexpr (R == Reduce::channels) {
+      if constexpr (R == Reduce::channels && sizeof(V) == 64) {  // a vector is a line of the cache
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + kAhead * L::b_k + v * V::size);
       }

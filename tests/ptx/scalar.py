@@ -10,6 +10,9 @@ import numpy as np
 from .machine import FLOAT, SIGNED, UNSIGNED, Machine, instruction
 from .parser import Immediate, Instruction, Operand, PtxError, Vector
 
+NAN = {16: np.uint16(0x7FFF), 32: np.uint32(0x7FFFFFFF)}
+"""What arithmetic gives, whatever its operands' NaNs are: PTX ISA, add.f32 and the like."""
+
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -53,7 +56,8 @@ def _encode(values: np.ndarray, kind: str, size: int) -> np.ndarray:
     if kind == "p":
         return values
     if kind == "f":
-        return np.ascontiguousarray(values.astype(FLOAT[size], copy=False)).view(UNSIGNED[size])
+        bits = np.ascontiguousarray(values.astype(FLOAT[size], copy=False)).view(UNSIGNED[size])
+        return np.where(np.isnan(values), NAN[size], bits) if size in NAN else bits
     return values.astype({"s": SIGNED}.get(kind, UNSIGNED)[size], copy=False)
 
 

@@ -166,4 +166,4 @@ def tile_moments(values, valid, n):
 @triton.jit
 def product(a, b):
     """``a * b``, rounded before it is added to anything: fused into the sum of two threads, it would be another in each."""
-    return tl.fma(a, b, tl.zeros_like(a))
+    return tl.fma(a, b, 0.0)

@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(kPackThreads)
 template <int MI>
 constexpr bool kSplits = MI < 4;
 
-// MI: tiles of 16 pixels in a warp.
+// MI: tiles of 16 pixels in a warp. Of two, ptxas would otherwise spill for sm_75 to fit two blocks of 256 threads.
 template <Arithmetic A, int MI>
-__global__ void __launch_bounds__(256) conv1x1_kernel(const Conv1x1 f) {
+__global__ void __launch_bounds__(256, MI == 2 ? 1 : 0) conv1x1_kernel(const Conv1x1 f) {
   using M = Product<A>;
   using T = typename M::T;
   constexpr int NT = kColumnTiles, element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;

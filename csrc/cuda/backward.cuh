@@ -28,7 +28,7 @@ class BackwardBlock {
     pairs_ = (o_.channels - column_ + 15) / 16;
   }
 
-  __device__ void run(float* weight_partials, float* sum_partials) {
+  __device__ __forceinline__ void run(float* weight_partials, float* sum_partials) {
     const int first = blockIdx.y * plan_.per_block, last = min(first + plan_.per_block, plan_.count);
     const int passes = C::tile.adds_passes && plan_.data ? plan_.passes() : 1;
     Pass pass = o_.pass_of(plan_.data ? 0 : blockIdx.z);

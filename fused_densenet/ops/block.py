@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..backends import BACKENDS
 from ..backends.contract import accumulate_dtype
 from . import schedule
-from .layout import channels_last, empty_channels_last
+from .layout import channels_last, empty_channels_last, empty_images
 from .operator import Operator, Outputs, act, norm_act
 from .program import Context, execute, without_autocast
 from .schedule import Structure
@@ -120,23 +120,16 @@ class Block(Operator):
         dweights, dgammas, dbetas, dbiases = (
             list(itertools.islice(rest, len(tensors))) for tensors in (a.weights, a.gammas, a.betas, a.biases)
         )
+        gradient = empty_channels_last(buffer.shape, -(-buffer.shape[1] // 8) * 8, buffer)
+        correction = [torch.zeros_like(c) for c in constants[:1]]
+        found = dweights, dgammas, dbetas, dbiases
         operands = {
             "dout": [dout],
-            "buffer": [buffer],
-            "bottleneck": kept or _scratch(buffer, structure.width),
-            **_constants(constants),
             **_parameters(a),
-            "gradient": [empty_channels_last(buffer.shape, -(-buffer.shape[1] // 8) * 8, buffer)],
-            "dbottleneck": _scratch(buffer, structure.width),
-            "correction": [torch.zeros_like(c) for c in constants[:1]],
-            "own_correction": [torch.empty_like(c[:, 0]) for c in constants[1:2]],
+            **backward_operands(structure, buffer, kept, constants, gradient, correction, found, needed),
             "dropped": _scratch(buffer, 0 if a.keep is None else max(structure.growths)),
             "dropped_bottleneck": _scratch(buffer, 0 if a.keep_inside is None else structure.width),
             "dx": [gradients[0]],
-            "dweight": [g for g, wanted in zip(dweights, needed, strict=True) if wanted],
-            "dgamma": dgammas,
-            "dbeta": dbetas,
-            "dbias": dbiases,
         }
         _run(schedule.backward(structure, tuple(needed)), operands, a)
         return gradients
@@ -188,6 +181,37 @@ class Block(Operator):
 block = Block()
 
 
+def backward_operands(
+    s: Structure,
+    buffer: Tensor,
+    kept: list[Tensor],
+    constants: list[Tensor],
+    gradient: Tensor,
+    correction: list[Tensor],
+    found: Sequence[list[Tensor]],
+    needed: Sequence[bool],
+) -> dict[str, Sequence[Tensor]]:
+    """Of a program of :func:`schedule.backward`, but its parameters, dropouts, ``dout`` and ``dx``.
+
+    ``kept`` and ``constants`` as forward leaves them, ``found`` where the gradients by weights, those that are ``needed``,
+    gammas, betas and biases go.
+    """
+    dweights, dgammas, dbetas, dbiases = found
+    return {
+        "buffer": [buffer],
+        "bottleneck": kept or _scratch(buffer, s.width),
+        **_constants(constants),
+        "gradient": [gradient],
+        "dbottleneck": _scratch(buffer, s.width),
+        "correction": correction,
+        "own_correction": [torch.empty_like(c[:, 0]) for c in constants[1:2]],
+        "dweight": [g for g, wanted in zip(dweights, needed, strict=True) if wanted],
+        "dgamma": dgammas,
+        "dbeta": dbetas,
+        "dbias": dbiases,
+    }
+
+
 def _constants(constants: list[Tensor]) -> dict[str, Sequence[Tensor]]:
     return {"stats": constants[:1], "bottleneck_stats": constants[1:2], "pixels": constants[2:]}
 
@@ -212,10 +236,8 @@ def _run(program: Any, operands: dict[str, Sequence[Tensor]], a: Arguments) -> N
 def _allocate(x: Tensor, s: Structure) -> Outputs:
     padded = -(-s.outputs // 8) * 8  # 16-byte aligned pixels in every dtype
     dtype, device = accumulate_dtype(x.dtype), x.device
-    kept = []
-    if s.keep_bottleneck and s.width:
-        sizes = (x.shape[0], *[1] * (5 - x.dim()), *x.shape[2:])
-        kept = [torch.empty(s.layers, *sizes, s.width, dtype=x.dtype, device=device)]
+    shape = x.shape[0], s.width, *x.shape[2:]
+    kept = [empty_images(s.layers, shape, x)] if s.keep_bottleneck and s.width else []
     shapes = [(2, s.outputs), (2, s.layers, s.width), *([(1,)] if s.over_ranks else [])] if any(s.batch_stats) else []
     constants = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     return Outputs(empty_channels_last((x.shape[0], s.outputs, *x.shape[2:]), padded, x), kept, constants)

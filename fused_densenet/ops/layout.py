@@ -37,6 +37,13 @@ def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -
     return torch.empty_strided(tuple(shape), strides_of(shape, pixel_stride), dtype=like.dtype, device=like.device)
 
 
+def empty_images(count: int, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Uninitialised: so many images ``(N, C, *spatial)`` as one tensor ``(count, N, D, H, W, C)``, missing sizes equal to 1."""
+    batch, channels, *spatial = shape
+    sizes = count, batch, *[1] * (3 - len(spatial)), *spatial, channels
+    return torch.empty(sizes, dtype=like.dtype, device=like.device)
+
+
 def strides_of(shape: Sequence[int], pixel_stride: int) -> list[int]:
     """Of ``(N, C, *spatial)``, channels-last, with so many entries from one pixel to the next."""
     strides = [0, 1, *[0] * (len(shape) - 2)]

@@ -120,8 +120,8 @@ class Layout(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def record(parts: tuple[Part, ...]) -> Program:
     """The program: ``buffer{i}`` is the image that part ``i`` owns, ``bottleneck{i}`` a block's; statistics of :func:`statistics`."""
-    of_statistics = [name for name, _ in statistics(parts)]
-    program = Program(("x", *scratches(parts), *owned(parts), *of_statistics, *PARAMETERS, "running"))
+    images = [f"bottleneck{i}" for i in scratches(parts)] + [f"buffer{i}" for i in owned(parts)]
+    program = Program(("x", *images, *[name for name, _ in statistics(parts)], *PARAMETERS, "running"))
     before = places(parts)
     names = [Names(part, str(i), before[i]) if isinstance(part, Structure) else None for i, part in enumerate(parts)]
     source: Image = Image("x", 0, channels(parts[0])[0])
@@ -216,15 +216,15 @@ def places(parts: Sequence[Part]) -> list[Before]:
     return found
 
 
-def owned(parts: Sequence[Part]) -> list[str]:
-    """Images that are there for a part alone: not what is written into the buffer of the block that follows."""
+def owned(parts: Sequence[Part]) -> list[int]:
+    """The parts that have an image of their own: not what is written into the buffer of the block that follows."""
     follows = [isinstance(part, Structure) for part in parts[1:]] + [False]
-    return [f"buffer{i}" for i, part in enumerate(parts) if isinstance(part, Structure) or not follows[i]]
+    return [i for i, part in enumerate(parts) if isinstance(part, Structure) or not follows[i]]
 
 
-def scratches(parts: Sequence[Part]) -> list[str]:
-    """Bottlenecks of blocks, kept or not."""
-    return [f"bottleneck{i}" for i, part in enumerate(parts) if isinstance(part, Structure) and part.width]
+def scratches(parts: Sequence[Part]) -> list[int]:
+    """The blocks that have bottlenecks, kept or not."""
+    return [i for i, part in enumerate(parts) if isinstance(part, Structure) and part.width]
 
 
 def _layout(parts: Sequence[Part], shape: Sequence[int]) -> Layout | None:
@@ -234,12 +234,10 @@ def _layout(parts: Sequence[Part], shape: Sequence[int]) -> Layout | None:
     if spatial is None:
         return None
     wanted: list[tuple[int, tuple[int, ...], int]] = []  # place, shape, entries of a pixel
-    for name in scratches(parts):
-        i = int(name.removeprefix("bottleneck"))
+    for i in scratches(parts):
         width = parts[i].width  # type: ignore[union-attr]
         wanted.append((0, (batch, width, *spatial[i]), width))
-    for number, name in enumerate(owned(parts)):
-        i = int(name.removeprefix("buffer"))
+    for number, i in enumerate(owned(parts)):
         wanted.append((1 + number % 2, (batch, channels(parts[i])[1], *spatial[i]), pixel_stride(parts[i])))
     entries = [shape[0] * math.prod(shape[2:]) * stride for _, shape, stride in wanted]
     places = [

@@ -5,7 +5,6 @@ what the batch statistics still owe (:mod:`~.schedule`), paid where it is loaded
 and what was kept for a part is let go of as soon as it has run.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ from ..backends import BACKENDS
 from ..backends.contract import Gradient, Norm, Owed, accumulate_dtype
 from . import schedule
 from .block import Arguments as BlockArguments
-from .block import block
-from .layout import channels_last, empty_channels_last, pixels_last, weight_5d
+from .block import backward_operands, block
+from .layout import channels_last, empty_channels_last, empty_images, pixels_last, weight_5d
 from .network import (
     NormReluPool,
     Part,
@@ -88,13 +87,16 @@ class NetworkStep(Differentiable):
         x, spatial = channels_last(a.x), sizes(a.parts, tuple(a.x.shape[2:]))
         assert spatial is not None
         bottlenecks = []
-        for i in _numbers(scratches(a.parts)):
+        for i in scratches(a.parts):
             part = a.parts[i]
             assert isinstance(part, Structure)
             shape = x.shape[0], part.width, *spatial[i]
-            bottlenecks.append(_kept(part, shape, x) if part.keep_bottleneck else _image(shape, x))
+            kept = part.keep_bottleneck
+            bottlenecks.append(
+                empty_images(part.layers, shape, x) if kept else empty_channels_last(shape, part.width, x)
+            )
         images = []
-        for i in _numbers(owned(a.parts)):
+        for i in owned(a.parts):
             shape = x.shape[0], channels(a.parts[i])[1], *spatial[i]
             images.append(empty_channels_last(shape, pixel_stride(a.parts[i]), x))
         dtype = accumulate_dtype(x.dtype)
@@ -181,9 +183,9 @@ class _Made:
 
     def __init__(self, a: Arguments, kept: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
         self.parts = a.parts
-        numbers = _numbers(owned(a.parts))
+        numbers = owned(a.parts)
         self._images = {_INPUT: channels_last(a.x)} | dict(zip(numbers, kept, strict=False))
-        keeping = [i for i in _numbers(scratches(a.parts)) if a.parts[i].keep_bottleneck]  # type: ignore[union-attr]
+        keeping = [i for i in scratches(a.parts) if a.parts[i].keep_bottleneck]  # type: ignore[union-attr]
         self.bottlenecks = dict(zip(keeping, kept[len(numbers) :], strict=True))
         self.statistics = dict(zip([name for name, _ in statistics(a.parts)], taken, strict=True))
 
@@ -241,28 +243,16 @@ def _block_backward(
         correction = torch.zeros_like(made.statistics[f"stats{i}"])
     followed, preceded = i in debts, reads == i
     dx = [] if preceded else [_like(made.image(reads))]
-    inside = made.statistics.get(f"bottleneck_stats{i}")
-    kept, scratch = made.bottlenecks.get(i), (buffer.shape[0], s.width, *buffer.shape[2:])
-    dweights, dgammas, dbetas, dbiases = gradients
+    constants = [made.statistics[name] for name in (f"stats{i}", f"bottleneck_stats{i}") if name in made.statistics]
+    kept = [made.bottlenecks[i]] if i in made.bottlenecks else []
     operands = {
         "dout": [gradient if followed else dout],
-        "buffer": [buffer],
-        "bottleneck": [] if not s.width else [_image(scratch, buffer) if kept is None else kept],
-        "stats": [made.statistics[f"stats{i}"]],
-        "bottleneck_stats": [] if inside is None else [inside],
+        **backward_operands(s, buffer, kept, constants, gradient, [correction], gradients, p.needed),
         "weight": p.weights,
         "bias": p.biases,
         "gamma": p.gammas,
         "beta": p.betas,
-        "gradient": [gradient],
-        "dbottleneck": [_image(scratch, buffer)] if s.width else [],
-        "correction": [correction],
-        "own_correction": [] if inside is None else [torch.empty_like(inside[:, 0])],
         "dx": dx,
-        "dweight": [g for g, wanted in zip(dweights, p.needed, strict=True) if wanted],
-        "dgamma": dgammas,
-        "dbeta": dbetas,
-        "dbias": dbiases,
     }
     program = schedule.backward(s, tuple(p.needed), followed, preceded)
     context = Context(None, buffer.numel() // buffer.shape[1])
@@ -294,26 +284,6 @@ def _other_backward(
         kernels.norm_relu_conv_backward(grad, *images, dweight, owed, dbiases[0] if dbiases else None)
     debts[made.reads(i)] = Debt(dx, correction)
     return gradients
-
-
-@functools.cache
-def _number(name: str) -> int:
-    return int(name.lstrip("abcdefghijklmnopqrstuvwxyz_"))
-
-
-def _numbers(names: Sequence[str]) -> list[int]:
-    """Of the parts in names of operands."""
-    return list(map(_number, names))
-
-
-def _image(shape: Sequence[int], like: Tensor) -> Tensor:
-    return empty_channels_last(shape, shape[1], like)
-
-
-def _kept(part: Structure, shape: Sequence[int], like: Tensor) -> Tensor:
-    batch, width, *spatial = shape
-    sizes_5d = batch, *[1] * (3 - len(spatial)), *spatial, width
-    return torch.empty(part.layers, *sizes_5d, dtype=like.dtype, device=like.device)
 
 
 def _like(image: Tensor) -> Tensor:

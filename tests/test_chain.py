@@ -414,6 +414,10 @@ def test_errors_are_those_of_the_modules() -> None:
             model(x[..., :4, :4])
         with pytest.raises(RuntimeError, match="input"):
             model(x[:, :2])
+        features = FusedFeatures(*list(model.features.children())[1:])
+        for wrong in (torch.randn(4, dtype=torch.float64), x[:, :2], x[..., 0]):
+            with pytest.raises((ValueError, RuntimeError)):
+                features(wrong)
 
 
 def test_two_buffers_are_there_at_a_time() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backends import choose
 from ..backends.contract import accumulate_dtype
-from ..fallback.reasons import autocasts, context_reasons
+from ..fallback.reasons import autocasts, meets
 from ..ops.functional import Parameters
 from ..ops.network import Network, Part, channels, sizes
 from ..ops.network_step import Arguments, network_step
@@ -47,20 +47,18 @@ class Chain:
         self.parts = tuple([link.part for link in links])
         self._in_training = links[0].running is not None
         self._network = None if self._in_training else Network(self.parts)
-        self._inputs = channels(links[0].part)[0]
-        self._dims = {link.dims for link in links} - {None}
         self._looked: _Looked | None = None
 
     def run(self, x: Tensor, tensors: object | None, passage: Passage) -> Tensor | None:
         """The result of all, of parameters that are others only where ``tensors`` is; None where they cannot run at once."""
-        if torch.is_grad_enabled() != self._in_training or tensors is None or not is_plain(x):
-            return None
-        if x.shape[1] != self._inputs or not self._dims <= {x.dim() - 2} or not x.numel():
+        if torch.is_grad_enabled() != self._in_training or tensors is None or not is_plain(x) or not x.numel():
             return None
         looked = self._looked
         if looked is None or looked.tensors is not tensors or looked.dtype is not x.dtype:
             looked = self._looked = _Looked.at([link.parameters() for link in self.links], tensors, x.dtype)
-        if not looked.of_one_dtype or not _meets(x, looked.parameters.weights[0]):
+        if not looked.of_one_dtype or not meets(x, looked.parameters.weights[0]):
+            return None
+        if x.dtype == torch.float32 and autocasts(x):  # of which a transition makes images of another dtype
             return None
         try:
             out = self._step(x, looked) if self._in_training else self._infer(x, looked)
@@ -105,7 +103,7 @@ def chains(links: Sequence[tuple[int, Link | None]]) -> dict[int, Chain]:
     found: dict[int, Chain] = {}
     begin, members = 0, list[Link]()
     for place, link in links:
-        if link is None or not members or not _follows(link, members[-1]):
+        if link is None or not members or not _follows(link, members):
             if len(members) > 1:
                 found[begin] = Chain(members, place)
             begin, members = place, []
@@ -114,19 +112,10 @@ def chains(links: Sequence[tuple[int, Link | None]]) -> dict[int, Chain]:
     return found
 
 
-def _follows(link: Link, before: Link) -> bool:
-    alike = (link.running is None) == (before.running is None)
+def _follows(link: Link, members: Sequence[Link]) -> bool:
+    before, dims = members[-1], {member.dims for member in (*members, link)} - {None}
+    alike = len(dims) < 2 and (link.running is None) == (before.running is None)
     return alike and channels(before.part)[1] == channels(link.part)[0]
-
-
-def _meets(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is nothing to be said against ``x`` for convolutions with weights like this one."""
-    if weight.device != x.device:
-        return False
-    if not autocasts(x):
-        return weight.dtype == x.dtype
-    autocast = torch.get_autocast_dtype(x.device.type)
-    return x.dtype == autocast and weight.dtype in (autocast, torch.float32) and not context_reasons(x)
 
 
 class _Looked(NamedTuple):

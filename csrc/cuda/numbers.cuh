@@ -80,8 +80,13 @@ __device__ __forceinline__ float2 load2(const __nv_bfloat16* from) {
 __device__ __forceinline__ float2 load2(const __half* from) {
   return __half22float2(*reinterpret_cast<const __half2*>(from));
 }
+// To shared memory; by one instruction: the compiler may make two of an assignment, and these conflict.
 __device__ __forceinline__ void store2(float* to, float a, float b) {
+#ifdef CUDA_HOST
   *reinterpret_cast<float2*>(to) = make_float2(a, b);
+#else
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(shared_address(to)), "f"(a), "f"(b) : "memory");
+#endif
 }
 __device__ __forceinline__ void store2(__nv_bfloat16* to, float a, float b) {
   *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);

@@ -1,6 +1,6 @@
 """What every kernel needs on a GPU at the shapes of real networks.
 
-``python tests/cuda_backend/resources.py`` writes what the compiler says to ``resources.json``, what the tests expect.
+``PYTHONPATH=tests python tests/cuda_backend/resources.py`` writes what the compiler says to ``resources.json``, what the tests expect.
 """
 
 import ctypes

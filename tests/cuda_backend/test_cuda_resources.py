@@ -43,7 +43,7 @@ def test_occupancy(architecture: str) -> None:
         for name, need in found.items()
     ]
     expected = {name: Need(*need) for name, need in json.loads(resources.EXPECTED.read_text())[architecture].items()}
-    update = f"python {resources.__file__} writes what is found"
+    update = f"PYTHONPATH=tests python {resources.__file__} writes what is found"
     assert found.keys() == expected.keys(), update
     for name, need in found.items():
         wanted = expected[name]

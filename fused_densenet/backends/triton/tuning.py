@@ -126,7 +126,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
             64: [Tile(128, 32, 64, 8, 2)],
             128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
         },
-        ("norm_relu_conv pooled", "half"): {256: [Tile(64, 32, 256, 8, 1)]},
+        ("norm_relu_conv pooled", "half"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
         ("norm_relu_conv pooled", "tf32"): {128: [Tile(64, 32, 128, 8, 1)], 256: [Tile(64, 32, 256, 8, 1)]},
         ("backward_data", "half"): {32: [Tile(64, 64, 32, 4, 2)], 256: [Tile(64, 64, 32, 4, 2)]},
         ("backward_data", "tf32"): {256: [Tile(64, 64, 32, 8, 2)]},
@@ -146,6 +146,13 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
             128: [Tile(64, 64, 128, 8, 3), Tile(128, 32, 128, 8, 3)],
         },
         ("norm_relu_conv", "ieee"): {256: [Tile(32, 16, 32, 8, 1)]},
+        ("backward_pointwise", "tf32"): {
+            32: [Tile(32, 32, 32, 8, 1)],
+            64: [Tile(32, 16, 64, 8, 1)],
+            128: [Tile(32, 32, 128, 8, 1)],
+            256: [Tile(16, 16, 256, 8, 1)],
+        },
+        ("backward_pointwise pooled", "tf32"): {128: [Tile(32, 16, 128, 8, 1)], 256: [Tile(16, 16, 256, 8, 1)]},
     },
     "gfx1100": {
         ("norm_relu_conv", "half"): {
@@ -167,7 +174,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
             128: [Tile(32, 32, 128, 8, 1)],
             256: [],
         },
-        ("backward_pointwise pooled", "half"): {128: [Tile(16, 16, 128, 8, 1)], 256: []},
+        ("backward_pointwise pooled", "half"): {64: [Tile(16, 16, 64, 8, 1)], 128: [], 256: []},
         ("backward_weight", "half"): {256: [Tile(32, 32, 32, 4, 1)]},
         ("backward_weight pooled", "half"): {256: [Tile(32, 32, 32, 4, 1)]},
     },
@@ -175,7 +182,7 @@ _TILES_OF: dict[str, dict[tuple[str, str], Choices]] = {
         ("norm_relu_conv", "half"): {
             32: [Tile(64, 64, 32, 4, 3)],
             64: [Tile(64, 64, 64, 4, 3)],
-            128: [Tile(64, 32, 128, 8, 3)],
+            128: [Tile(64, 32, 128, 8, 2)],
             256: [Tile(64, 32, 256, 8, 2)],
         },
         ("backward_pointwise", "half"): {

@@ -99,6 +99,12 @@ struct PackedWeight {
     }
     for (int64_t j = 0; j < width; j += V::size) {
       const int64_t lanes = most(0, least(V::size, columns - column - j));
+      if (lanes == 0) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          for (int64_t t = 0; t < count; ++t) store(numbers[r][t] + j, V::zero());
+        }
+        continue;
+      }
       const W* from = static_cast<const W*>(weight.data) + row * row_stride + (column + j) * column_stride;
       const auto across = [&](const W* first, int64_t length, V* x) {  // x[i]: number i of every column
         for (int64_t i = 0; i < V::size; ++i) {

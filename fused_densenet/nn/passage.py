@@ -142,8 +142,13 @@ def channels_last(x: Tensor) -> Tensor:
 def layout_of(x: Tensor) -> torch.memory_format:
     """The layout that torch's operators give to what they compute from ``x``: channels-last if its strides look like that."""
     layout = _CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
-    sizes, strides = x.shape, x.stride()
-    if layout is torch.contiguous_format or strides[1] == 0:
+    sizes = x.shape
+    if layout is torch.contiguous_format:
+        return layout
+    if x.is_contiguous() and sizes[1] > 1 and x.numel() > sizes[0] * sizes[1]:  # else it may be laid out both ways
+        return torch.contiguous_format
+    strides = x.stride()
+    if strides[1] == 0:
         return torch.contiguous_format
     least = 0
     for dim in (1, *range(x.dim() - 1, 1, -1), 0):

@@ -22,7 +22,7 @@ The loops run on names, once for each :class:`Structure`: what they record is a 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from ..backends.contract import Gradient, Norm, Owed
@@ -61,32 +61,43 @@ class Structure:
     drops: tuple[tuple[int, float], ...] = ()
     prepends: bool = False
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:  # programs are looked up by structures many times in a step
+        return hash(tuple([getattr(self, field.name) for field in fields(self)]))
+
+    @functools.cached_property
     def layers(self) -> int:
         return len(self.weights) // self.per_layer
 
-    @property
+    @functools.cached_property
     def inputs(self) -> int:
         return self.weights[0][1]
 
-    @property
+    @functools.cached_property
     def growths(self) -> list[int]:
         """New features of each layer."""
         return [shape[0] for shape in self.weights[self.per_layer - 1 :: self.per_layer]]
 
-    @property
+    @functools.cached_property
     def widths(self) -> list[int]:
         """Channels of each layer's bottleneck; none without."""
         return [shape[0] for shape in self.weights[::2]] if self.per_layer == 2 else []
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Of the widest bottleneck; 0 without."""
         return max(self.widths, default=0)
 
-    @property
+    @functools.cached_property
     def outputs(self) -> int:
         return self.inputs + sum(self.growths)
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """Where channels, counted in the order in which they are made, stand in the buffer."""
+        return (self.outputs - end, self.outputs - begin) if self.prepends else (begin, end)
 
 
 class Before(NamedTuple):
@@ -114,25 +125,20 @@ class Names:
         self._running = iter(range(before.running, before.running + 2 * structure.batch_stats.count(False)))
         self._norms = [self._constants(i) for i in range(len(structure.eps))]
 
-    def span(self, begin: int, end: int) -> tuple[int, int]:
-        """Where channels stand in the buffer."""
-        total = self.structure.outputs
-        return (total - end, total - begin) if self.structure.prepends else (begin, end)
-
     def image(self, operand: str, begin: int, end: int) -> Image:
         """Channels of the buffer, or of what is laid out like it."""
-        return Image(operand + self._suffix, *self.span(begin, end))
+        return Image(operand + self._suffix, *self.structure.span(begin, end))
 
     def moments(self, begin: int, end: int) -> tuple[Vector, Vector]:
         """Mean and variance of channels of the buffer."""
-        total, first = self.structure.outputs, self.span(begin, end)[0]
+        total, first = self.structure.outputs, self.structure.span(begin, end)[0]
         name = "stats" + self._suffix
         mean, var = (Vector(name, 0, row * total + first, end - begin) for row in range(2))
         return mean, var
 
     def correction(self, begin: int, end: int) -> Vector:
         """What the statistics of channels of the buffer owe."""
-        return Vector("correction", 0, self.span(begin, end)[0], end - begin, self.structure.outputs)
+        return Vector("correction", 0, self.structure.span(begin, end)[0], end - begin, self.structure.outputs)
 
     def bottleneck(self, layer: int) -> tuple[Image, tuple[Vector, Vector]]:
         """A layer's bottleneck and its moments."""

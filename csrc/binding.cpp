@@ -1,10 +1,13 @@
 // The primitives' operators for CPU tensors: a library for one version of torch and every Python. The schemas are
 // fused_densenet/backends/extension.py's.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
@@ -51,6 +54,44 @@ Parallel parallel(int64_t work) {
 
 std::string capability() { return at::get_cpu_capability(); }
 
+// Tensors that are the same from call to call: given once, looked at in every call. A tensor holds them, as its data.
+class Bound {
+ public:
+  explicit Bound(at::TensorList given) : tensors_(given.vec()) {
+    for (const Tensor& t : tensors_) sizes_.insert(sizes_.end(), t.sizes().begin(), t.sizes().end());
+  }
+
+  static Tensor bind(at::TensorList given) {
+    auto* const bound = new Bound(given);
+    return at::for_blob(bound, {static_cast<int64_t>(sizeof(Bound))})
+        .deleter([](void* own) { delete static_cast<Bound*>(own); })
+        .options(at::kByte)
+        .make_tensor();
+  }
+  static const Bound& of(const Tensor& holder) { return *static_cast<const Bound*>(holder.const_data_ptr()); }
+
+  at::TensorList tensors() const { return tensors_; }
+
+  // Whether they have the sizes that they had.
+  bool holds() const {
+    auto at = sizes_.begin();
+    for (const Tensor& t : tensors_) {
+      for (const int64_t size : t.sizes()) {
+        if (at == sizes_.end() || *at++ != size) return false;
+      }
+    }
+    return at == sizes_.end();
+  }
+
+ private:
+  std::vector<Tensor> tensors_;
+  std::vector<int64_t> sizes_;
+};
+
+at::TensorList bound_tensors(const std::optional<Tensor>& holder) {
+  return holder ? Bound::of(*holder).tensors() : at::TensorList();
+}
+
 // The operators' binding to at::Tensor.
 struct Cpu {
   using Tensor = at::Tensor;
@@ -73,11 +114,13 @@ struct Cpu {
     call.run(workspace.address());
   }
 
-  // One workspace for all calls.
-  static void run_program(const Tensor& program, at::TensorList tensors, bool) {
+  // One workspace for all calls. Behind `tensors` come those that are bound.
+  static void run_program(const Tensor& program, at::TensorList tensors, bool, const std::optional<Tensor>& bound) {
+    const at::TensorList more = bound_tensors(bound);
     std::vector<Argument> operands;
-    operands.reserve(tensors.size());
+    operands.reserve(tensors.size() + more.size());
     for (const Tensor& t : tensors) operands.push_back(argument(t, "operand"));
+    for (const Tensor& t : more) operands.push_back(argument(t, "operand"));
     if (operands.empty()) throw WrongValue("operands: expected at least one tensor");
     check(operands[0]);
     if (program.scalar_type() != at::kLong || !program.is_contiguous()) {
@@ -129,8 +172,19 @@ struct Cpu {
   };
 };
 
+std::vector<Tensor> empty_like(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  result.reserve(tensors.size());
+  for (const Tensor& t : tensors) {
+    result.push_back(t.is_non_overlapping_and_dense()
+                         ? Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()))
+                         : at::empty_like(t));
+  }
+  return result;
+}
+
 template <class A>
-void update_running_of(const std::vector<RunningUpdate>& updates, A unbiased) {
+void update_running_of(const std::vector<RunningUpdate>& updates) {
   for (const RunningUpdate& u : updates) ++*u.count;
   for (const RunningUpdate& u : updates) {
     const A momentum = static_cast<A>(u.momentum);
@@ -142,26 +196,27 @@ void update_running_of(const std::vector<RunningUpdate>& updates, A unbiased) {
       }
     };
     update(u.mean, u.mean_stride, u.batch_mean, A(1));
-    update(u.var, u.var_stride, u.batch_var, unbiased);
+    update(u.var, u.var_stride, u.batch_var, static_cast<A>(u.unbiased));
   }
 }
 
-void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_, at::TensorList means,
-                    at::TensorList variances, at::TensorList counts, at::ArrayRef<double> momenta, double unbiased,
-                    bool from_end) {
+void update_running(at::TensorList stats, at::TensorList inside, at::IntArrayRef groups, at::TensorList buffers,
+                    at::ArrayRef<double> momenta, at::ArrayRef<double> unbiased, const std::optional<Tensor>& bound) {
   const auto arguments = [](at::TensorList tensors, const char* name) {
     std::vector<Argument> result;
     for (const Tensor& t : tensors) result.push_back(Cpu::argument(t, name));
     return result;
   };
-  const Argument stats = Cpu::argument(stats_, "stats"), inside = Operators<Cpu>::argument(inside_, "inside");
-  Cpu::check(stats);
-  const auto updates = running_updates(stats, inside, arguments(means, "means"), arguments(variances, "vars"),
-                                       arguments(counts, "counts"), momenta.data(), momenta.size(), from_end);
-  if (stats.dtype == ScalarType::Double) {
-    update_running_of<double>(updates, unbiased);
+  const auto batches = arguments(stats, "stats");
+  const auto updates =
+      running_updates(batches, arguments(inside, "inside"), groups.vec(),
+                      arguments(bound ? bound_tensors(bound) : buffers, "buffers"), momenta.vec(), unbiased.vec());
+  if (batches.empty()) return;
+  Cpu::check(batches[0]);
+  if (batches[0].dtype == ScalarType::Double) {
+    update_running_of<double>(updates);
   } else {
-    update_running_of<float>(updates, static_cast<float>(unbiased));
+    update_running_of<float>(updates);
   }
 }
 
@@ -169,11 +224,11 @@ void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_, 
 template <auto function>
 struct Translated;
 
-template <class... Arguments, void (*function)(Arguments...)>
+template <class Result, class... Arguments, Result (*function)(Arguments...)>
 struct Translated<function> {
-  static void call(Arguments... arguments) {
+  static Result call(Arguments... arguments) {
     try {
-      function(arguments...);
+      return function(arguments...);
     } catch (const WrongType& error) {
       TORCH_CHECK_TYPE(false, error.what());
     } catch (const WrongValue& error) {
@@ -194,6 +249,8 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("norm_relu_pool_backward", Translated<&Operators::norm_relu_pool_backward>::call);
   m.impl("run_program", Translated<&Cpu::run_program>::call);
   m.impl("update_running", Translated<&update_running>::call);
+  m.impl("empty_like", empty_like);
+  m.impl("bind", Bound::bind);
 }
 
 #define FD_EXPORTED extern "C" __attribute__((visibility("default")))
@@ -202,6 +259,9 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
 FD_EXPORTED const char* fused_densenet_cpu_instruction_set(bool narrow) {
   return kernels_name(narrow ? DType::bf16 : DType::f32, capability().c_str());
 }
+
+// Of the tensors that the data of a holder are.
+FD_EXPORTED bool fused_densenet_bound_holds(const void* bound) { return static_cast<const Bound*>(bound)->holds(); }
 
 FD_EXPORTED const char* fused_densenet_cpu_compiler() { return __VERSION__; }
 

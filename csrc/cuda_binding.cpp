@@ -159,7 +159,9 @@ struct Cuda {
     run_all(data, tf32, [&](auto visit) { visit(problem); });
   }
 
-  static void run_program(const Tensor& program, const std::vector<Tensor>& tensors, bool tf32) {
+  static void run_program(const Tensor& program, const std::vector<Tensor>& tensors, bool tf32,
+                          const std::optional<Tensor>& bound) {
+    if (bound) throw WrongValue("bound: expected None, got a tensor");
     const std::vector<Argument> operands = arguments(tensors, "operand");
     if (operands.empty()) throw WrongValue("operands: expected at least one tensor");
     const Argument &data = operands[0], code = argument(program, "program");
@@ -173,17 +175,21 @@ struct Cuda {
     });
   }
 
-  static void update_running(const Tensor& stats_, const std::optional<Tensor>& inside_,
-                             const std::vector<Tensor>& means, const std::vector<Tensor>& variances,
-                             const std::vector<Tensor>& counts, const std::vector<double>& momenta, double unbiased,
-                             bool from_end) {
-    const Argument stats = argument(stats_, "stats"), inside = Operators<Cuda>::argument(inside_, "inside");
-    check(stats);
-    if (stats.dtype != ScalarType::Float) refuse<WrongType>(stats, "expected float32, got ", stats.dtype);
-    const auto updates = running_updates(stats, inside, arguments(means, "means"), arguments(variances, "vars"),
-                                         arguments(counts, "counts"), momenta.data(), momenta.size(), from_end);
-    const Queue queue(stats.device_index);
-    const RunningUpdates all{updates.data(), static_cast<int64_t>(updates.size()), unbiased};
+  static void update_running(const std::vector<Tensor>& stats, const std::vector<Tensor>& inside,
+                             const std::vector<int64_t>& groups, const std::vector<Tensor>& buffers,
+                             const std::vector<double>& momenta, const std::vector<double>& unbiased,
+                             const std::optional<Tensor>& bound) {
+    if (bound) throw WrongValue("bound: expected None, got a tensor");
+    const auto batches = arguments(stats, "stats");
+    if (batches.empty()) return;
+    check(batches[0]);
+    for (const Argument& one : batches) {
+      if (one.dtype != ScalarType::Float) refuse<WrongType>(one, "expected float32, got ", one.dtype);
+    }
+    const auto updates =
+        running_updates(batches, arguments(inside, "inside"), groups, arguments(buffers, "buffers"), momenta, unbiased);
+    const Queue queue(batches[0].device_index);
+    const RunningUpdates all{updates.data(), static_cast<int64_t>(updates.size())};
     succeed(fused_densenet::update_running(all, Arithmetic::f32, queue.device, nullptr, queue.stream));
   }
 
@@ -275,7 +281,8 @@ template <class T>
 T unboxed(StableIValue value) {
   if constexpr (std::is_same_v<T, Cuda::Tensor>) {
     return Cuda::Tensor(torch::stable::detail::to<AtenTensorHandle>(value));
-  } else if constexpr (std::is_same_v<T, std::vector<Cuda::Tensor>> || std::is_same_v<T, std::vector<double>>) {
+  } else if constexpr (std::is_same_v<T, std::vector<Cuda::Tensor>> || std::is_same_v<T, std::vector<double>> ||
+                       std::is_same_v<T, std::vector<int64_t>>) {
     return unboxed_list<typename T::value_type>(value);
   } else if constexpr (std::is_same_v<T, std::optional<Cuda::Tensor>>) {
     const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);

@@ -141,13 +141,12 @@ struct RunningUpdate {
   void *mean, *var;
   int64_t* count;
   int64_t channels, mean_stride, var_stride;
-  double momentum;
+  double momentum, unbiased;  // what the batch's variance is multiplied by
 };
 
 struct RunningUpdates {
   const RunningUpdate* data;
   int64_t count;
-  double factor;  // of the batch's variance
 };
 
 }  // namespace fused_densenet

@@ -122,12 +122,12 @@ class RunningUpdate(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("batch_mean", "batch_var", "mean", "var", "count")),
         *((name, _i64) for name in ("channels", "mean_stride", "var_stride")),
-        ("momentum", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("momentum", "unbiased")),
     ]
 
 
 class RunningUpdates(ctypes.Structure):
-    _fields_ = [("data", ctypes.POINTER(RunningUpdate)), ("count", _i64), ("factor", ctypes.c_double)]
+    _fields_ = [("data", ctypes.POINTER(RunningUpdate)), ("count", _i64)]
 
 
 PROBLEMS = {
@@ -164,16 +164,20 @@ def norm_relu_pool_backward(
 
 
 def update_running(
-    at: Arena, batches: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], momenta: Sequence[float], factor: float
+    at: Arena,
+    batches: Sequence[Tensor],
+    buffers: Sequence[Sequence[Tensor]],
+    momenta: Sequence[float],
+    unbiased: Sequence[float],
 ) -> RunningUpdates:
     """``batches`` are ``(2, channels)``, ``buffers`` the means, variances and counts of the norms."""
     updates = [
         RunningUpdate(
-            *(at.address(t) for t in (*batch, mean, var, count)), len(mean), mean.stride(0), var.stride(0), momentum
+            *(at.address(t) for t in (*batch, mean, var, count)), len(mean), mean.stride(0), var.stride(0), *factors
         )
-        for batch, mean, var, count, momentum in zip(batches, *buffers, momenta, strict=True)
+        for batch, mean, var, count, *factors in zip(batches, *buffers, momenta, unbiased, strict=True)
     ]
-    return RunningUpdates((RunningUpdate * len(updates))(*updates), len(updates), factor)
+    return RunningUpdates((RunningUpdate * len(updates))(*updates), len(updates))
 
 
 def forward(

@@ -348,3 +348,31 @@ def test_shared_norm_counts_every_batch(momentum: float | None, monkeypatch: pyt
     torch.testing.assert_close(ours(x), theirs(x))
     assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")
     assert ours.get_buffer("denselayer1.norm2.num_batches_tracked") == 2
+
+
+GROUPS = {
+    "more norms than there are": ([2, -1, 0], "groups: expected 1 norms in all"),
+    "fewer norms": ([0, -1, 0], "groups: expected 1 norms in all"),
+    "no such tensor": ([1, 1, 0], "inside: there is no tensor 1"),
+    "two numbers": ([1, -1], "expected three numbers and a factor"),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_groups_that_do_not_fit_are_refused(case: str) -> None:
+    groups, message = GROUPS[case]
+    buffers = [torch.zeros(4), torch.ones(4), torch.tensor(0)]
+    with pytest.raises(ValueError, match=message):
+        cpu.update_running([torch.rand(2, 4)], [torch.rand(2, 1, 4)], groups, buffers, [0.1], [1.0])
+    assert not buffers[0].any() and buffers[2] == 0
+
+
+def test_modules_that_share_a_norm_count_every_batch() -> None:
+    """Two parts of one network."""
+    norm = nn.BatchNorm2d(8, dtype=torch.float64)
+    modules = [norm, nn.ReLU(), norm, nn.ReLU()]
+    theirs, ours = nn.Sequential(*copy.deepcopy(modules)), FusedFeatures(*modules)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")
+    assert norm.num_batches_tracked == 2

@@ -1,4 +1,4 @@
-// The running statistics of all norms of a call in one launch: a column of blocks for each.
+// The running statistics of the norms of a call, 48 in a launch: a column of blocks for each.
 #include <algorithm>
 
 #include "launch.h"
@@ -20,14 +20,13 @@ __device__ void update(void* running, int64_t stride, const void* batch, int64_t
   *entry = momentum < 0.5f ? fmaf(momentum, change, *entry) : fmaf(momentum - 1.0f, change, batch_entry);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    update_running_kernel(const __grid_constant__ Updates updates, float factor) {
+__global__ void __launch_bounds__(kThreads) update_running_kernel(const __grid_constant__ Updates updates) {
   const RunningUpdate& u = updates.of[blockIdx.y];
   const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (c == 0) ++*u.count;
   if (c >= u.channels) return;
   update(u.mean, u.mean_stride, u.batch_mean, c, 1.0f, static_cast<float>(u.momentum));
-  update(u.var, u.var_stride, u.batch_var, c, factor, static_cast<float>(u.momentum));
+  update(u.var, u.var_stride, u.batch_var, c, static_cast<float>(u.unbiased), static_cast<float>(u.momentum));
 }
 
 }  // namespace
@@ -42,8 +41,7 @@ int update_running(const RunningUpdates& updates, Arithmetic, const Device&, voi
     int64_t channels = 1;
     for (int64_t i = 0; i < norms; ++i) channels = std::max(channels, batch.of[i].channels);
     const dim3 grid(static_cast<unsigned>((channels + kThreads - 1) / kThreads), static_cast<unsigned>(norms));
-    const int error =
-        LAUNCH(update_running_kernel, grid, dim3(kThreads), 0, stream, batch, static_cast<float>(updates.factor));
+    const int error = LAUNCH(update_running_kernel, grid, dim3(kThreads), 0, stream, batch);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -81,26 +81,42 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
 
 
 def runs_program(
-    device: torch.device, dtype: torch.dtype, pixels: int, kinds: frozenset[tuple[str, tuple[int, ...], bool]]
+    device: torch.device,
+    dtype: torch.dtype,
+    pixels: tuple[int, int],
+    kinds: frozenset[tuple[str, tuple[int, ...], bool]],
 ) -> bool:
-    """Whether it runs all calls of a program on images of so many ``pixels``: functions, kernel sizes, pooling."""
+    """Whether it runs all calls of a program on images of so few to so many ``pixels``: functions, kernel sizes, pooling."""
     return True
 
 
-def run_program(code: Tensor, operands: list[Tensor]) -> None:
-    """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them."""
-    torch.ops.fused_densenet.run_program(code, operands)
+def bind(tensors: list[Tensor]) -> Tensor:
+    """What :func:`run_program` and :func:`update_running` take in place of tensors that are the same from call to call."""
+    return torch.ops.fused_densenet.bind.default(tensors)
+
+
+def run_program(code: Tensor, operands: list[Tensor], bound: Tensor | None = None) -> None:
+    """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them.
+
+    The last operands may be ``bound``.
+    """
+    torch.ops.fused_densenet.run_program.default(code, operands, False, bound)
 
 
 def update_running(
-    stats: Tensor,
-    inside: Tensor | None,
-    means: list[Tensor],
-    variances: list[Tensor],
-    counts: list[Tensor],
+    stats: list[Tensor],
+    inside: list[Tensor],
+    groups: list[int],
+    buffers: list[Tensor],
     momenta: list[float],
-    unbiased: float,
-    from_end: bool = False,
+    unbiased: list[float],
+    bound: Tensor | None = None,
 ) -> None:
-    """Of norms in the order of execution: counts and running statistics, by :class:`BatchMoments` of ``ops.statistics``."""
-    torch.ops.fused_densenet.update_running(stats, inside, means, variances, counts, momenta, unbiased, from_end)
+    """Counts and running statistics of norms in the order of execution, in groups with a ``BatchMoments`` of ``ops.statistics``.
+
+    Each group has in ``stats`` a tensor, in ``groups`` how many norms it is, the number of its tensor in ``inside`` or -1,
+    and whether they read the end of ``stats``, in ``unbiased`` what variances are multiplied by. ``buffers``, which may
+    be ``bound``, are means, variances and counts.
+    """
+    given = buffers if bound is None else []
+    torch.ops.fused_densenet.update_running.default(stats, inside, groups, given, momenta, unbiased, bound)

@@ -144,10 +144,14 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
 
 
 def runs_program(
-    device: torch.device, dtype: torch.dtype, pixels: int, kinds: frozenset[tuple[str, tuple[int, ...], bool]]
+    device: torch.device,
+    dtype: torch.dtype,
+    pixels: tuple[int, int],
+    kinds: frozenset[tuple[str, tuple[int, ...], bool]],
 ) -> bool:
-    """Whether the table leaves it all calls of a program on images of so many ``pixels``: functions, kernel sizes, pooling."""
-    return choice.only_cuda(device, dtype, pixels >= choice.FEW, kinds)
+    """Whether the table leaves it all calls of a program on images of so few to so many ``pixels``: functions, kernel sizes,
+    pooling."""
+    return all(choice.only_cuda(device, dtype, many, kinds) for many in {size >= choice.FEW for size in pixels})
 
 
 def run_program(code: Tensor, operands: list[Tensor]) -> None:
@@ -156,17 +160,15 @@ def run_program(code: Tensor, operands: list[Tensor]) -> None:
 
 
 def update_running(
-    stats: Tensor,
-    inside: Tensor | None,
-    means: list[Tensor],
-    variances: list[Tensor],
-    counts: list[Tensor],
+    stats: list[Tensor],
+    inside: list[Tensor],
+    groups: list[int],
+    buffers: list[Tensor],
     momenta: list[float],
-    unbiased: float,
-    from_end: bool = False,
+    unbiased: list[float],
 ) -> None:
-    """Of norms in the order of execution: counts and running statistics, by :class:`BatchMoments` of ``ops.statistics``."""
-    _operators.update_running.default(stats, inside, means, variances, counts, momenta, unbiased, from_end)
+    """As :func:`.cpu.update_running`."""
+    _operators.update_running.default(stats, inside, groups, buffers, momenta, unbiased)
 
 
 def _other(x: Tensor, primitive: str, *shapes: tuple[int, ...]) -> ModuleType | None:

@@ -27,7 +27,7 @@ NO_NORM = (None, None, None, None, 0.0, 0.0)
 NO_OWED = (None, None, None, None)
 """What an operator is given for a norm, and for what it is owed, where there is none."""
 
-SCHEMAS = (
+PRIMITIVES = (
     "place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()",
     f"place_backward({_GRADIENT}, Tensor(a!) out) -> ()",
     f"norm_relu_conv(Tensor x, {_NORM}, Tensor weight, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var, "
@@ -36,16 +36,23 @@ SCHEMAS = (
     f"Tensor(b!)? dweight, {_OWED}, Tensor(g!)? dbias=None, bool tf32=False) -> ()",
     f"norm_relu_pool(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
     f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
-    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32=False) -> ()",
-    "update_running(Tensor stats, Tensor? inside, Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counts, "
-    "float[] momenta, float unbiased, bool from_end=False) -> ()",
 )
-"""The primitives' operators (:mod:`fused_densenet.backends.contract`), which every compiled library implements for its
-device: defined below, once, so that the libraries load alone or together in any order.
+"""The primitives (:mod:`fused_densenet.backends.contract`) as operators.
 ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes ignore it."""
 
+SCHEMAS = (
+    *PRIMITIVES,
+    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32=False, Tensor? bound=None) -> ()",
+    "update_running(Tensor[] stats, Tensor[] inside, int[] groups, Tensor(a!)[] buffers, float[] momenta, "
+    "float[] unbiased, Tensor? bound=None) -> ()",
+    "bind(Tensor[] tensors) -> Tensor",
+    "empty_like(Tensor[] tensors) -> Tensor[]",
+)
+"""The operators of every compiled library, defined below, once, so that the libraries load alone or together in any order.
+What is bound, the CPU's library keeps from call to call; it alone has the last two."""
 
-FUNCTIONS = tuple(schema.partition("(")[0] for schema in SCHEMAS[:-2])
+
+FUNCTIONS = tuple(schema.partition("(")[0] for schema in PRIMITIVES)
 """The primitives' names; their numbers in a program are the places here."""
 
 
@@ -105,14 +112,15 @@ cuda, cuda_missing = _load_cuda()
 
 
 def returns_nothing(*arguments: object) -> None:
-    """The primitives' operators for tensors without data."""
+    """Operators for tensors without data."""
 
 
 _operators = torch.library.Library("fused_densenet", "FRAGMENT")
 for _schema in SCHEMAS:
     try:
         _operators.define(_schema)
-        torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_operators)
+        if _schema.endswith("-> ()"):
+            torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_operators)
     except RuntimeError:  # the library's operators are others
         cpu, cpu_missing = None, f"the C++ extension was compiled from other sources; {REBUILD}"
 

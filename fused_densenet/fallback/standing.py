@@ -5,21 +5,19 @@ looks, at every attribute of the module and of all inside; in C++ (``csrc/watch.
 """
 
 import ctypes
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from ..backends import extension
+from ..backends import cpu, extension
 from .anatomy import CONVS, HOOKS, METHODS, SWITCHES, own_class
 
 Plan = TypeVar("Plan")
 
 _NAMES = (*METHODS, *SWITCHES, "__call__")
-_SHAPE, _WEIGHT = operator.attrgetter("shape"), operator.itemgetter("weight")
 
 
 class Standing(Generic[Plan]):
@@ -44,27 +42,44 @@ class Standing(Generic[Plan]):
         methods = [(kind, name) for kind in kinds for name in _NAMES if hasattr(kind, name)]
         self._is_as_it_was = _watch(held, tensors, modules, methods)
         self._tensors = tensors
-        self._look_at_tensors()
         kernels = [
             of_one["_parameters"] for of_one, inner in zip(attributes, modules, strict=True) if type(inner) in CONVS
         ]
         self._kernels = [of_one for of_one in kernels if of_one.get("weight") is not None]
-        self._shapes = self._look_at_shapes()
+        self._shapes = [_shape_of(of_one) for of_one in self._kernels]
+        self._look_at_tensors()
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        if not self._is_as_it_was() or self._look_at_shapes() != self._shapes:
+        if not self._is_as_it_was():
             return False
         if not self._has_the_same_tensors():
             self._look_at_tensors()
-        return True
+        return self._has_the_same_shapes()
 
     def _look_at_tensors(self) -> None:
         self.tensors = self._has_the_same_tensors = _watch(self._tensors, [], [], [])
         self.one_device = len({t.device for of_one in self._tensors for t in of_one.values() if t is not None}) < 2
+        self._has_the_same_shapes = _watch_shapes(self._kernels, self._shapes)
 
-    def _look_at_shapes(self) -> list[torch.Size]:
-        return list(map(_SHAPE, map(_WEIGHT, self._kernels)))
+
+def _shape_of(kernel: dict[str, Any]) -> torch.Size:
+    shape: torch.Size = kernel["weight"].shape
+    return shape
+
+
+def _watch_shapes(kernels: Sequence[dict[str, Any]], shapes: Sequence[torch.Size]) -> Callable[[], bool]:
+    """What tells whether the weights of convolutions, the tensors that they are now, have these shapes."""
+
+    def look() -> bool:
+        return all(_shape_of(kernel) == shape for kernel, shape in zip(kernels, shapes, strict=True))
+
+    weights = [kernel["weight"] for kernel in kernels]
+    plain = all(type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type == "cpu" for weight in weights)
+    noticed = torch._C._len_torch_dispatch_stack() > 0  # by what looks at operators
+    if not weights or not plain or noticed or extension.cpu is None or not look():
+        return look
+    return _Shapes(extension.cpu, cpu.bind(weights)).hold
 
 
 def _watch(
@@ -113,6 +128,18 @@ class _Watch:
 
     def holds(self) -> bool:
         return self._holds(self._watch)
+
+
+class _Shapes:
+    """Those of bound tensors, in C++."""
+
+    def __init__(self, library: ctypes.CDLL, bound: torch.Tensor) -> None:
+        self._look = ctypes.PyDLL(library._name).fused_densenet_bound_holds
+        self._look.restype, self._look.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+        self._bound, self._at = bound, bound.data_ptr()
+
+    def hold(self) -> bool:
+        return self._look(self._at)
 
 
 _standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()

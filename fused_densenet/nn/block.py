@@ -195,7 +195,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         passage.statistics = None
         first = plan.convs[0].weight.shape[1] if self.return_new else 0
         if moments is not None and plan.running is not None:
-            plan.running.update(moments, x, known.tensors)
+            plan.running.update([(moments, x)], known.tensors)
             passage.statistics = moments.result(first)
         return out[:, first:] if first else out
 

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends import choose
+from ..backends import BACKENDS, choose
 from ..backends.contract import accumulate_dtype
 from ..fallback.reasons import autocasts, meets
 from ..ops.functional import Parameters
 from ..ops.network import Network, Part, channels, sizes
 from ..ops.network_step import Arguments, network_step
 from ..ops.operator import is_plain
+from ..ops.program import Bound
 from .passage import Passage
 from .running import RunningStatistics
 
@@ -47,7 +48,10 @@ class Chain:
         self.parts = tuple([link.part for link in links])
         self._in_training = links[0].running is not None
         self._network = None if self._in_training else Network(self.parts)
+        running = [link.running for link in links if link.running is not None]
+        self._running = RunningStatistics(*[norms for one in running for norms in one.groups])
         self._looked: _Looked | None = None
+        self._kept: tuple[object, str, Bound | None] | None = None
 
     def run(self, x: Tensor, tensors: object | None, passage: Passage) -> Tensor | None:
         """The result of all, of parameters that are others only where ``tensors`` is; None where they cannot run at once."""
@@ -73,8 +77,10 @@ class Chain:
 
     def _infer(self, x: Tensor, looked: "_Looked") -> Tensor | None:
         assert self._network is not None
-        parameters = looked.parameters if looked.as_they_are else _converted(looked.parameters, x.dtype)
-        return self._network(x, parameters, choose(x.device, x.dtype))
+        backend = choose(x.device, x.dtype)
+        if looked.as_they_are:
+            return self._network(x, looked.parameters, backend, self._bound(looked, backend))
+        return self._network(x, _converted(looked.parameters, x.dtype), backend)
 
     def _step(self, x: Tensor, looked: "_Looked") -> Tensor | None:
         """Where the first part is to be differentiated: one that is not keeps nothing for a backward pass, and has none.
@@ -91,11 +97,16 @@ class Chain:
             return None
         weights, biases, gammas, betas, _ = looked.parameters
         backend = choose(x.device, x.dtype)
-        out, moments = network_step(Arguments(x, weights, biases, gammas, betas, self.parts, backend))
-        for link, (taken, image) in zip(self.links, moments, strict=True):
-            assert link.running is not None
-            link.running.update(taken, image, looked.tensors)
+        bound = self._bound(looked, backend)
+        out, moments = network_step(Arguments(x, weights, biases, gammas, betas, self.parts, backend, bound))
+        self._running.update(moments, looked.tensors)
         return out
+
+    def _bound(self, looked: "_Looked", backend: str) -> Bound | None:
+        kept = self._kept
+        if kept is None or kept[0] is not looked.tensors or kept[1] != backend:
+            kept = self._kept = looked.tensors, backend, Bound.by(BACKENDS[backend], looked.parameters)
+        return kept[2]
 
 
 def chains(links: Sequence[tuple[int, Link | None]]) -> dict[int, Chain]:

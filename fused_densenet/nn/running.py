@@ -8,7 +8,7 @@ pass, a tensor hook's or a custom Function's, is one of its own.
 import operator
 import sys
 from collections.abc import Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,75 +19,104 @@ from ..ops.statistics import BatchMoments
 
 
 class RunningStatistics:
-    """The buffers of norms, in the order of execution; a norm that several layers share is there as often.
+    """The buffers of norms in groups, each of a module's norms in the order of execution.
 
-    What it depends on is ``training``, ``momentum``, ``track_running_stats`` and which buffers there are.
+    A norm that several layers share is there as often. What it depends on is ``training``, ``momentum``,
+    ``track_running_stats`` and which buffers there are.
     """
 
-    def __init__(self, norms: Sequence[Any]) -> None:
-        self._norms = norms
+    def __init__(self, *groups: Sequence[Any]) -> None:
+        self.groups = groups
+        norms = [norm for group in groups for norm in group]
         self._buffers = [norm._buffers for norm in norms]
         self._momenta = [norm.momentum for norm in norms]
         # One launch updates all norms at once; one that several layers share takes one batch after the other.
         self._ordinary = len(set(norms)) == len(norms) and all(map(_is_ordinary, norms))
         self._looked: _Looked | None = None
 
-    def update(self, moments: BatchMoments, x: Tensor, tensors: object | None = None) -> None:
+    def update(self, read: Sequence[tuple[BatchMoments, Tensor]], tensors: object | None = None) -> None:
         """``running += momentum * (batch - running)``, the variance unbiased; counted where only the count is left.
 
-        ``moments`` are those of what the norms read in a module called with ``x``. They take no part in differentiation,
-        so there is no gradient to switch off (torch.export could not record it). The buffers are those of the last call
-        where ``tensors`` are.
+        For each group the moments of what its norms read, and an image of as many pixels as they are of. Moments take no
+        part in differentiation, so there is no gradient to switch off (torch.export could not record it). The buffers are
+        those of the last call where ``tensors`` are.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and _is_computed_again():
             return
-        if moments.pixels is None:
-            pixels = x.numel() // x.shape[1]
-            unbiased: Any = pixels / max(pixels - 1, 1)
-            if self._ordinary and not compiling and torch._C._len_torch_dispatch_stack() == 0:
-                kernels, looked = BACKENDS[choose(x.device, x.dtype)], self._looked
-                if looked is None or tensors is None or looked.tensors is not tensors:
-                    looked = self._looked = _Looked.at(self._buffers, tensors)
-                if looked.devices != {x.device}:
-                    raise ValueError(
-                        f"running statistics: expected them on {x.device}, where the input is, got {looked.devices}"
-                    )
-                if hasattr(kernels, "update_running") and looked.dtypes == {moments.stats.dtype}:
-                    statistics = moments.stats, moments.bottleneck_stats
-                    kernels.update_running(*statistics, *looked.lists, self._momenta, unbiased, moments.from_end)
-                    return
-        else:
-            unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
-        inside = moments.bottleneck_stats
-        variances = moments._replace(  # of all norms at once
-            stats=moments.stats[1:] * unbiased, bottleneck_stats=None if inside is None else inside[1:] * unbiased
-        )
-        batches = []
-        for i, norm in enumerate(self._norms):
-            if norm.training and norm.track_running_stats:
-                width = next((t.shape[0] for t in (norm.running_mean, norm.running_var) if t is not None), 0)
-                batches.append((norm, moments.of(i, width)[0], variances.of(i, width)[0]))
-        if len({norm for norm, *_ in batches}) == len(batches):
-            _update(batches)
-        else:  # a norm that several layers share sees one batch after the other
-            for batch in batches:
-                _update([batch])
+        at_once = self._ordinary and not compiling and torch._C._len_torch_dispatch_stack() == 0
+        if at_once and all(moments.pixels is None for moments, _ in read) and self._update_at_once(read, tensors):
+            return
+        for norms, (moments, x) in zip(self.groups, read, strict=True):
+            _update_one_by_one(norms, moments, x)
+
+    def _update_at_once(self, read: Sequence[tuple[BatchMoments, Tensor]], tensors: object | None) -> bool:
+        moments, x = read[0]
+        kernels, looked = BACKENDS[choose(x.device, x.dtype)], self._looked
+        if looked is None or tensors is None or looked.tensors is not tensors:
+            looked = self._looked = _Looked.at(self._buffers, tensors, kernels)
+        if looked.devices != {x.device}:
+            raise ValueError(
+                f"running statistics: expected them on {x.device}, where the input is, got {looked.devices}"
+            )
+        if not hasattr(kernels, "update_running") or looked.dtypes != {moments.stats.dtype}:
+            return False
+        inside: list[Tensor] = []
+        groups: list[int] = []
+        for norms, (moments, _) in zip(self.groups, read, strict=True):
+            groups += [len(norms), -1 if moments.bottleneck_stats is None else len(inside), moments.from_end]
+            if moments.bottleneck_stats is not None:
+                inside.append(moments.bottleneck_stats)
+        stats, unbiased = [moments.stats for moments, _ in read], [_unbiased(x) for _, x in read]
+        kernels.update_running(stats, inside, groups, looked.buffers, self._momenta, unbiased, *looked.bound)
+        return True
+
+
+def _unbiased(x: Tensor) -> float:
+    pixels = x.numel() // x.shape[1]
+    return pixels / max(pixels - 1, 1)
+
+
+def _update_one_by_one(norms: Sequence[Any], moments: BatchMoments, x: Tensor) -> None:
+    if moments.pixels is None:
+        unbiased: Any = _unbiased(x)
+    else:
+        unbiased = moments.pixels / (moments.pixels - 1).clamp_min_(1)
+    inside = moments.bottleneck_stats
+    variances = moments._replace(  # of all norms at once
+        stats=moments.stats[1:] * unbiased, bottleneck_stats=None if inside is None else inside[1:] * unbiased
+    )
+    batches = []
+    for i, norm in enumerate(norms):
+        if norm.training and norm.track_running_stats:
+            width = next((t.shape[0] for t in (norm.running_mean, norm.running_var) if t is not None), 0)
+            batches.append((norm, moments.of(i, width)[0], variances.of(i, width)[0]))
+    if len({norm for norm, *_ in batches}) == len(batches):
+        _update(batches)
+    else:  # a norm that several layers share sees one batch after the other
+        for batch in batches:
+            _update([batch])
 
 
 class _Looked(NamedTuple):
-    """Means, variances and counts, when their tensors were these; devices and dtypes of the first two."""
+    """Means, variances and counts, when their tensors were these; devices and dtypes of the first two.
+
+    ``bound`` has the buffers as a backend keeps them from call to call, where it does.
+    """
 
     tensors: object | None
-    lists: list[list[Tensor]]
+    buffers: list[Tensor]
+    bound: list[Tensor]
     devices: set[torch.device]
     dtypes: set[torch.dtype]
 
     @classmethod
-    def at(cls, buffers: Sequence[dict[str, Any]], tensors: object | None) -> "_Looked":
-        lists = [list(map(name, buffers)) for name in _OF_BUFFERS]
-        statistics = lists[0] + lists[1]
-        return cls(tensors, lists, {*map(_DEVICE, statistics)}, {*map(_DTYPE, statistics)})
+    def at(cls, buffers: Sequence[dict[str, Any]], tensors: object | None, kernels: ModuleType) -> "_Looked":
+        means, variances, counts = (list(map(name, buffers)) for name in _OF_BUFFERS)
+        statistics = means + variances
+        found = statistics + counts
+        bound = [kernels.bind(found)] if tensors is not None and hasattr(kernels, "bind") else []
+        return cls(tensors, found, bound, {*map(_DEVICE, statistics)}, {*map(_DTYPE, statistics)})
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

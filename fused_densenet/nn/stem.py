@@ -227,5 +227,5 @@ def _fused(x: Tensor, run: Run, tensors: object | None, passage: Passage) -> Ten
     arguments = Arguments(x, [gamma], [beta], *normalised_by, norm.eps, batch_stats, run.pool, backend, group)
     out = stem(arguments).out
     if statistics is not None:
-        run.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x, tensors)
+        run.running.update([(BatchMoments(statistics.moments, None, statistics.pixels), x)], tensors)
     return out

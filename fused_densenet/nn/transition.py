@@ -145,7 +145,7 @@ class FusedTransition(Gate, nn.Sequential):
             out = out if pool is None else pool(out)
         passage.convolved(stage.conv, pool)
         if statistics is not None and plan.running is not None:
-            plan.running.update(BatchMoments(statistics.moments, None, statistics.pixels), x, known.tensors)
+            plan.running.update([(BatchMoments(statistics.moments, None, statistics.pixels), x)], known.tensors)
         return out
 
     def link(self, plan: "TransitionPlan") -> Link | None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import extension
+
 
 def pixels_last(x: Tensor) -> Tensor:
     """``(N, C, *spatial)`` seen as ``(N, D, H, W, C)``, missing sizes equal to 1."""
@@ -23,6 +25,8 @@ def weight_5d(weight: Tensor) -> Tensor:
 
 def channels_last(x: Tensor) -> Tensor:
     """``x`` ``(N, C, *spatial)``, or a copy where it is not laid out as the backends' contract wants it."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     sizes, steps = (x.shape[0], *x.shape[2:]), (x.stride(0), *x.stride()[2:])
     longer = [(size, step) for size, step in zip(sizes, steps, strict=True) if size > 1]
     one_stride = all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(longer))
@@ -42,6 +46,13 @@ def empty_images(count: int, shape: Sequence[int], like: Tensor) -> Tensor:
     batch, channels, *spatial = shape
     sizes = count, batch, *[1] * (3 - len(spatial)), *spatial, channels
     return torch.empty(sizes, dtype=like.dtype, device=like.device)
+
+
+def empty_like(tensors: list[Tensor]) -> list[Tensor]:
+    """Uninitialised, each laid out like its tensor; of plain tensors on one device, which nothing looks at."""
+    if tensors and tensors[0].device.type == "cpu" and extension.cpu is not None:
+        return torch.ops.fused_densenet.empty_like.default(tensors)
+    return [torch.empty_like(t) for t in tensors]
 
 
 def strides_of(shape: Sequence[int], pixel_stride: int) -> list[int]:

@@ -17,7 +17,7 @@ from ..backends.contract import Norm
 from .functional import Parameters
 from .layout import channels_last, empty_channels_last, strides_of
 from .operator import shown
-from .program import Context, Image, Program, Vector, Weight, execute, without_autocast
+from .program import Bound, Context, Image, Program, Vector, Weight, execute, without_autocast
 from .schedule import PARAMETERS, Before, Names, Structure, fill
 
 
@@ -79,10 +79,10 @@ class Network:
         self.program = record(self.parts)
         self._layout_of = functools.lru_cache(maxsize=64)(functools.partial(_layout, self.parts))
 
-    def __call__(self, x: Tensor, parameters: Parameters, backend: str) -> Tensor | None:
+    def __call__(self, x: Tensor, parameters: Parameters, backend: str, bound: Bound | None = None) -> Tensor | None:
         """The result of ``x`` ``(N, C, *spatial)``, channels-last; None where an image is too small for a part.
 
-        Parameters are contiguous, running statistics float32 (float64 for float64).
+        Parameters are contiguous, running statistics float32 (float64 for float64); ``bound`` are the same.
         """
         layout = self._layout_of(x.shape)
         if layout is None:
@@ -92,7 +92,7 @@ class Network:
             zip(self.program.operands, [[channels_last(x)], *[[i] for i in images], *parameters], strict=True)
         )
         with shown("network"), without_autocast(x.device):
-            execute(self.program, operands, BACKENDS[backend], layout.context)
+            execute(self.program, operands, BACKENDS[backend], layout.context, bound)
         return images[-1]
 
 

@@ -5,6 +5,7 @@ what the batch statistics still owe (:mod:`~.schedule`), paid where it is loaded
 and what was kept for a part is let go of as soon as it has run.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ..backends.contract import Gradient, Norm, Owed, accumulate_dtype
 from . import schedule
 from .block import Arguments as BlockArguments
 from .block import backward_operands, block
-from .layout import channels_last, empty_channels_last, empty_images, pixels_last, weight_5d
+from .layout import channels_last, empty_channels_last, empty_images, empty_like, pixels_last, weight_5d
 from .network import (
     NormReluPool,
     Part,
@@ -32,7 +33,7 @@ from .network import (
     statistics,
 )
 from .operator import Differentiable, Outputs
-from .program import Context, execute, without_autocast
+from .program import Bound, Context, execute, without_autocast
 from .schedule import Structure
 from .statistics import BatchMoments
 from .stem import Arguments as StemArguments
@@ -45,7 +46,10 @@ _INPUT = -1
 
 
 class Arguments(NamedTuple):
-    """``parts`` have all their norms in training; the lists have the parameters of all, in the order of execution."""
+    """``parts`` have all their norms in training; the lists have the parameters of all, in the order of execution.
+
+    ``bound`` are the same parameters.
+    """
 
     x: Tensor
     weights: list[Tensor]
@@ -54,6 +58,7 @@ class Arguments(NamedTuple):
     betas: list[Tensor]
     parts: tuple[Part, ...]
     backend: str
+    bound: Bound | None = None
     group: None = None
 
 
@@ -105,7 +110,7 @@ class NetworkStep(Differentiable):
         tensors = [[x], *[[t] for t in (*bottlenecks, *images, *taken)], a.weights, a.biases, a.gammas, a.betas, []]
         context = Context(None, x.numel() // x.shape[1], x.shape[0] * math.prod(spatial[-1]))
         with without_autocast(x.device):
-            execute(program, dict(zip(program.operands, tensors, strict=True)), BACKENDS[a.backend], context)
+            execute(program, dict(zip(program.operands, tensors, strict=True)), BACKENDS[a.backend], context, a.bound)
         return Outputs(images[-1], [*images, *[t for t in bottlenecks if t.dim() == 6]], taken)
 
     def backward(
@@ -165,11 +170,11 @@ class _Parameters(NamedTuple):
 
     def gradients(self) -> tuple[list[Tensor], ...]:
         """Uninitialised: by weights (empty where not needed), gammas, betas and biases."""
-        dweights = [
-            torch.empty_like(w) if wanted else w.new_empty(0)
-            for w, wanted in zip(self.weights, self.needed, strict=True)
-        ]
-        return dweights, *[[torch.empty_like(t) for t in kind] for kind in (self.gammas, self.betas, self.biases)]
+        weights = self.weights if all(self.needed) else [w for w, n in zip(self.weights, self.needed, strict=True) if n]
+        made = iter(empty_like([*weights, *self.gammas, *self.betas, *self.biases]))
+        dweights = [next(made) if n else w.new_empty(0) for w, n in zip(self.weights, self.needed, strict=True)]
+        kinds = self.gammas, self.betas, self.biases
+        return dweights, *[list(itertools.islice(made, len(kind))) for kind in kinds]
 
 
 def _of(a: Arguments, begin: schedule.Before, end: schedule.Before, needed: Sequence[bool]) -> _Parameters:
@@ -225,7 +230,7 @@ class _Made:
         begin, end = 0, value.shape[1]
         if owner == i + 1:
             assert isinstance(following, Structure)
-            begin, end = schedule.Names(following).span(0, following.inputs)
+            begin, end = following.span(0, following.inputs)
         stored, value = (pixels_last(t)[..., begin:end] for t in (gradient, value))
         if correction is None:
             return Gradient(stored)

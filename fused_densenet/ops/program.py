@@ -96,14 +96,30 @@ class Program:
         return self._codes[lengths]
 
 
-def execute(program: Program, operands: Operands, backend: ModuleType, context: "Context") -> None:
+class Bound(NamedTuple):
+    """The tensors of a program's last operands, ``lists`` of them, as its backend keeps them from call to call."""
+
+    tensors: Tensor
+    lists: int
+
+    @classmethod
+    def by(cls, backend: ModuleType, lists: Sequence[list[Tensor]]) -> "Bound | None":
+        """None where the backend keeps none."""
+        tensors = [tensor for tensors in lists for tensor in tensors]
+        return cls(backend.bind(tensors), len(lists)) if tensors and hasattr(backend, "bind") else None
+
+
+def execute(
+    program: Program, operands: Operands, backend: ModuleType, context: "Context", bound: Bound | None = None
+) -> None:
     """Runs ``program`` on tensors: whole where the backend can and no profiler wants to see the calls, else one by one."""
     lists = [operands[name] for name in program.operands]
     if context.group is None and hasattr(backend, "run_program") and not torch.autograd._profiler_enabled():
-        x, code = lists[0][0], program.code(tuple([len(tensors) for tensors in lists]))
-        sizes = {context.pixels, context.fewest or context.pixels}
-        if code is not None and all(backend.runs_program(x.device, x.dtype, size, program.kinds) for size in sizes):
-            backend.run_program(code, [tensor for tensors in lists for tensor in tensors])
+        x, code = lists[0][0], program.code(tuple(map(len, lists)))
+        sizes = (context.fewest or context.pixels, context.pixels)
+        if code is not None and backend.runs_program(x.device, x.dtype, sizes, program.kinds):
+            given, held = (lists, ()) if bound is None else (lists[: -bound.lists], (bound.tensors,))
+            backend.run_program(code, [tensor for tensors in given for tensor in tensors], *held)
             return
     weights = [weight_5d(weight) for weight in operands["weight"]]
     if hasattr(backend, "pack_weights"):

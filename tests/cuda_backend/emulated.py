@@ -117,13 +117,17 @@ class Emulated(Executed):
         self.executor.execute(name, problem, ARITHMETIC[self._arithmetics()[dtype]], self._device, arena)
 
     def update_running(
-        self, batches: Sequence[Tensor], buffers: Sequence[Sequence[Tensor]], momenta: Sequence[float], factor: float
+        self,
+        batches: Sequence[Tensor],
+        buffers: Sequence[Sequence[Tensor]],
+        momenta: Sequence[float],
+        unbiased: Sequence[float],
     ) -> None:
         """Arguments as of :func:`problems.update_running`."""
         running = [tensor for kind in buffers for tensor in kind]
         self.run(
             "update_running",
-            lambda at: problems.update_running(at, batches, buffers, momenta, factor),
+            lambda at: problems.update_running(at, batches, buffers, momenta, unbiased),
             batches[0],
             batches,
             running,

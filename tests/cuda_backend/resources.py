@@ -110,7 +110,7 @@ def _problems(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[str, ctypes.St
         [torch.empty((), dtype=torch.int64, device="meta")],
     ]
     batch = torch.empty(2, layer.channels, device="meta")
-    yield "update_running", problems.update_running(at, [batch], buffers, [0.1], 1.0)  # type: ignore[arg-type]
+    yield "update_running", problems.update_running(at, [batch], buffers, [0.1], [1.0])  # type: ignore[arg-type]
     yield "forward", problems.forward(at, x, norm, weight, out, *moments)  # type: ignore[arg-type]
     for accumulate in (False, True):
         arguments = (grad, x, norm, weight, x, accumulate, weight, owed)

@@ -184,11 +184,11 @@ def test_another_backends_calls_are_not_in_a_program(backend: Any) -> None:
         (torch.device("cpu"), torch.float32),
         frozenset({("place", (), False), ("norm_relu_conv", (3, 3), False)}),
     )
-    assert backend.runs_program(*here, 100, kinds)
+    assert backend.runs_program(*here, (100, 100), kinds)
     with choice.preferring({ShapeClass("norm_relu_conv", "3", "few"): ("eager",)}):
-        assert not backend.runs_program(*here, 100, kinds)
-        assert backend.runs_program(*here, choice.FEW, kinds)
-    assert not backend.runs_program(*here, 100, frozenset({("norm_relu_conv", (15, 15), False)}))
+        assert not backend.runs_program(*here, (100, choice.FEW), kinds)
+        assert backend.runs_program(*here, (choice.FEW, choice.FEW), kinds)
+    assert not backend.runs_program(*here, (100, 100), frozenset({("norm_relu_conv", (15, 15), False)}))
 
 
 @pytest.mark.parametrize(

@@ -214,10 +214,12 @@ inline Norm norm(const Argument& mean, const Argument& var, const Argument& weig
           slope_of(slope, "slope")};
 }
 
-// Of a stem.
-inline Norm norm_of_relu(const Norm& norm, const Argument& mean) {
+// Of activations, or of a stem, which `pools` them.
+inline Norm norm_before(bool pools, const Norm& norm, const Argument& mean) {
   if (!norm.given()) refuse<WrongValue>(mean, "expected a tensor, got None");
-  if (norm.negative_slope != 0) throw WrongValue("slope: expected 0, got " + std::to_string(norm.negative_slope));
+  if (pools && norm.negative_slope != 0) {
+    throw WrongValue("slope: expected 0 where maxima are taken, got " + std::to_string(norm.negative_slope));
+  }
   return norm;
 }
 

@@ -98,7 +98,7 @@ struct Operators {
     check_data(x, x);
     Binding::check(x);
     const bool pools = check_maxima(out, x);
-    const Norm norm = norm_of_relu(norm_of(mean, var, gamma, beta, eps, slope, x), argument(mean, "mean"));
+    const Norm norm = norm_before(pools, norm_of(mean, var, gamma, beta, eps, slope, x), argument(mean, "mean"));
     const NormReluPool problem{image_of(x), pools, pixels(x), norm, pixels(out)};
     Binding::run(problem, x, false);
   }
@@ -112,7 +112,7 @@ struct Operators {
     Binding::check(x);
     check_image(dx, x, x.channels(), image_of(x));
     const bool pools = check_maxima(grad, x);
-    const Norm norm = norm_of_relu(norm_of(mean, var, gamma, beta, eps, slope, x), argument(mean, "mean"));
+    const Norm norm = norm_before(pools, norm_of(mean, var, gamma, beta, eps, slope, x), argument(mean, "mean"));
     const NormReluPoolBackward problem{image_of(x),
                                        pools,
                                        pixels(grad),

@@ -209,7 +209,7 @@ class Decoder {
         const View out = image();
         check_data(x, operand(0));
         const bool pools = check_maxima(out, x);
-        return NormReluPool{image_of(x), pools, pixels(x), norm_of_relu(norm.on(x), norm.mean), pixels(out)};
+        return NormReluPool{image_of(x), pools, pixels(x), norm_before(pools, norm.on(x), norm.mean), pixels(out)};
       }
       case 5: {
         const View grad = image(), x = image();
@@ -219,8 +219,8 @@ class Decoder {
         check_image(dx, x, x.channels(), image_of(x));
         const bool pools = check_maxima(grad, x);
         const Owed owed = owed_to(norm, x);
-        const Norm of_relu = norm_of_relu(norm.on(x), norm.mean);
-        return NormReluPoolBackward{image_of(x), pools, pixels(grad), pixels(x), of_relu, pixels(dx), owed};
+        const Norm before = norm_before(pools, norm.on(x), norm.mean);
+        return NormReluPoolBackward{image_of(x), pools, pixels(grad), pixels(x), before, pixels(dx), owed};
       }
       default:
         throw WrongValue("program: expected the number of a function");

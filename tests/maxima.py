@@ -21,6 +21,7 @@ class Case:
     pool: bool = True
     before: int = 8
     after: int = 0
+    slope: float = 0.0
 
     @property
     def out_pixels(self) -> tuple[int, ...]:
@@ -29,7 +30,7 @@ class Case:
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.pixels))
-        return f"{sizes}-C{self.channels}{'-pool' if self.pool else ''}-at{self.before}+{self.after}"
+        return f"{sizes}-C{self.channels}{'-pool' if self.pool else ''}{f'-{self.slope}' if self.slope else ''}-at{self.before}+{self.after}"
 
 
 CASES = [
@@ -43,12 +44,14 @@ CASES = [
     Case((2, 1, 6, 5), 13, before=3, after=2),
     Case((2, 1, 9, 7), 96, pool=False),
     Case((1, 2, 3, 5), 13, pool=False, before=1),
+    Case((2, 1, 7, 7), 40, pool=False, slope=1.0),
+    Case((1, 1, 9, 5), 16, pool=False, slope=0.25),
 ]
 
 
 def run(case: Case, dtype: torch.dtype, backend: Any, device: str = "cpu", narrow: bool = False) -> None:
     """Forward and backward, in buffers whose other channels must not change; ``narrow`` parameters are in ``dtype``."""
-    norm = draw_norm(case.channels, dtype, dtype if narrow else None)
+    norm = draw_norm(case.channels, dtype, dtype if narrow else None)._replace(negative_slope=case.slope)
     values = clear_of_zero(torch.randn(*case.pixels, case.channels).to(dtype), norm)
     grad = torch.randn(*case.out_pixels, case.channels).to(dtype)
     out, dx = (Guarded((*p, case.channels), dtype, case.before, case.after) for p in (case.out_pixels, case.pixels))
@@ -58,7 +61,7 @@ def run(case: Case, dtype: torch.dtype, backend: Any, device: str = "cpu", narro
         backend.norm_relu_pool(x, norm, out.data)
         backend.norm_relu_pool_backward(grad, x, norm, dx.data, debts.owed())
     else:
-        x, on_device = values.to(device), Norm(*(v.to(device) for v in norm[:4]), norm.eps)
+        x, on_device = values.to(device), Norm(*(v.to(device) for v in norm[:4]), *norm[4:])
         ours = [out.data, dx.data, *debts.owed()[:3]]
         theirs = [torch.empty_like(t, device=device) for t in ours]
         backend.norm_relu_pool(x, on_device, theirs[0])
@@ -72,12 +75,12 @@ def check(case: Case, x: Tensor, norm: Norm, grad: Tensor, out: Guarded, dx: Gua
     dtype, scale, bias = x.dtype, scale_of(norm), norm.bias.double()
     centred = x.double() - norm.mean.double()
     z = (centred * scale + bias).requires_grad_()
-    exact = maxima(z.relu(), case.pool)
+    exact = maxima(F.leaky_relu(z, case.slope), case.pool)
     (dz,) = torch.autograd.grad(exact, z, grad.double())
     size = maxima((centred * scale).abs() + bias.abs(), case.pool)
     assert_entries(out.data, exact.detach(), size, dtype, "output")
     w = z.detach().requires_grad_()
-    (dz_size,) = torch.autograd.grad(maxima(w.relu(), case.pool), w, grad.double().abs())
+    (dz_size,) = torch.autograd.grad(maxima(F.leaky_relu(w, case.slope), case.pool), w, grad.double().abs())
     assert_entries(dx.data, dz * scale, dz_size * scale.abs(), dtype, "input's gradient")
     found = debts.found(False)
     for name, (total, magnitude) in owed(dz, dz_size, centred, norm).items():

@@ -14,11 +14,12 @@ from fused_densenet.backends.contract import Norm, Owed
 
 
 class StemCase(NamedTuple):
-    """``x`` (N, D, H, W, C); where ``pool`` maxima over windows of 3 with stride 2."""
+    """``x`` (N, D, H, W, C); where ``pool`` maxima over windows of 3 with stride 2; ``slope`` of the activation."""
 
     pixels: tuple[int, int, int, int]
     C: int
     pool: bool = True
+    slope: float = 0.0
 
     @property
     def out_pixels(self) -> tuple[int, ...]:
@@ -26,13 +27,15 @@ class StemCase(NamedTuple):
         return (n, *((size + 1) // 2 for size in sizes)) if self.pool else self.pixels
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.pixels))}-C{self.C}{'' if self.pool else '-no-pooling'}"
+        return f"{'x'.join(map(str, self.pixels))}-C{self.C}{'' if self.pool else f'-no-pooling-{self.slope}'}"
 
 
 STEMS = [
     StemCase((2, 1, 5, 6), 64),
     StemCase((1, 3, 4, 3), 24),
     StemCase((1, 1, 3, 5), 33, pool=False),
+    StemCase((1, 1, 3, 5), 33, pool=False, slope=1.0),
+    StemCase((1, 1, 5, 4), 20, pool=False, slope=0.25),
     StemCase((2, 1, 1, 37), 5),
     StemCase((1, 1, 2, 7), 70),
     StemCase((2, 1, 7, 1), 16),
@@ -43,7 +46,7 @@ def run_stem(case: StemCase, dtype: torch.dtype, backend: Any = triton) -> list[
     """Both primitives on channels of a wider buffer, with values drawn so that there are ties; returns what they gave."""
     generator = torch.Generator().manual_seed(case.C)
     mean, var, weight, bias = torch.randn(4, case.C, generator=generator)
-    norm = Norm(mean, var.abs() + 0.5, weight.abs() + 0.5, bias, 1e-3)
+    norm = Norm(mean, var.abs() + 0.5, weight.abs() + 0.5, bias, 1e-3, case.slope)
     buffer = torch.full((*case.pixels, case.C + 3), torch.nan).to(dtype)
     x = buffer[..., : case.C]
     x.copy_(torch.randn(*case.pixels, case.C, generator=generator).mul(4).round().div(4) + 0.03125)
@@ -67,12 +70,14 @@ def run_stem(case: StemCase, dtype: torch.dtype, backend: Any = triton) -> list[
 
 
 def exact_stem(case: StemCase, grad: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """The activation, the gradient by ReLU's input and the output; ties fall as in float32, where values are compared."""
+    """The activation, the gradient by its input and the output; ties fall as in float32, where values are compared."""
     scale = norm.weight * torch.rsqrt(norm.var + norm.eps)
-    a = ((x.float() - norm.mean) * scale + norm.bias).relu().double().requires_grad_()
+    z = (x.float() - norm.mean) * scale + norm.bias
+    a = F.leaky_relu(z.double(), norm.negative_slope).requires_grad_()
     out = _pool(a) if case.pool else a
     [da] = torch.autograd.grad(out, a, grad.double())
-    return a.detach(), da.masked_fill(a <= 0, 0), out.detach()
+    dz = da.masked_fill(z <= 0, 0) if norm.negative_slope == 0 else torch.where(z > 0, da, norm.negative_slope * da)
+    return a.detach(), dz, out.detach()
 
 
 def run_stem_nan(case: StemCase, backend: Any = triton) -> None:

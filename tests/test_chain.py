@@ -66,15 +66,15 @@ def randomised(model: nn.Module) -> Any:
 
 @st.composite
 def sequences(draw: st.DrawFn) -> tuple[Any, Tensor, int]:
-    """Norms with ReLU and perhaps pooling, blocks and transitions in any order; an image; how many of them there are."""
+    """Norms, alone or with ReLU and perhaps pooling, blocks and transitions in any order; an image; how many there are."""
     torch.manual_seed(draw(st.integers(0, 99)))
     dims, width = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     modules: list[nn.Module] = []
     first, count = width, draw(st.integers(2, 5))
     for _ in range(count):
-        kind = draw(st.sampled_from(["norm", "pool", "block", "transition", "flat transition"]))
-        if kind in ("norm", "pool"):
-            modules += [NORM[dims](width), nn.ReLU()]
+        kind = draw(st.sampled_from(["norm", "relu", "pool", "block", "transition", "flat transition"]))
+        if kind in ("norm", "relu", "pool"):
+            modules += [NORM[dims](width), *([] if kind == "norm" else [nn.ReLU()])]
             modules += [MAX_POOLS[dims - 1](3, 2, 1)] if kind == "pool" else []
         elif kind == "block":
             layers, bn_size, k = draw(st.integers(1, 3)), draw(st.sampled_from([None, 1, 2])), draw(st.integers(1, 5))
@@ -152,6 +152,7 @@ def reference_of(features: nn.Module, x: Tensor) -> Tensor:
 def test_whole_network(dtype: torch.dtype, chained: list[int]) -> None:
     """From the stem's norm to the last block in one program, with the modules' own bits."""
     model, x = fuse(torchvisions()).eval().to(dtype), torch.randn(2, 3, 40, 64, dtype=dtype)
+    model.features.norm5 = nn.Identity()
     module_by_module = model(x).detach()
     assert not chained
     with torch.no_grad():
@@ -162,8 +163,17 @@ def test_whole_network(dtype: torch.dtype, chained: list[int]) -> None:
         assert torch.equal(model(x), module_by_module)
 
 
+def test_the_last_norm_is_part_of_it(chained: list[int]) -> None:
+    """Which torch's own operator computes where it is alone, rounding otherwise."""
+    model, x = fuse(torchvisions()).eval().float(), torch.randn(2, 3, 40, 64)
+    with torch.no_grad():
+        assert_largest(model(x), model.double()(x.double()), "float32 whole block", "output")
+    assert chained == [5, 5]
+
+
 def test_autocast(chained: list[int]) -> None:
     model, x = fuse(torchvisions()).eval().float(), torch.randn(1, 3, 40, 40)
+    model.features.norm5 = nn.Identity()
     with torch.autocast("cpu", torch.bfloat16):
         module_by_module = model(x).detach()
         with torch.no_grad():
@@ -198,10 +208,10 @@ def test_one_that_cannot_is_not_in_it(change: Callable[[Any], None], chained: li
     model, x = small()
     with torch.no_grad():
         model(x)
-        assert chained.pop() == 4
+        assert chained.pop() == 5
         change(model)
         changed = model(x)
-        assert 4 not in chained
+        assert 5 not in chained
     assert_largest(changed, model(x), "float64 whole block", "output")
 
 
@@ -247,13 +257,15 @@ def test_a_change_between_two_calls_is_seen(change: Callable[[Any], None]) -> No
         x = x.to(model.classifier.weight.dtype)
         after = model(x)
     assert change is single or not torch.allclose(before, after)
-    assert torch.equal(after, copy.deepcopy(model)(x))
+    precision = "float32" if change is single else "float64"
+    assert_largest(after, copy.deepcopy(model)(x), f"{precision} whole block", "output")
 
 
 def test_statistics_of_another_dtype_are_read_anew() -> None:
     """They are converted for a program, and change in place between two."""
     model, x = small()
     model, x = model.bfloat16(), x.bfloat16()
+    model.features.norm5 = nn.Identity()
     with torch.no_grad():
         before = model(x)
         for module in model.modules():
@@ -268,7 +280,7 @@ def test_a_hook_that_changes_what_comes_later(chained: list[int]) -> None:
     model, x = small()
     with torch.no_grad():
         model(x)
-        assert chained.pop() == 4
+        assert chained.pop() == 5
         block = model.features.denseblock2
         model.features.conv0.register_forward_hook(lambda *_: block.denselayer1.norm1.train() and None)
         untouched = block.denselayer1.norm1.running_mean.clone()
@@ -335,7 +347,7 @@ def test_backward_twice_and_second_order(chained: list[int]) -> None:
         loss.backward()
         gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()), create_graph=True)
         sum(g.square().sum() for g in gradients).backward()
-    assert chained == [4, 4]
+    assert chained == [5, 5]
     first, second = ([p.grad for p in model.parameters()] for model in (ours, theirs))
     largest = max(g.abs().max() for g in second)
     for mine, expected in zip(first, second, strict=True):
@@ -354,7 +366,7 @@ def test_saved_tensors_pass_through_hooks(chained: list[int]) -> None:
     expected = step(copy.deepcopy(model), copy.deepcopy(model), x)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t[0]):
         found = step(model, model, x)
-    assert chained == [4, 4, 4] or chained == [4, 4]
+    assert chained == [5, 5, 5] or chained == [5, 5]
     assert max(packed) >= 8 * 8 * 8
     assert found["output"].equal(expected["output"])
     assert found["x gradient"].equal(expected["x gradient"])
@@ -382,7 +394,7 @@ def test_modules_that_do_not_take_part_in_training(change: Callable[[Any], None]
     model, x = small()
     change(model.train())
     model(x)
-    assert 4 not in chained
+    assert 5 not in chained
 
 
 def test_gradients_leave_early_where_others_wait_for_them(chained: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +416,7 @@ def test_memory_efficient_is_seen_between_two_steps(chained: list[int]) -> None:
     before = kept()
     model.features.denseblock1.memory_efficient = True
     assert kept() < before
-    assert chained == [4, 4]
+    assert chained == [5, 5]
 
 
 def test_errors_are_those_of_the_modules() -> None:
@@ -429,7 +441,7 @@ def test_two_buffers_are_there_at_a_time() -> None:
     pixels = [2 * 32 * 32, 2 * 16 * 16]
     first, second = pixels[0] * (16 + 24), pixels[1] * 48  # 20 + 24, padded
     assert layout.entries == first + second + pixels[0] * 32
-    assert layout.result == ((2, 46, 8, 8), 48)
+    assert layout.result == ((2, 46, 8, 8), 46)
     assert layout.context == Context(None, 2 * 64 * 64, 2 * 8 * 8)
 
 

@@ -1,4 +1,4 @@
-// A stem's activations: relu(norm(x)), or their maxima over windows of 3, stride 2, one pixel of
+// Activations: leaky(norm(x)), or a stem's: of relu(norm(x)) the maxima over windows of 3, stride 2, one pixel of
 // padding; and the gradient back, for which the activations and the places of the maxima are computed again.
 
 namespace fused_densenet::FD_ISA {
@@ -61,14 +61,16 @@ class NormReluPoolKernel {
   void run(const Parallel& parallel) const {
     norm_.make();
     const int64_t rows = f_.shape.n * image_.out[0] * image_.out[1];
-    parallel_for(parallel, rows, [&](int64_t row) {
-      for (int64_t w = 0; w < image_.out[2]; ++w) one(row * image_.out[2] + w);
+    with_activation<T>(f_.x, norm_, [&](const auto& activation) {
+      parallel_for(parallel, rows, [&](int64_t row) {
+        for (int64_t w = 0; w < image_.out[2]; ++w) one(activation, row * image_.out[2] + w);
+      });
     });
   }
 
  private:
-  void one(int64_t out_pixel) const {
-    const Activation<T> activation(f_.x, norm_);
+  template <class Pixel>
+  void one(const Pixel& activation, int64_t out_pixel) const {
     T* out = static_cast<T*>(f_.out.data) + out_pixel * f_.out.ld;
     const int64_t first = out_pixel / image_.out_pixels() * image_.pixels();
     alignas(64) A a[kBlock] = {};
@@ -130,12 +132,14 @@ class NormReluPoolBackwardKernel {
   void run(const Parallel& parallel) const {
     norm_.make();
     const int64_t blocks = tasks_ / f_.shape.n;
-    parallel_for(parallel, parts_, [&](int64_t part) {
-      const Range tasks = split(tasks_, parts_, part);
-      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-        const int64_t c = task % blocks * block_;
-        one(task / blocks, c, least(block_, f_.shape.in - c), rings_ + part * kRing * row_ * kBlock);
-      }
+    with_activation<T>(f_.x, norm_, [&](const auto& activation) {
+      parallel_for(parallel, parts_, [&](int64_t part) {
+        const Range tasks = split(tasks_, parts_, part);
+        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+          const int64_t c = task % blocks * block_;
+          one(activation, task / blocks, c, least(block_, f_.shape.in - c), rings_ + part * kRing * row_ * kBlock);
+        }
+      });
     });
     settle(partial_, f_.shape.n, f_.shape.in, norm_, f_.owed, f_.shape.pixels(), false, parallel);
   }
@@ -143,15 +147,16 @@ class NormReluPoolBackwardKernel {
  private:
   static constexpr int64_t kRing = 3;
 
-  void one(int64_t n, int64_t c, int64_t channels, A* ring) const {
-    const Activation<T> activation(f_.x, norm_);
+  template <class Pixel>
+  void one(const Pixel& activation, int64_t n, int64_t c, int64_t channels, A* ring) const {
     const int64_t first = n * image_.pixels();
     const T* grad = static_cast<const T*>(f_.grad.data) + n * image_.out_pixels() * f_.grad.ld + c;
     alignas(64) A sums[2][kBlock] = {};
     if (!f_.pools) {
-      finish(activation, first, image_.pixels(), c, channels, sums, [&](int64_t i, int64_t j, int lanes, V pre) {
-        return where_positive(pre, load(grad + i * f_.grad.ld + j, lanes));
-      });
+      finish(activation, first, image_.pixels(), c, channels, sums,
+             [&](int64_t i, int64_t j, int lanes, const auto& column, V pre) {
+               return column.gradient(pre, load(grad + i * f_.grad.ld + j, lanes));
+             });
     } else {
       std::memset(ring, 0, static_cast<size_t>(kRing * row_ * kBlock) * sizeof(A));
       const int64_t rows = image_.out[outer_], width = image_.out_pixels() / rows;
@@ -163,7 +168,7 @@ class NormReluPoolBackwardKernel {
         for (int64_t done = most(2 * row - 1, 0); done < end; ++done) {
           A* at = ring + done % kRing * row_ * kBlock;
           finish(activation, first + done * row_, row_, c, channels, sums,
-                 [&](int64_t i, int64_t j, int, V) { return load(at + i * kBlock + j); });
+                 [&](int64_t i, int64_t j, int, const auto&, V) { return load(at + i * kBlock + j); });
           std::memset(at, 0, static_cast<size_t>(row_ * kBlock) * sizeof(A));
         }
       }
@@ -175,11 +180,11 @@ class NormReluPoolBackwardKernel {
     }
   }
 
-  // Stores and sums the gradients of `count` pixels from pixel `first` of the batch: dz(i, j, lanes, pre) of the i-th
-  // of them, for channels from j on, whose activation before ReLU is `pre`.
-  template <class F>
-  void finish(const Activation<T>& activation, int64_t first, int64_t count, int64_t c, int64_t channels,
-              A (&sums)[2][kBlock], F dz_of) const {
+  // Stores and sums the gradients of `count` pixels from pixel `first` of the batch: dz(i, j, lanes, column, pre) of
+  // the i-th of them, for channels from j on, whose number before the activation is `pre`.
+  template <class Pixel, class F>
+  void finish(const Pixel& activation, int64_t first, int64_t count, int64_t c, int64_t channels, A (&sums)[2][kBlock],
+              F dz_of) const {
     for (int64_t j = 0; j < channels; j += V::size) {
       const int lanes = static_cast<int>(least(V::size, channels - j));
       const auto column = activation.column(c + j, lanes);
@@ -187,7 +192,7 @@ class NormReluPoolBackwardKernel {
       T* p = static_cast<T*>(f_.dx.data) + first * f_.dx.ld + c + j;
       for (int64_t i = 0; i < count; ++i, p += f_.dx.ld) {
         const V centered = column.centered(first + i, lanes);
-        const V dz = dz_of(i, j, lanes, column.before(centered));
+        const V dz = dz_of(i, j, lanes, column, column.before(centered));
         sum += dz;
         sum_centered = fma(dz, centered, sum_centered);
         store(p, column.scale * dz, lanes);
@@ -198,8 +203,9 @@ class NormReluPoolBackwardKernel {
   }
 
   // Adds a maximum's gradient where the maximum was, unless ReLU was not open there.
-  void back(const Activation<T>& activation, const T* grad, int64_t first, int64_t out_pixel, int64_t c,
-            int64_t channels, A* ring) const {
+  template <class Pixel>
+  void back(const Pixel& activation, const T* grad, int64_t first, int64_t out_pixel, int64_t c, int64_t channels,
+            A* ring) const {
     alignas(64) A place[kBlock] = {}, a[kBlock] = {};
     Largest<A> largest;
     A number = 0;

@@ -1,4 +1,4 @@
-// A stem's activations, relu(norm(x)), or their maxima over windows of 3, stride 2, one pixel of
+// Activations, leaky(norm(x)), or a stem's: of relu(norm(x)) the maxima over windows of 3, stride 2, one pixel of
 // padding; and the gradient back, for which the places of the maxima are found again.
 //
 // A block takes a box of 64 windows and, of the gradient, the pixels 2 w and 2 w + 1 of each; a thread some of them, of
@@ -86,9 +86,10 @@ struct Own {
 template <class T>
 struct OwnNorm {
   static constexpr int size = Chunk<T>::size;
+  const float slope;
   float mean[size], scale[size], shift[size];
 
-  __device__ OwnNorm(const Norm& norm, const Own<T>& own) {
+  __device__ OwnNorm(const Norm& norm, const Own<T>& own) : slope(static_cast<float>(norm.negative_slope)) {
 #pragma unroll
     for (int i = 0; i < size; ++i) {
       const ChannelNorm<T> entry = i < own.left ? ChannelNorm<T>(norm, own.channel + i) : ChannelNorm<T>();
@@ -97,7 +98,7 @@ struct OwnNorm {
       shift[i] = entry.shift;
     }
   }
-  __device__ float before_relu(const Chunk<T>& x, int i) const {
+  __device__ float before_activation(const Chunk<T>& x, int i) const {
     return normalised(as_float(x.element[i]), mean[i], scale[i], shift[i]);
   }
 };
@@ -118,7 +119,10 @@ __global__ void __launch_bounds__(kThreads)
     for_each_pixel<Dims>(images.pixels, window, [&](int, int64_t pixel) {
       const Chunk<T> in = load_numbers(x + pixel * f.x.ld, 1, own.left, whole_x);
 #pragma unroll
-      for (int j = 0; j < Chunk<T>::size; ++j) largest[j] = maximum(largest[j], norm.before_relu(in, j));
+      for (int j = 0; j < Chunk<T>::size; ++j) {
+        const float z = norm.before_activation(in, j);
+        largest[j] = Dims == 0 && norm.slope != 0 ? Leaky{norm.slope}(z) : maximum(largest[j], z);
+      }
     });
     Chunk<T> result;
 #pragma unroll
@@ -180,7 +184,7 @@ class PoolBackward {
           const Chunk<T> in = load(f_.x, pixel);
 #pragma unroll
           for (int j = 0; j < size; ++j) {
-            const float z = norm_.before_relu(in, j);
+            const float z = norm_.before_activation(in, j);
             const bool larger = z > largest[j] || z != z;
             largest[j] = larger ? z : largest[j];
             place[j] = larger ? number : place[j];
@@ -210,7 +214,10 @@ class PoolBackward {
       if constexpr (Dims == 0) {
         const Chunk<T> grad = load(f_.grad, at);
 #pragma unroll
-        for (int j = 0; j < size; ++j) dz[j] = norm_.before_relu(in, j) <= 0 ? 0.0f : as_float(grad.element[j]);
+        for (int j = 0; j < size; ++j) {
+          const float own = as_float(grad.element[j]);
+          dz[j] = norm_.before_activation(in, j) <= 0 ? lost(own) : own;
+        }
       } else {
         for (int next_d = 0; next_d <= d; ++next_d) {
           for (int next_h = 0; next_h <= h; ++next_h) {
@@ -234,6 +241,9 @@ class PoolBackward {
       store_numbers(static_cast<T*>(f_.dx.data) + at * f_.dx.ld + own_.channel, 1, own_.left, whole_, result);
     }
   }
+
+  // What the activation lets through of a gradient at a negative number.
+  __device__ float lost(float gradient) const { return norm_.slope == 0 ? 0.0f : norm_.slope * gradient; }
 
   // Which of a window's pixels in one dimension is pixel 2 w + side: of window w, or of the next.
   static __device__ int number_of(int reach, int side, int next) { return reach == 1 || next ? 0 : 1 + side; }

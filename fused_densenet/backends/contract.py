@@ -31,8 +31,9 @@ leaves without a window has ``dz = 0``.
 Two more serve a network's stem; the norm's ``negative_slope`` is 0 there:
 
 ``norm_relu_pool(x, norm, out)``
-    ``out`` the activations ``a`` of ``x``, as above; or, where ``out`` has other sizes than ``x``, their maxima over
-    windows of 3 with stride 2 in every dimension that is not 1, one pixel of padding: ``(size + 1) // 2``.
+    ``out`` the activations ``a`` of ``x``, as above; or, where ``out`` has other sizes than ``x``, the maxima of
+    ``relu(norm(x))`` over windows of 3 with stride 2 in every dimension that is not 1, one pixel of padding:
+    ``(size + 1) // 2``.
 ``norm_relu_pool_backward(grad, x, norm, dx, owed)``
     ``dx = scale * dz`` and its sums, as above, for the gradient ``grad`` of ``out``, a plain tensor. A maximum's gradient
     goes to the first of its window's pixels that has it.

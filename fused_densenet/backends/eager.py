@@ -113,7 +113,7 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
             dz = _channels_last(
                 torch.ops.aten.max_pool3d_with_indices_backward(_channels_first(dz).contiguous(), *arguments)
             )
-        dz = dz.masked_fill(a <= 0, 0)
+        dz = _masked(dz, a, norm.negative_slope)
         sum_dz += dz.sum(_PIXELS)
         sum_dz_centered += (dz * (images - norm.mean)).sum(_PIXELS)
         gradient.copy_(dz * scale)

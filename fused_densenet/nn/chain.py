@@ -11,7 +11,7 @@ from ..backends import BACKENDS, choose
 from ..backends.contract import accumulate_dtype
 from ..fallback.reasons import autocasts, meets
 from ..ops.functional import Parameters
-from ..ops.network import Network, Part, channels, sizes
+from ..ops.network import Network, Part, Parts, channels, sizes
 from ..ops.network_step import Arguments, network_step
 from ..ops.operator import is_plain
 from ..ops.program import Bound
@@ -45,7 +45,7 @@ class Chain:
 
     def __init__(self, links: Sequence[Link], end: int) -> None:
         self.links, self.end = links, end
-        self.parts = tuple([link.part for link in links])
+        self.parts = Parts(link.part for link in links)
         self._in_training = links[0].running is not None
         self._network = None if self._in_training else Network(self.parts)
         running = [link.running for link in links if link.running is not None]

@@ -33,6 +33,7 @@ from .gate import Gate
 from .passage import Kind, Passage, channels_last, kind_of, layout_of
 from .running import RunningStatistics
 
+BATCH_NORMS: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MAX_POOLS: tuple[Any, ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     norm: Any
     pool: bool
     running: RunningStatistics
+    slope: float = 0.0  # of the activation; 1 where there is none
 
     def link(self) -> Link | None:
         """What it is in a chain."""
@@ -51,7 +53,7 @@ class Run(NamedTuple):
         if any(t is None for t in (*affine, *running)) or (in_training and isinstance(norm, nn.SyncBatchNorm)):
             return None
         dims = MAX_POOLS.index(type(self.modules[-1][1])) + 1 if self.pool else None
-        part = NormReluPool(norm.weight.shape[0], norm.eps, self.pool, in_training)
+        part = NormReluPool(norm.weight.shape[0], norm.eps, self.pool, in_training, self.slope)
 
         def parameters() -> Parameters:
             running = [] if in_training else [norm.running_mean, norm.running_var]
@@ -149,6 +151,8 @@ class Step:
     def link(self) -> Link | None:
         if self.run is not None:
             return None if self.reasons else self.run.link()
+        if self.kind == "any layout" and type(self.module) in BATCH_NORMS:
+            return _of_norm(self.module)
         return self.module.link(self.plan) if self.plan is not None else None  # type: ignore[operator]
 
 
@@ -162,6 +166,14 @@ class FeaturesPlan(NamedTuple):
     steps: list[Step]
     channels_last: bool
     chains: Mapping[int, Chain]
+
+
+def _of_norm(norm: Any) -> Link | None:
+    """A norm that no activation follows, as that of DenseNet's end: no run of its own, but part of a chain."""
+    if (norm.running_mean is None) != (norm.running_var is None):
+        return None
+    link = Run([("", norm)], norm, False, RunningStatistics([norm]), slope=1.0).link()
+    return None if link is None else link._replace(dims=BATCH_NORMS.index(type(norm)) + 1)
 
 
 def _links(steps: Sequence[Step]) -> list[tuple[int, Link | None]]:

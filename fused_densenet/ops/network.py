@@ -22,12 +22,13 @@ from .schedule import PARAMETERS, Before, Names, Structure, fill
 
 
 class NormReluPool(NamedTuple):
-    """``relu(bn(x))`` of so many channels, or where ``pools`` its maxima over windows of 3, stride 2, padding 1."""
+    """``act(bn(x))`` of so many channels, or where it ``pools`` of ReLU the maxima over windows of 3, stride 2, padding 1."""
 
     channels: int
     eps: float
     pools: bool
     batch_stats: bool = False
+    slope: float = 0.0
 
 
 class Reduction(NamedTuple):
@@ -46,6 +47,17 @@ Part = Structure | NormReluPool | Reduction
 """Of a network; a block is its structure."""
 
 
+class Parts(tuple[Part, ...]):
+    """Hashed once: all that is worked out of them is looked up by them, several times in a step."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self))
+
+
 def channels(part: Part) -> tuple[int, int]:
     """How many a part reads, and how many it makes."""
     if isinstance(part, Structure):
@@ -59,7 +71,8 @@ def pixel_stride(part: Part) -> int:
     return -(-outputs // 8) * 8 if isinstance(part, Structure) else outputs
 
 
-def sizes(parts: Sequence[Part], spatial: tuple[int, ...]) -> list[tuple[int, ...]] | None:
+@functools.lru_cache(maxsize=256)
+def sizes(parts: Parts, spatial: tuple[int, ...]) -> list[tuple[int, ...]] | None:
     """The sizes of each part's result, of an image of sizes ``spatial``; None where one of them is too small."""
     result = []
     for part in parts:
@@ -74,8 +87,8 @@ def sizes(parts: Sequence[Part], spatial: tuple[int, ...]) -> list[tuple[int, ..
 class Network:
     """Parts that follow one another, each reading as many channels as the one before it makes."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
         self.program = record(self.parts)
         self._layout_of = functools.lru_cache(maxsize=64)(functools.partial(_layout, self.parts))
 
@@ -118,7 +131,7 @@ class Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def record(parts: tuple[Part, ...]) -> Program:
+def record(parts: Parts) -> Program:
     """The program: ``buffer{i}`` is the image that part ``i`` owns, ``bottleneck{i}`` a block's; statistics of :func:`statistics`."""
     images = [f"bottleneck{i}" for i in scratches(parts)] + [f"buffer{i}" for i in owned(parts)]
     program = Program(("x", *images, *[name for name, _ in statistics(parts)], *PARAMETERS, "running"))
@@ -168,8 +181,7 @@ def _convolve_or_pool(
     running = (Vector("running", before.running + i, 0, width) for i in range(2))
     mean, var = read if part.batch_stats and read is not None else running
     gamma, beta = (Vector(name, before.norm, 0, width) for name in ("gamma", "beta"))
-    slope = part.slope if isinstance(part, Reduction) else 0.0
-    norm = Norm(mean, var, gamma, beta, part.eps, slope)  # type: ignore[arg-type]
+    norm = Norm(mean, var, gamma, beta, part.eps, part.slope)  # type: ignore[arg-type]
     if isinstance(part, NormReluPool):
         program.norm_relu_pool(source, norm, out)
         return
@@ -189,7 +201,8 @@ def wants(part: Part) -> bool:
     return any(part.batch_stats) if isinstance(part, Structure) else part.batch_stats
 
 
-def statistics(parts: Sequence[Part]) -> list[tuple[str, tuple[int, ...]]]:
+@functools.lru_cache(maxsize=256)
+def statistics(parts: Parts) -> list[tuple[str, tuple[int, ...]]]:
     """Of the batch, with their shapes: those of blocks; ``moments{i}`` of what part ``i`` reads and no block wrote."""
     result: list[tuple[str, tuple[int, ...]]] = []
     for i, part in enumerate(parts):
@@ -202,7 +215,8 @@ def statistics(parts: Sequence[Part]) -> list[tuple[str, tuple[int, ...]]]:
     return result
 
 
-def places(parts: Sequence[Part]) -> list[Before]:
+@functools.lru_cache(maxsize=256)
+def places(parts: Parts) -> list[Before]:
     """How many parameters of each kind stand before those of each part, and at the end."""
     found = [Before()]
     for part in parts:
@@ -216,18 +230,20 @@ def places(parts: Sequence[Part]) -> list[Before]:
     return found
 
 
-def owned(parts: Sequence[Part]) -> list[int]:
+@functools.lru_cache(maxsize=256)
+def owned(parts: Parts) -> list[int]:
     """The parts that have an image of their own: not what is written into the buffer of the block that follows."""
     follows = [isinstance(part, Structure) for part in parts[1:]] + [False]
     return [i for i, part in enumerate(parts) if isinstance(part, Structure) or not follows[i]]
 
 
-def scratches(parts: Sequence[Part]) -> list[int]:
+@functools.lru_cache(maxsize=256)
+def scratches(parts: Parts) -> list[int]:
     """The blocks that have bottlenecks, kept or not."""
     return [i for i, part in enumerate(parts) if isinstance(part, Structure) and part.width]
 
 
-def _layout(parts: Sequence[Part], shape: Sequence[int]) -> Layout | None:
+def _layout(parts: Parts, shape: Sequence[int]) -> Layout | None:
     """All scratches stand in one place, and the owned images in two in turn; None where an image is too small."""
     batch, _, *image = shape
     spatial = sizes(parts, tuple(image))

@@ -5,6 +5,7 @@ what the batch statistics still owe (:mod:`~.schedule`), paid where it is loaded
 and what was kept for a part is let go of as soon as it has run.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from ..backends.contract import Gradient, Norm, Owed, accumulate_dtype
 from . import schedule
 from .block import Arguments as BlockArguments
 from .block import backward_operands, block
-from .layout import channels_last, empty_channels_last, empty_images, empty_like, pixels_last, weight_5d
+from .layout import channels_last, empty_channels_last, empty_images, empty_like, pixels_last
 from .network import (
     NormReluPool,
-    Part,
+    Parts,
     Reduction,
     channels,
     owned,
@@ -32,8 +33,8 @@ from .network import (
     sizes,
     statistics,
 )
-from .operator import Differentiable, Outputs
-from .program import Bound, Context, execute, without_autocast
+from .operator import Differentiable, Outputs, norm_act
+from .program import Bound, Context, Image, Program, Vector, Weight, execute, without_autocast
 from .schedule import Structure
 from .statistics import BatchMoments
 from .stem import Arguments as StemArguments
@@ -56,7 +57,7 @@ class Arguments(NamedTuple):
     biases: list[Tensor]
     gammas: list[Tensor]
     betas: list[Tensor]
-    parts: tuple[Part, ...]
+    parts: Parts
     backend: str
     bound: Bound | None = None
     group: None = None
@@ -111,7 +112,8 @@ class NetworkStep(Differentiable):
         context = Context(None, x.numel() // x.shape[1], x.shape[0] * math.prod(spatial[-1]))
         with without_autocast(x.device):
             execute(program, dict(zip(program.operands, tensors, strict=True)), BACKENDS[a.backend], context, a.bound)
-        return Outputs(images[-1], [*images, *[t for t in bottlenecks if t.dim() == 6]], taken)
+        read_again = images[: len(_kept(a.parts))]
+        return Outputs(images[-1], [*read_again, *[t for t in bottlenecks if t.dim() == 6]], taken)
 
     def backward(
         self, dout: Tensor, a: Arguments, kept: list[Tensor], constants: list[Tensor], needed: list[bool]
@@ -149,14 +151,20 @@ class NetworkStep(Differentiable):
                 constants: Any = part.eps, part.slope, True, part.pools, "", None
                 lists_of_one = p.weights, p.biases, p.gammas, p.betas
                 x = transition.by_operators(TransitionArguments(x, *lists_of_one, [], None, *constants))
+            elif part.pools:
+                x = stem.by_operators(StemArguments(x, p.gammas, p.betas, [], None, part.eps, True, True, "", None))
             else:
-                x = stem.by_operators(
-                    StemArguments(x, p.gammas, p.betas, [], None, part.eps, True, part.pools, "", None)
-                )
+                x = norm_act(x, (None, None), p.gammas[0], p.betas[0], part.eps, True, part.slope)
         return x
 
 
 network_step = NetworkStep()
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(parts: Parts) -> list[int]:
+    """The parts whose images backward reads: all that are :func:`owned` but a result that no block reads again."""
+    return owned(parts) if isinstance(parts[-1], Structure) else owned(parts)[:-1]
 
 
 class _Parameters(NamedTuple):
@@ -170,11 +178,12 @@ class _Parameters(NamedTuple):
 
     def gradients(self) -> tuple[list[Tensor], ...]:
         """Uninitialised: by weights (empty where not needed), gammas, betas and biases."""
-        weights = self.weights if all(self.needed) else [w for w, n in zip(self.weights, self.needed, strict=True) if n]
+        weights = self.weights
+        if not all(self.needed):
+            weights = [w if n else w.new_empty(0) for w, n in zip(weights, self.needed, strict=True)]
         made = iter(empty_like([*weights, *self.gammas, *self.betas, *self.biases]))
-        dweights = [next(made) if n else w.new_empty(0) for w, n in zip(self.weights, self.needed, strict=True)]
-        kinds = self.gammas, self.betas, self.biases
-        return dweights, *[list(itertools.islice(made, len(kind))) for kind in kinds]
+        kinds = self.weights, self.gammas, self.betas, self.biases
+        return tuple([list(itertools.islice(made, len(kind))) for kind in kinds])
 
 
 def _of(a: Arguments, begin: schedule.Before, end: schedule.Before, needed: Sequence[bool]) -> _Parameters:
@@ -183,15 +192,41 @@ def _of(a: Arguments, begin: schedule.Before, end: schedule.Before, needed: Sequ
     return _Parameters(a.weights[weights], biases, a.gammas[norms], a.betas[norms], list(needed[weights]))
 
 
+class _Arrangement(NamedTuple):
+    """Where parts find what they read.
+
+    Attributes:
+        images: the owner of each part's source: a part's number, or that of the input; behind them that of the result.
+        moments: the name of the statistics that each part reads, of a block those of its whole buffer; None without.
+        keeping: the blocks that keep bottlenecks.
+    """
+
+    images: tuple[int, ...]
+    moments: tuple[str | None, ...]
+    keeping: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _arrangement(parts: Parts) -> _Arrangement:
+    blocks = [isinstance(part, Structure) for part in parts] + [False]
+    images = [_INPUT] + [i if blocks[i] and not blocks[i - 1] else i - 1 for i in range(1, len(parts) + 1)]
+    names = {name for name, _ in statistics(parts)}
+    moments = [
+        next((name for name in (f"stats{i}", f"moments{i}", f"stats{i - 1}") if name in names), None)
+        for i in range(len(parts))
+    ]
+    keeping = [i for i in scratches(parts) if parts[i].keep_bottleneck]  # type: ignore[union-attr]
+    return _Arrangement(tuple(images), tuple(moments), tuple(keeping))
+
+
 class _Made:
     """What forward made: the images that parts own and kept bottlenecks, by the number of their part, and statistics."""
 
     def __init__(self, a: Arguments, kept: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
-        self.parts = a.parts
-        numbers = owned(a.parts)
+        self.parts, self._at = a.parts, _arrangement(a.parts)
+        numbers = _kept(a.parts)
         self._images = {_INPUT: channels_last(a.x)} | dict(zip(numbers, kept, strict=False))
-        keeping = [i for i in scratches(a.parts) if a.parts[i].keep_bottleneck]  # type: ignore[union-attr]
-        self.bottlenecks = dict(zip(keeping, kept[len(numbers) :], strict=True))
+        self.bottlenecks = dict(zip(self._at.keeping, kept[len(numbers) :], strict=True))
         self.statistics = dict(zip([name for name, _ in statistics(a.parts)], taken, strict=True))
 
     def image(self, owner: int) -> Tensor:
@@ -206,35 +241,17 @@ class _Made:
 
     def read(self, i: int) -> Tensor:
         """``(2, C)``, moments of what part ``i`` reads; of a block's whole buffer."""
-        for name in (f"stats{i}", f"moments{i}", f"stats{i - 1}"):
-            if name in self.statistics:
-                return self.statistics[name]
-        raise KeyError(i)
+        name = self._at.moments[i]
+        assert name is not None
+        return self.statistics[name]
 
     def reads(self, i: int) -> int:
         """The owner of the image that part ``i`` reads, or of which it is the result, ``i`` counted from 0."""
-        if i == 0:
-            return _INPUT
-        before = self.parts[i - 1]
-        return i if isinstance(self.parts[i], Structure) and not isinstance(before, Structure) else i - 1
+        return self._at.images[i]
 
     def source(self, i: int) -> Tensor:
         """What part ``i`` reads; of a block that owns that, its whole buffer."""
         return self.image(self.reads(i))
-
-    def owing(self, i: int, debts: dict[int, Debt]) -> Gradient:
-        """The gradient of the result of part ``i``, which is no block and not the last."""
-        owner = self.reads(i + 1)
-        gradient, correction = debts[owner]
-        value, moments, following = self.image(owner), self.read(i + 1), self.parts[i + 1]
-        begin, end = 0, value.shape[1]
-        if owner == i + 1:
-            assert isinstance(following, Structure)
-            begin, end = following.span(0, following.inputs)
-        stored, value = (pixels_last(t)[..., begin:end] for t in (gradient, value))
-        if correction is None:
-            return Gradient(stored)
-        return Gradient(stored, value, moments[0, begin:end], correction[:, begin:end])
 
 
 def _block_backward(
@@ -269,26 +286,62 @@ def _block_backward(
 def _other_backward(
     i: int, a: Arguments, made: _Made, p: _Parameters, debts: dict[int, Debt], dout: Tensor
 ) -> tuple[list[Tensor], ...]:
-    part, kernels, gradients = a.parts[i], BACKENDS[a.backend], p.gradients()
+    part, gradients, source, moments = a.parts[i], p.gradients(), made.source(i), made.read(i)
     assert not isinstance(part, Structure)
-    last = i + 1 == len(a.parts)
-    grad = Gradient(pixels_last(channels_last(dout))) if last else made.owing(i, debts)
-    source, moments = made.source(i), made.read(i)
-    dx, correction = _like(source), torch.empty_like(moments)
-    slope = part.slope if isinstance(part, Reduction) else 0.0
-    norm = Norm(moments[0], moments[1], p.gammas[0], p.betas[0], part.eps, slope)
-    dweights, (dgamma,), (dbeta,), dbiases = gradients
-    owed = Owed(dgamma, dbeta, correction)
-    if isinstance(part, NormReluPool):
-        if grad.correction is not None:  # it is loaded as it stands
-            kernels.place_backward(grad, grad.stored)
-        kernels.norm_relu_pool_backward(grad.stored, pixels_last(source), norm, pixels_last(dx), owed)
+    begin, end = 0, channels(part)[1]
+    value, after, owed = [], [], []
+    if i + 1 == len(a.parts):
+        stored = channels_last(dout)
     else:
-        dweight = weight_5d(dweights[0]) if p.needed[0] else None
-        images = pixels_last(source), norm, weight_5d(p.weights[0]), pixels_last(dx), False
-        kernels.norm_relu_conv_backward(grad, *images, dweight, owed, dbiases[0] if dbiases else None)
+        owner, following = made.reads(i + 1), a.parts[i + 1]
+        stored, correction = debts[owner]
+        if isinstance(following, Structure) and owner == i + 1:
+            begin, end = following.span(begin, end)
+        if correction is not None:
+            value, after, owed = [made.image(owner)], [made.read(i + 1)], [correction]
+    dx, correction = _like(source), torch.empty_like(moments)
+    program = _backward_of(part, begin, end, stored.shape[1], bool(owed), all(p.needed))
+    dweights, dgammas, dbetas, dbiases = gradients
+    kept = [[stored], value, after, owed, [source], [moments], [dx], [correction]]
+    lists = [*kept, p.weights, p.gammas, p.betas, dweights if all(p.needed) else [], dgammas, dbetas, dbiases]
+    sizes = (source.numel() // source.shape[1], stored.numel() // stored.shape[1])
+    context = Context(None, sizes[0], sizes[1])
+    execute(program, dict(zip(program.operands, lists, strict=True)), BACKENDS[a.backend], context)
     debts[made.reads(i)] = Debt(dx, correction)
     return gradients
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_of(part: NormReluPool | Reduction, begin: int, end: int, total: int, owes: bool, needed: bool) -> Program:
+    """The gradients of a part that is no block, whose result's gradient is channels ``begin`` to ``end`` of ``total`` in ``stored``.
+
+    Where it ``owes``, ``value`` and its moments ``after`` are laid out like that, and so is ``owed``.
+    """
+    given = "stored", "value", "after", "owed", "x", "moments", "dx", "correction", "weight", "gamma", "beta"
+    program = Program((*given, "dweight", "dgamma", "dbeta", "dbias"))
+    width = channels(part)[0]
+
+    def vector(operand: str, row: int = 0) -> Vector:
+        return Vector(operand, 0, 0, width, row)
+
+    stored, x, dx = Image("stored", begin, end), Image("x", 0, width), Image("dx", 0, width)
+    grad: Any = Gradient(stored)  # type: ignore[arg-type]
+    if owes:
+        mean, correction = Vector("after", 0, begin, end - begin), Vector("owed", 0, begin, end - begin, total)
+        grad = Gradient(stored, Image("value", begin, end), mean, correction)  # type: ignore[arg-type]
+    mean, var = (Vector("moments", 0, row * width, width) for row in range(2))
+    norm: Any = Norm(mean, var, vector("gamma"), vector("beta"), part.eps, part.slope)  # type: ignore[arg-type]
+    debts: Any = Owed(vector("dgamma"), vector("dbeta"), vector("correction", width))  # type: ignore[arg-type]
+    if isinstance(part, NormReluPool):
+        if owes:  # it is loaded as it stands
+            program.place_backward(grad, stored)
+        program.norm_relu_pool_backward(stored, x, norm, dx, debts)
+        return program
+    kernel = part.weight[2:]
+    dweight = Weight("dweight", 0, kernel) if needed else None
+    dbias = Vector("dbias", 0, 0, part.weight[0]) if part.biased else None
+    program.norm_relu_conv_backward(grad, x, norm, Weight("weight", 0, kernel), dx, False, dweight, debts, dbias)
+    return program
 
 
 def _like(image: Tensor) -> Tensor:

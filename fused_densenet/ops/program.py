@@ -122,7 +122,7 @@ def execute(
             backend.run_program(code, [tensor for tensors in given for tensor in tensors], *held)
             return
     weights = [weight_5d(weight) for weight in operands["weight"]]
-    if hasattr(backend, "pack_weights"):
+    if weights and hasattr(backend, "pack_weights"):
         weights = backend.pack_weights(weights, lists[0][0])
     operands = {**operands, "weight": weights}
     for function, arguments, _ in program.calls:

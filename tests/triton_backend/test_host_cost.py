@@ -12,7 +12,7 @@ from fused_densenet.backends import triton as backend
 from fused_densenet.backends.contract import Gradient, Norm, Owed
 from fused_densenet.backends.triton import plans
 
-LIMIT = 30.0
+LIMIT = 40.0
 
 
 def calls() -> dict[str, Callable[[], None]]:

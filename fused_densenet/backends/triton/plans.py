@@ -313,10 +313,16 @@ def _add(
 
 @_kept
 def norm_relu_pool(
-    x: Size, x_strides: Size, out: Size, out_strides: Size, eps: float, dtypes: tuple[torch.dtype, ...]
+    x: Size,
+    x_strides: Size,
+    out: Size,
+    out_strides: Size,
+    eps: float,
+    slope: float,
+    dtypes: tuple[torch.dtype, ...],
 ) -> Launch:
     """``launch(x, *norm, out, None)``; ``dtypes`` of ``x`` and the norm's weight."""
-    return _windows(x, pixel_stride(x, x_strides), out, pixel_stride(out, out_strides), eps)
+    return _windows(x, pixel_stride(x, x_strides), out, pixel_stride(out, out_strides), eps, slope)
 
 
 @_kept
@@ -327,6 +333,7 @@ def norm_relu_pool_backward(
     grad: Size,
     grad_strides: Size,
     owes: Owes,
+    slope: float,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PoolBackward:
@@ -337,20 +344,19 @@ def norm_relu_pool_backward(
     share, programs = _split(pixels, blocks["BLOCK_P"], 8 * tuning.multiprocessors(device) // c_tiles)
     strides = (pixel_stride(grad, grad_strides), pixel_stride(x, x_strides), pixel_stride(x, dx_strides))
     numbers = (*strides, pixels, *x[1:], share)
-    data = Launch(
-        pooling.norm_relu_pool_backward, (programs, c_tiles, 1), numbers, 8, 1, EPS=owes.eps, **window, **blocks
-    )
-    look = None if grad == x else _windows(x, strides[1], grad, 0, owes.eps)
+    constants = {"EPS": owes.eps, "SLOPE": slope, **window, **blocks}
+    data = Launch(pooling.norm_relu_pool_backward, (programs, c_tiles, 1), numbers, 8, 1, **constants)
+    look = None if grad == x else _windows(x, strides[1], grad, 0, owes.eps, slope)
     return PoolBackward(look, data, _add(0, 0, 0, programs, False, owes, c), (programs * 2 * c,))
 
 
-def _windows(x: Size, x_stride: int, out: Size, out_stride: int, eps: float) -> Launch:
+def _windows(x: Size, x_stride: int, out: Size, out_stride: int, eps: float, slope: float) -> Launch:
     pixels, c = math.prod(out[:4]), x[4]
     window = _window(x, out)
     blocks = _pool_blocks(c, window)
     grid = (triton.cdiv(pixels, blocks["BLOCK_P"]), triton.cdiv(c, blocks["BLOCK_C"]), 1)
     numbers = (x_stride, out_stride, pixels, *x[1:])
-    return Launch(pooling.norm_relu_pool, grid, numbers, 8, 1, EPS=eps, **window, **blocks)
+    return Launch(pooling.norm_relu_pool, grid, numbers, 8, 1, EPS=eps, SLOPE=slope, **window, **blocks)
 
 
 def _window(x: Size, out: Size) -> dict[str, int]:

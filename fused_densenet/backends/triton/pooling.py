@@ -8,7 +8,7 @@ their maximum takes their gradients, and is written once.
 import triton
 import triton.language as tl
 
-from .operands import affine, at, normalise, position
+from .operands import activate, activate_backward, affine, at, normalise, position
 
 _NONE = tl.constexpr(255)
 
@@ -30,6 +30,7 @@ def norm_relu_pool(
     W,
     C,
     EPS: tl.constexpr,
+    SLOPE: tl.constexpr,
     WD: tl.constexpr,
     WH: tl.constexpr,
     WW: tl.constexpr,
@@ -37,6 +38,8 @@ def norm_relu_pool(
     BLOCK_C: tl.constexpr,
 ):
     """Maxima over windows of relu(norm(x)) to ``out``, or to ``places`` which of a window's pixels has it.
+
+    Where a window is one pixel its activation, of any slope.
 
     Of several the first, of NaNs the last, as in torch; 255 where ReLU leaves none above 0. ``pixels`` are windows, D, H and
     W the sizes of ``x``. ``places`` is contiguous, one byte each.
@@ -61,7 +64,9 @@ def norm_relu_pool(
             source = ((image * D + d) * H + h) * W + w
             values = tl.load(x + at(source, x_stride, c), mask=inside[:, None] & in_c[None, :], other=0.0)
             z = tl.where(inside[:, None], normalise(values, x_mean, x_scale, x_shift), 0.0)
-            if places is None:
+            if WD * WH * WW == 1:
+                largest = activate(z, SLOPE)
+            elif places is None:
                 largest = tl.maximum(largest, z, propagate_nan=tl.PropagateNan.ALL)
             else:
                 larger = (z > largest) | (z != z)
@@ -95,13 +100,14 @@ def norm_relu_pool_backward(
     C,
     tiles_per_program,
     EPS: tl.constexpr,
+    SLOPE: tl.constexpr,
     WD: tl.constexpr,
     WH: tl.constexpr,
     WW: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``dx = dz`` for the gradient ``grad`` of the maxima that lie at ``places``, or of relu(norm(x)) where that is None.
+    """``dx = dz`` for the gradient ``grad`` of the maxima that lie at ``places``, or of the activations where that is None.
 
     A program's sums of dz and dz * (x - mean) over its tiles of pixels of ``x`` go to ``partials``, (programs, 2, C).
     """
@@ -123,7 +129,7 @@ def norm_relu_pool_backward(
         if places is None:
             z = normalise(values, x_mean, x_scale, x_shift)
             g = tl.load(grad + at(p, grad_stride, c), mask=mask, other=0.0).to(tl.float32)
-            dz = tl.where(mask & ~(z <= 0), g, 0.0)  # where z is NaN too, as in torch
+            dz = tl.where(mask, activate_backward(g, z, SLOPE), 0.0)
         else:
             dz = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             depth, height, width = position(p, D, H, W)

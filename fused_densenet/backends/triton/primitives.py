@@ -165,7 +165,8 @@ def norm_relu_conv_backward(
 def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
     if out.numel():
         dtypes = x.dtype, norm.weight.dtype
-        plan = plans.norm_relu_pool(x.shape, x.stride(), out.shape, out.stride(), norm.eps, dtypes)
+        slope = norm.negative_slope
+        plan = plans.norm_relu_pool(x.shape, x.stride(), out.shape, out.stride(), norm.eps, slope, dtypes)
         plan(x, *norm[:4], out, None)
 
 
@@ -173,9 +174,8 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
     if not x.numel():
         _settle_nothing(False, owed)
         return
-    plan = plans.norm_relu_pool_backward(
-        x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), _owes(norm, x, owed), x.dtype, x.device
-    )
+    terms = _owes(norm, x, owed), norm.negative_slope, x.dtype, x.device
+    plan = plans.norm_relu_pool_backward(x.shape, x.stride(), dx.stride(), grad.shape, grad.stride(), *terms)
     vectors, places = norm[:4], None
     if plan.look is not None:
         places = torch.empty(grad.shape, dtype=torch.uint8, device=x.device)

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrizations
 
 import fused_densenet
 from fused_densenet import FallbackWarning, FusedDenseBlock, FusedTransition, explain, fuse, reference, strict, unfuse
-from fused_densenet.ops.functional import run_block
+from fused_densenet.ops.block import run_block
 
 
 def images() -> Tensor:

@@ -26,7 +26,7 @@ from fused_densenet import (
     strict,
     unfuse,
 )
-from fused_densenet.ops.functional import run_block
+from fused_densenet.ops.block import run_block
 
 
 @pytest.mark.parametrize("training", [True, False])

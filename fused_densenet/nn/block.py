@@ -18,7 +18,8 @@ from ..fallback.reasons import (
 )
 from ..fallback.recomputation import concatenated, recomputed
 from ..fallback.standing import Known
-from ..ops.functional import Form, NormReluConv, Parameters, run_block
+from ..ops.block import Form, Parameters, run_block
+from ..ops.functional import NormReluConv
 from ..ops.schedule import Structure
 from .chain import Link
 from .gate import Gate

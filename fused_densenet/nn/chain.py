@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backends import BACKENDS, choose
 from ..backends.contract import accumulate_dtype
 from ..fallback.reasons import autocasts, meets
-from ..ops.functional import Parameters
+from ..ops.block import Parameters
 from ..ops.network import Network, Part, Parts, channels, sizes
 from ..ops.network_step import Arguments, network_step
 from ..ops.operator import is_plain

@@ -11,7 +11,7 @@ from ..fallback.anatomy import convolution_reasons, replacements
 from ..fallback.checks import check_counts, check_parameters, check_rate, check_spatial_dims
 from ..fallback.reasons import meets
 from ..fallback.standing import Known
-from ..ops.functional import Form, Parameters, run_block
+from ..ops.block import Form, Parameters, run_block
 from .block import CONV
 from .gate import Gate
 from .passage import Passage, alone, passes_on

@@ -21,7 +21,7 @@ from ..fallback.anatomy import (
 from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
 from ..fallback.standing import Known, known_of
-from ..ops.functional import Parameters
+from ..ops.block import Parameters
 from ..ops.network import NormReluPool
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, moments_of, statistics_of

@@ -14,7 +14,8 @@ from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons
 from ..fallback.checks import check_counts, check_parameters, check_spatial_dims
 from ..fallback.reasons import autocasts, meets, uses_batch_stats
 from ..fallback.standing import Known
-from ..ops.functional import NormReluConv, Parameters
+from ..ops.block import Parameters
+from ..ops.functional import NormReluConv
 from ..ops.network import Reduction
 from ..ops.ranks import sync_group
 from ..ops.statistics import BatchMoments, BatchStatistics, moments_of, statistics_of

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import BACKENDS
+from ..backends import BACKENDS, choose
 from ..backends.contract import accumulate_dtype
 from . import schedule
 from .layout import channels_last, empty_channels_last, empty_images
 from .operator import Operator, Outputs, act, norm_act
 from .program import Context, execute, without_autocast
 from .schedule import Structure
+from .statistics import BatchMoments
 
 
 class Arguments(NamedTuple):
@@ -179,6 +180,103 @@ class Block(Operator):
 
 
 block = Block()
+
+
+class Parameters(NamedTuple):
+    """Of norm-relu-convs in the order of execution; ``biases`` of the convolutions that have one, ``running`` (mean,
+    variance) of the norms that use them."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    gammas: list[Tensor]
+    betas: list[Tensor]
+    running: list[Tensor]
+
+
+class Form(NamedTuple):
+    """What a block is beside its tensors; the lists have an entry for each convolution.
+
+    Attributes:
+        biased, slopes, eps, batch_stats, per_layer: as :class:`Arguments` has them.
+        drop_rate, drop_inside, drop_channels, prepends: as :func:`~.functional.dense_block` has them.
+    """
+
+    biased: list[bool]
+    slopes: list[float]
+    eps: list[float]
+    batch_stats: list[bool]
+    per_layer: int
+    drop_rate: float = 0.0
+    drop_inside: float = 0.0
+    drop_channels: bool = False
+    prepends: bool = False
+
+
+def run_block(
+    x: Tensor,
+    parameters: Parameters,
+    form: Form,
+    memory_efficient: bool,
+    group: str | None,
+    drop_layout: torch.memory_format = torch.contiguous_format,
+) -> tuple[Tensor, BatchMoments | None]:
+    """:func:`~.functional.dense_block` of parameters and a form: picks the backend and the mode, draws dropout's masks.
+
+    Dropout draws in the order of memory: ``drop_layout`` is that of the feature maps that it would see.
+    """
+    weights, biases, gammas, betas, running = parameters
+    per_layer, rates = form.per_layer, (form.drop_inside, form.drop_rate)
+    inside, keep = None, None
+    if any(rates):
+        masks = _draw_masks(x, weights, rates[-per_layer:], form.drop_channels, drop_layout)
+        inside, keep = [None, *masks][-2:]
+    tensors = (x, *weights, *gammas, *betas, *biases)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    dtype = accumulate_dtype(x.dtype)
+    if differentiable:
+        running = [t.clone() for t in running]  # a later training step may update them before this one's backward
+    outputs = block(
+        Arguments(
+            x,
+            weights,
+            [t if t.is_contiguous() else t.contiguous() for t in biases],
+            [t if t.is_contiguous() else t.contiguous() for t in gammas],
+            [t if t.is_contiguous() else t.contiguous() for t in betas],
+            [t if t.dtype == dtype else t.to(dtype) for t in running],
+            keep,
+            inside,
+            form.biased,
+            form.slopes,
+            form.eps,
+            form.batch_stats,
+            per_layer,
+            [1 / (1 - rate) if rate < 1 else 0.0 for rate in rates],
+            form.prepends,
+            per_layer == 2 and differentiable and not memory_efficient,
+            choose(x.device, x.dtype) if x.numel() else "eager",
+            group,
+        )
+    )
+    if not any(form.batch_stats):
+        return outputs.out, None
+    stats, bottleneck_stats, *pixels = outputs.constants
+    moments = bottleneck_stats if per_layer == 2 else None
+    return outputs.out, BatchMoments(stats, moments, pixels[0] if pixels else None, group, form.prepends)
+
+
+def _draw_masks(
+    x: Tensor, weights: Sequence[Tensor], rates: Sequence[float], drop_channels: bool, layout: torch.memory_format
+) -> list[Tensor | None]:
+    """For each place in a layer the masks of all layers side by side, or None where the rate is 0; drawn layer by layer."""
+    draw = torch.feature_dropout if drop_channels else F.dropout
+    masks: list[list[Tensor]] = [[] for _ in rates]
+    for i, weight in enumerate(weights):
+        place = i % len(rates)
+        if rates[place] > 0:
+            sizes = (x.shape[0], weight.shape[0], *x.shape[2:])
+            ones = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout).fill_(1)
+            masks[place].append(draw(ones, rates[place], True) != 0)
+    return [torch.cat(drawn, dim=1) if drawn else None for drawn in masks]
 
 
 def backward_operands(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..backends.contract import Norm
-from .functional import Parameters
+from .block import Parameters
 from .layout import channels_last, empty_channels_last, strides_of
 from .operator import shown
 from .program import Bound, Context, Image, Program, Vector, Weight, execute, without_autocast

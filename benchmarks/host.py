@@ -2,9 +2,11 @@
 nothing, one thread, both networks in turns in one process.
 
 A step is forward and backward; clearing gradients and the optimizer are left out. Parts of a fused step are taken in
-rounds of their own, by timing what is called: ``programs`` is the C++ that runs the recorded primitives (kernels of tiny
-images in it), ``standing`` the look at everything that a user may have changed since the last call, ``statistics`` the
-running statistics; the rest is modules, checks, allocations and autograd.
+rounds of their own, by timing what is called: ``modules and gate`` is ``FusedFeatures.forward`` up to where the network runs
+as one (torch's own first convolution in it), ``look`` of that the look at everything that a user may have changed since the
+last call; ``autograd`` the differentiable function, its allocations in it; ``program`` what puts a program's operands together,
+``kernels`` the C++ that runs it; ``statistics`` the running statistics. What is left is torch's: its engine, the
+accumulation of gradients, what comes after the dense blocks.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from torch import nn
 import fused_densenet
 from fused_densenet.backends import BACKENDS
 from fused_densenet.fallback import standing
+from fused_densenet.nn import stem
+from fused_densenet.ops import network, network_step, operator
 
 GROWTH_RATE, BLOCKS, STEM = 4, (6, 12, 24, 16), 8
 MODES = ("training step", "inference")
@@ -73,13 +77,34 @@ def timed_parts(spent: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    cpu = BACKENDS["cpu"]
-    places = [("programs", cpu, "run_program"), ("statistics", cpu, "update_running")]
-    places += [("standing", standing.Standing, "holds")]
+    places: list[tuple[str, Any, str]] = [
+        ("features", stem.FusedFeatures, "forward"),
+        ("network", network.Network, "__call__"),
+        ("network", network_step.NetworkStep, "__call__"),
+        ("backward", operator._Function, "backward"),
+        ("execute", network, "execute"),
+        ("execute", network_step, "execute"),
+        ("kernels", BACKENDS["cpu"], "run_program"),
+        ("statistics", BACKENDS["cpu"], "update_running"),
+        ("look", standing.Standing, "holds"),
+    ]
     with contextlib.ExitStack() as stack:
         for part, owner, name in places:
             stack.enter_context(mock.patch.object(owner, name, clocked(part, getattr(owner, name))))
         yield
+
+
+def parts_of(spent: dict[str, float]) -> dict[str, float]:
+    """Of times that contain one another, those that do not; but for ``look``, which is part of the first."""
+    found = dict.fromkeys(("features", "network", "backward", "execute", "kernels", "statistics", "look"), 0.0) | spent
+    return {
+        "modules and gate": found["features"] - found["network"] - found["statistics"],
+        "look": found["look"],
+        "autograd": found["network"] + found["backward"] - found["execute"],
+        "program": found["execute"] - found["kernels"],
+        "kernels": found["kernels"],
+        "statistics": found["statistics"],
+    }
 
 
 def measure(rounds: int, size: int, batch: int) -> list[dict[str, Any]]:
@@ -93,9 +118,11 @@ def measure(rounds: int, size: int, batch: int) -> list[dict[str, Any]]:
                     times[name].append(elapsed)
         parts: list[dict[str, float]] = []
         for _ in range(rounds):
-            parts.append({})
-            with timed_parts(parts[-1]):
+            once(mode, models["torchvision"], x)
+            spent: dict[str, float] = {}
+            with timed_parts(spent):
                 once(mode, models["fused"], x)
+            parts.append(parts_of(spent))
         ratios = [ours / theirs for ours, theirs in zip(times["fused"], times["torchvision"], strict=True)]
         rows.append(
             {
@@ -104,7 +131,7 @@ def measure(rounds: int, size: int, batch: int) -> list[dict[str, Any]]:
                 "size": size,
                 "milliseconds": {name: statistics.median(values) for name, values in times.items()},
                 "ratio": dict(zip(("lower_quartile", "median", "upper_quartile"), _quartiles(ratios), strict=True)),
-                "parts": {part: statistics.median(p.get(part, 0.0) for p in parts) for part in parts[0]},
+                "parts": {part: statistics.median(p[part] for p in parts) for part in parts[0]},
                 "rounds": times,
             }
         )

@@ -5,8 +5,8 @@ import pathlib
 
 from test_benchmarks import run
 
-LARGEST = {"training step": 0.6, "inference": 0.6}
-"""Fused by torchvision's; 0.39 and 0.37 on a quiet processor, 0.5 beside ten other processes on its two cores."""
+LARGEST = {"training step": 0.45, "inference": 0.35}
+"""Fused by torchvision's; 0.24 and 0.15 on a quiet processor, a third more beside ten other processes on its two cores."""
 
 
 def test_host_cost_beside_torchvisions(tmp_path: pathlib.Path) -> None:
@@ -17,4 +17,6 @@ def test_host_cost_beside_torchvisions(tmp_path: pathlib.Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
     for mode, largest in LARGEST.items():
         assert 0 < rows[mode]["ratio"]["median"] < largest, rows[mode]
-        assert rows[mode]["parts"]["programs"] > 0 and rows[mode]["parts"]["standing"] > 0
+        parts = rows[mode]["parts"]
+        assert all(parts[part] > 0 for part in ("modules and gate", "look", "autograd", "program", "kernels")), parts
+        assert sum(parts.values()) - parts["look"] < rows[mode]["milliseconds"]["torchvision"]

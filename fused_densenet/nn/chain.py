@@ -103,6 +103,8 @@ class Chain:
         return out
 
     def _bound(self, looked: "_Looked", backend: str) -> Bound | None:
+        if torch._C._are_functorch_transforms_active():  # whose tensors have no data of their own
+            return None
         kept = self._kept
         if kept is None or kept[0] is not looked.tensors or kept[1] != backend:
             kept = self._kept = looked.tensors, backend, Bound.by(BACKENDS[backend], looked.parameters)

@@ -58,11 +58,9 @@ class Watch {
     const auto [held, tensors, objects, owners, names] = lists_;
     for (ptrdiff_t i = 0, count = PyList_Size(held); i < count; ++i) {
       PyObject* const dict = PyList_GetItem(held, i);
-      if (PyDict_Size(dict) > 0) {  // most are hooks that are not there
-        PyObject *key, *value;
-        for (ptrdiff_t place = 0; PyDict_Next(dict, &place, &key, &value);) {
-          if (!f(key) || !f(value)) return false;
-        }
+      PyObject *key, *value;
+      for (ptrdiff_t place = 0; PyDict_Next(dict, &place, &key, &value);) {
+        if (!f(key) || !f(value)) return false;
       }
       if (!f(dict)) return false;  // where one dict ends
     }

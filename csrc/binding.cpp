@@ -1,13 +1,10 @@
 // The primitives' operators for CPU tensors: a library for one version of torch and every Python. The schemas are
 // fused_densenet/backends/extension.py's.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
@@ -18,6 +15,7 @@
 #include <variant>
 #include <vector>
 
+#include "bound.h"
 #include "cpu/params.h"
 #include "operators.h"
 #include "program.h"
@@ -54,44 +52,6 @@ Parallel parallel(int64_t work) {
 
 std::string capability() { return at::get_cpu_capability(); }
 
-// Tensors that are the same from call to call: given once, looked at in every call. A tensor holds them, as its data.
-class Bound {
- public:
-  explicit Bound(at::TensorList given) : tensors_(given.vec()) {
-    for (const Tensor& t : tensors_) sizes_.insert(sizes_.end(), t.sizes().begin(), t.sizes().end());
-  }
-
-  static Tensor bind(at::TensorList given) {
-    auto* const bound = new Bound(given);
-    return at::for_blob(bound, {static_cast<int64_t>(sizeof(Bound))})
-        .deleter([](void* own) { delete static_cast<Bound*>(own); })
-        .options(at::kByte)
-        .make_tensor();
-  }
-  static const Bound& of(const Tensor& holder) { return *static_cast<const Bound*>(holder.const_data_ptr()); }
-
-  at::TensorList tensors() const { return tensors_; }
-
-  // Whether they have the sizes that they had.
-  bool holds() const {
-    auto at = sizes_.begin();
-    for (const Tensor& t : tensors_) {
-      for (const int64_t size : t.sizes()) {
-        if (at == sizes_.end() || *at++ != size) return false;
-      }
-    }
-    return at == sizes_.end();
-  }
-
- private:
-  std::vector<Tensor> tensors_;
-  std::vector<int64_t> sizes_;
-};
-
-at::TensorList bound_tensors(const std::optional<Tensor>& holder) {
-  return holder ? Bound::of(*holder).tensors() : at::TensorList();
-}
-
 // The operators' binding to at::Tensor.
 struct Cpu {
   using Tensor = at::Tensor;
@@ -115,12 +75,15 @@ struct Cpu {
   }
 
   // One workspace for all calls. Behind `tensors` come those that are bound.
-  static void run_program(const Tensor& program, at::TensorList tensors, bool, const std::optional<Tensor>& bound) {
-    const at::TensorList more = bound_tensors(bound);
+  static void run_program(const Tensor& program, at::TensorList tensors, bool, at::TensorList bound) {
+    size_t count = tensors.size();
+    for (const Tensor& holder : bound) count += Bound::of(holder).tensors().size();
     std::vector<Argument> operands;
-    operands.reserve(tensors.size() + more.size());
+    operands.reserve(count);
     for (const Tensor& t : tensors) operands.push_back(argument(t, "operand"));
-    for (const Tensor& t : more) operands.push_back(argument(t, "operand"));
+    for (const Tensor& holder : bound) {
+      for (const Tensor& t : Bound::of(holder).tensors()) operands.push_back(argument(t, "operand"));
+    }
     if (operands.empty()) throw WrongValue("operands: expected at least one tensor");
     check(operands[0]);
     if (program.scalar_type() != at::kLong || !program.is_contiguous()) {
@@ -172,17 +135,6 @@ struct Cpu {
   };
 };
 
-std::vector<Tensor> empty_like(at::TensorList tensors) {
-  std::vector<Tensor> result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors) {
-    result.push_back(t.is_non_overlapping_and_dense()
-                         ? Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()))
-                         : at::empty_like(t));
-  }
-  return result;
-}
-
 template <class A>
 void update_running_of(const std::vector<RunningUpdate>& updates) {
   for (const RunningUpdate& u : updates) ++*u.count;
@@ -210,7 +162,8 @@ void update_running(at::TensorList stats, at::TensorList inside, at::IntArrayRef
   const auto batches = arguments(stats, "stats");
   const auto updates =
       running_updates(batches, arguments(inside, "inside"), groups.vec(),
-                      arguments(bound ? bound_tensors(bound) : buffers, "buffers"), momenta.vec(), unbiased.vec());
+                      arguments(bound ? at::TensorList(Bound::of(*bound).tensors()) : buffers, "buffers"),
+                      momenta.vec(), unbiased.vec());
   if (batches.empty()) return;
   Cpu::check(batches[0]);
   if (batches[0].dtype == ScalarType::Double) {
@@ -251,7 +204,11 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("update_running", Translated<&update_running>::call);
   m.impl("empty_like", empty_like);
   m.impl("bind", Bound::bind);
+  m.impl("bind_like", bind_like);
+  m.impl("bound_tensors", bound_tensors);
 }
+
+TORCH_LIBRARY_IMPL(fused_densenet, AutogradCPU, m) { m.impl("stand_ins", stand_ins); }
 
 #define FD_EXPORTED extern "C" __attribute__((visibility("default")))
 

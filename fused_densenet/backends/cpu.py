@@ -4,6 +4,7 @@ Every function follows the contract of :mod:`fused_densenet.backends.contract`.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -90,15 +91,38 @@ def runs_program(
     return True
 
 
-def bind(tensors: list[Tensor]) -> Tensor:
-    """What :func:`run_program` and :func:`update_running` take in place of tensors that are the same from call to call."""
+def bind(tensors: list[Tensor]) -> Tensor | None:
+    """What :func:`run_program` and :func:`update_running` take in place of tensors, without a Python object for each.
+
+    None where something looks at single operators, or where tensors may have no data of their own: transforms of torch.func.
+    """
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return None
     return torch.ops.fused_densenet.bind.default(tensors)
 
 
-def run_program(code: Tensor, operands: list[Tensor], bound: Tensor | None = None) -> None:
+def bind_like(bound: Tensor) -> Tensor:
+    """Uninitialised, each laid out like its tensor."""
+    return torch.ops.fused_densenet.bind_like.default(bound)
+
+
+def bound_tensors(bound: Tensor) -> list[Tensor]:
+    """What was given to :func:`bind`."""
+    return torch.ops.fused_densenet.bound_tensors.default(bound)
+
+
+def stand_ins(bound: list[Tensor]) -> list[Tensor]:
+    """Of lists that were bound, a tensor each to differentiate by; none unless each tensor of all needs a gradient.
+
+    The gradient of such a tensor is what is bound of gradients, in the same order.
+    """
+    return torch.ops.fused_densenet.stand_ins.default(bound)
+
+
+def run_program(code: Tensor, operands: list[Tensor], bound: Sequence[Tensor] = ()) -> None:
     """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them.
 
-    The last operands may be ``bound``.
+    The last operands are those that are ``bound``.
     """
     torch.ops.fused_densenet.run_program.default(code, operands, False, bound)
 

@@ -156,7 +156,7 @@ def runs_program(
 
 def run_program(code: Tensor, operands: list[Tensor]) -> None:
     """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them."""
-    _operators.run_program.default(code, operands, uses_tf32(operands[0]))
+    _operators.run_program.default(code, operands, uses_tf32(operands[0]), [])
 
 
 def update_running(

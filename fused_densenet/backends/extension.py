@@ -42,14 +42,17 @@ PRIMITIVES = (
 
 SCHEMAS = (
     *PRIMITIVES,
-    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32=False, Tensor? bound=None) -> ()",
+    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32, Tensor[] bound) -> ()",
     "update_running(Tensor[] stats, Tensor[] inside, int[] groups, Tensor(a!)[] buffers, float[] momenta, "
     "float[] unbiased, Tensor? bound=None) -> ()",
     "bind(Tensor[] tensors) -> Tensor",
+    "bind_like(Tensor bound) -> Tensor",
+    "bound_tensors(Tensor bound) -> Tensor[]",
+    "stand_ins(Tensor[] bound) -> Tensor[]",
     "empty_like(Tensor[] tensors) -> Tensor[]",
 )
 """The operators of every compiled library, defined below, once, so that the libraries load alone or together in any order.
-What is bound, the CPU's library keeps from call to call; it alone has the last two."""
+What is bound, the CPU's library keeps from call to call; it alone has the last five."""
 
 
 FUNCTIONS = tuple(schema.partition("(")[0] for schema in PRIMITIVES)

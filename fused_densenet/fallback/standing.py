@@ -76,11 +76,10 @@ def _watch_shapes(kernels: Sequence[dict[str, Any]], shapes: Sequence[torch.Size
 
     weights = [kernel["weight"] for kernel in kernels]
     plain = all(type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type == "cpu" for weight in weights)
-    # By what looks at operators, or by transforms, whose tensors have no data of their own.
-    noticed = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
-    if not weights or not plain or noticed or extension.cpu is None or not look():
+    if not weights or not plain or extension.cpu is None or not look():
         return look
-    return _Shapes(extension.cpu, cpu.bind(weights)).hold
+    bound = cpu.bind(weights)
+    return look if bound is None else _Shapes(extension.cpu, bound).hold
 
 
 def _watch(

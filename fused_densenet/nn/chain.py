@@ -1,8 +1,10 @@
 """Neighbours in a sequence that run as one: a program in inference, a differentiable function in training."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from ..backends.contract import accumulate_dtype
 from ..fallback.reasons import autocasts, meets
 from ..ops.block import Parameters
 from ..ops.network import Network, Part, Parts, channels, sizes
-from ..ops.network_step import Arguments, network_step
+from ..ops.network_step import Arguments, Held, network_step
 from ..ops.operator import is_plain
 from ..ops.program import Bound
 from .passage import Passage
@@ -51,7 +53,9 @@ class Chain:
         running = [link.running for link in links if link.running is not None]
         self._running = RunningStatistics(*[norms for one in running for norms in one.groups])
         self._looked: _Looked | None = None
-        self._kept: tuple[object, str, Bound | None] | None = None
+        hold = functools.partial(Held.by, parts=self.parts) if self._in_training else Bound.by
+        self._hold: Callable[[ModuleType, Parameters], Any] = hold
+        self._kept: tuple[object, str, Any] | None = None
 
     def run(self, x: Tensor, tensors: object | None, passage: Passage) -> Tensor | None:
         """The result of all, of parameters that are others only where ``tensors`` is; None where they cannot run at once."""
@@ -79,7 +83,7 @@ class Chain:
         assert self._network is not None
         backend = choose(x.device, x.dtype)
         if looked.as_they_are:
-            return self._network(x, looked.parameters, backend, self._bound(looked, backend))
+            return self._network(x, looked.parameters, backend, self._held(looked, backend))
         return self._network(x, _converted(looked.parameters, x.dtype), backend)
 
     def _step(self, x: Tensor, looked: "_Looked") -> Tensor | None:
@@ -97,17 +101,16 @@ class Chain:
             return None
         weights, biases, gammas, betas, _ = looked.parameters
         backend = choose(x.device, x.dtype)
-        bound = self._bound(looked, backend)
-        out, moments = network_step(Arguments(x, weights, biases, gammas, betas, self.parts, backend, bound))
+        held = self._held(looked, backend)
+        out, moments = network_step(Arguments(x, weights, biases, gammas, betas, self.parts, backend, held))
         self._running.update(moments, looked.tensors)
         return out
 
-    def _bound(self, looked: "_Looked", backend: str) -> Bound | None:
-        if torch._C._are_functorch_transforms_active():  # whose tensors have no data of their own
-            return None
+    def _held(self, looked: "_Looked", backend: str) -> Any:
+        """The parameters as the backend keeps them from call to call; None where it does not."""
         kept = self._kept
-        if kept is None or kept[0] is not looked.tensors or kept[1] != backend:
-            kept = self._kept = looked.tensors, backend, Bound.by(BACKENDS[backend], looked.parameters)
+        if kept is None or kept[0] is not looked.tensors or kept[1] != backend or kept[2] is None:
+            kept = self._kept = looked.tensors, backend, self._hold(BACKENDS[backend], looked.parameters)
         return kept[2]
 
 

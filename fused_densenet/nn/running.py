@@ -115,9 +115,10 @@ class _Looked(NamedTuple):
         means, variances, counts = (list(map(name, buffers)) for name in _OF_BUFFERS)
         statistics = means + variances
         found = statistics + counts
-        stay = tensors is not None and not torch._C._are_functorch_transforms_active()
-        bound = [kernels.bind(found)] if stay and hasattr(kernels, "bind") else []
-        return cls(tensors, found, bound, {*map(_DEVICE, statistics)}, {*map(_DTYPE, statistics)})
+        bound = kernels.bind(found) if tensors is not None and hasattr(kernels, "bind") else None
+        return cls(
+            tensors, found, [] if bound is None else [bound], {*map(_DEVICE, statistics)}, {*map(_DTYPE, statistics)}
+        )
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

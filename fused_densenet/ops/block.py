@@ -127,7 +127,8 @@ class Block(Operator):
         operands = {
             "dout": [dout],
             **_parameters(a),
-            **backward_operands(structure, buffer, kept, constants, gradient, correction, found, needed),
+            **backward_operands(structure, buffer, kept, constants, gradient, correction),
+            **gradient_operands(found, needed),
             "dropped": _scratch(buffer, 0 if a.keep is None else max(structure.growths)),
             "dropped_bottleneck": _scratch(buffer, 0 if a.keep_inside is None else structure.width),
             "dx": [gradients[0]],
@@ -286,15 +287,11 @@ def backward_operands(
     constants: list[Tensor],
     gradient: Tensor,
     correction: list[Tensor],
-    found: Sequence[list[Tensor]],
-    needed: Sequence[bool],
 ) -> dict[str, Sequence[Tensor]]:
-    """Of a program of :func:`schedule.backward`, but its parameters, dropouts, ``dout`` and ``dx``.
+    """Of a program of :func:`schedule.backward`, but parameters and their gradients, dropouts, ``dout`` and ``dx``.
 
-    ``kept`` and ``constants`` as forward leaves them, ``found`` where the gradients by weights, those that are ``needed``,
-    gammas, betas and biases go.
+    ``kept`` and ``constants`` as forward leaves them.
     """
-    dweights, dgammas, dbetas, dbiases = found
     return {
         "buffer": [buffer],
         "bottleneck": kept or _scratch(buffer, s.width),
@@ -303,11 +300,14 @@ def backward_operands(
         "dbottleneck": _scratch(buffer, s.width),
         "correction": correction,
         "own_correction": [torch.empty_like(c[:, 0]) for c in constants[1:2]],
-        "dweight": [g for g, wanted in zip(dweights, needed, strict=True) if wanted],
-        "dgamma": dgammas,
-        "dbeta": dbetas,
-        "dbias": dbiases,
     }
+
+
+def gradient_operands(found: Sequence[list[Tensor]], needed: Sequence[bool]) -> dict[str, Sequence[Tensor]]:
+    """Where the gradients by weights, those that are ``needed``, gammas, betas and biases go."""
+    dweights, dgammas, dbetas, dbiases = found
+    needed_ones = list(itertools.compress(dweights, needed))
+    return {"dweight": needed_ones, "dgamma": dgammas, "dbeta": dbetas, "dbias": dbiases}
 
 
 def _constants(constants: list[Tensor]) -> dict[str, Sequence[Tensor]]:

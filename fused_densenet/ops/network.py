@@ -105,7 +105,7 @@ class Network:
             zip(self.program.operands, [[channels_last(x)], *[[i] for i in images], *parameters], strict=True)
         )
         with shown("network"), without_autocast(x.device):
-            execute(self.program, operands, BACKENDS[backend], layout.context, bound)
+            execute(self.program, operands, BACKENDS[backend], layout.context, [] if bound is None else [bound])
         return images[-1]
 
 

@@ -8,7 +8,9 @@ and what was kept for a part is let go of as soon as it has run.
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from ..backends import BACKENDS
 from ..backends.contract import Gradient, Norm, Owed, accumulate_dtype
 from . import schedule
 from .block import Arguments as BlockArguments
-from .block import backward_operands, block
+from .block import backward_operands, block, gradient_operands
 from .layout import channels_last, empty_channels_last, empty_images, empty_like, pixels_last
 from .network import (
     NormReluPool,
@@ -33,9 +35,9 @@ from .network import (
     sizes,
     statistics,
 )
-from .operator import Differentiable, Outputs, norm_act
-from .program import Bound, Context, Image, Program, Vector, Weight, execute, without_autocast
-from .schedule import Structure
+from .operator import Differentiable, Outputs, is_batched, is_plain, norm_act, shown
+from .program import Bound, Context, Image, Operands, Program, Vector, Weight, execute, without_autocast
+from .schedule import PARAMETERS, Structure
 from .statistics import BatchMoments
 from .stem import Arguments as StemArguments
 from .stem import stem
@@ -46,10 +48,53 @@ _INPUT = -1
 """As the number of the part that owns the network's input."""
 
 
+class Held(NamedTuple):
+    """Parameters as a backend keeps them: all, and those of each part; lists of weights, biases, gammas and betas."""
+
+    all: Bound
+    by_part: list[Bound]
+
+    @classmethod
+    def by(cls, backend: ModuleType, parameters: Sequence[list[Tensor]], parts: Parts) -> "Held | None":
+        """None where the backend keeps none."""
+        whole = Bound.by(backend, parameters)
+        if whole is None:
+            return None
+        of_parts = [_lists_of(parameters, *ends) for ends in itertools.pairwise(places(parts))]
+        by_part = [bound for lists in of_parts if (bound := Bound.by(backend, lists)) is not None]
+        return cls(whole, by_part)
+
+    def stand_ins(self) -> list[Tensor]:
+        """A tensor to differentiate by for each part, whose gradient is the holder of its parameters' gradients.
+
+        None where autograd has to see the parameters: those that need no gradient, saved tensors that hooks pack, backward
+        passes that are compiled.
+        """
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or _compiles_backward():
+            return []
+        stand_ins: list[Tensor] = self.all.backend.stand_ins([bound.holder for bound in self.by_part])
+        return stand_ins
+
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""Weights, biases, gammas and betas."""
+
+
+def _lists_of(parameters: Sequence[list[Tensor]], begin: schedule.Before, end: schedule.Before) -> Lists:
+    weights, biases, gammas, betas, *_ = parameters
+    norms = slice(begin.norm, end.norm)
+    return weights[begin.weight : end.weight], biases[begin.bias : end.bias], gammas[norms], betas[norms]
+
+
+def _compiles_backward() -> bool:
+    compiler: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiler is not None and (compiler.compiled_autograd_enabled or torch._dynamo.config.compiled_autograd)
+
+
 class Arguments(NamedTuple):
     """``parts`` have all their norms in training; the lists have the parameters of all, in the order of execution.
 
-    ``bound`` are the same parameters.
+    ``held`` are the same parameters.
     """
 
     x: Tensor
@@ -59,7 +104,7 @@ class Arguments(NamedTuple):
     betas: list[Tensor]
     parts: Parts
     backend: str
-    bound: Bound | None = None
+    held: Held | None = None
     group: None = None
 
 
@@ -75,6 +120,11 @@ class NetworkStep(Differentiable):
     arguments = Arguments
     keeps_input = True
     releases = True
+
+    def _run(self, a: Arguments) -> Outputs:
+        if a.held is not None and torch.is_grad_enabled() and (stand_ins := a.held.stand_ins()):
+            return _held_step.applied(a, [a.x, *stand_ins])
+        return super()._run(a)
 
     def __call__(self, a: Arguments) -> tuple[Tensor, list[tuple[BatchMoments, Tensor]]]:
         """The result, and for each part the batch moments that its norms read, with an image of as many pixels."""
@@ -111,22 +161,42 @@ class NetworkStep(Differentiable):
         tensors = [[x], *[[t] for t in (*bottlenecks, *images, *taken)], a.weights, a.biases, a.gammas, a.betas, []]
         context = Context(None, x.numel() // x.shape[1], x.shape[0] * math.prod(spatial[-1]))
         with without_autocast(x.device):
-            execute(program, dict(zip(program.operands, tensors, strict=True)), BACKENDS[a.backend], context, a.bound)
+            operands = dict(zip(program.operands, tensors, strict=True))
+            execute(program, operands, BACKENDS[a.backend], context, [] if a.held is None else [a.held.all])
         read_again = images[: len(_kept(a.parts))]
         return Outputs(images[-1], [*read_again, *[t for t in bottlenecks if t.dim() == 6]], taken)
 
     def backward(
         self, dout: Tensor, a: Arguments, kept: list[Tensor], constants: list[Tensor], needed: list[bool]
     ) -> list[Tensor]:
-        made, before = _Made(a, kept, constants), places(a.parts)
+        dx, found = self._by_part(dout, a, kept, constants, self._parameters(a, needed))
+        return [dx, *itertools.chain(*[of_part[kind] for kind in range(4) for of_part in found])]
+
+    def _parameters(self, a: Arguments, needed: list[bool]) -> "Sequence[_Given | _Kept]":
+        before = places(a.parts)
+        parameters = a.weights, a.biases, a.gammas, a.betas
+        return [
+            _Given(*_lists_of(parameters, begin, end), needed[begin.weight : end.weight])
+            for begin, end in itertools.pairwise(before)
+        ]
+
+    def _by_part(
+        self,
+        dout: Tensor,
+        a: Arguments,
+        kept: list[Tensor],
+        constants: list[Tensor],
+        parameters: "Sequence[_Given | _Kept]",
+    ) -> tuple[Tensor, list[Any]]:
+        """The gradient by ``x``, and what :meth:`_Given.backward` or :meth:`_Kept.backward` leaves of each part."""
+        made = _Made(a, kept, constants)
         kept.clear()  # the caller's list: an image is let go of when nothing here holds it
         debts: dict[int, Debt] = {}
-        found = []
+        found: list[Any] = []
         with without_autocast(dout.device):
             for i in reversed(range(len(a.parts))):
                 run = _block_backward if isinstance(a.parts[i], Structure) else _other_backward
-                part = _of(a, before[i], before[i + 1], needed)
-                found.append(run(i, a, made, part, debts, dout))
+                found.append(run(i, a, made, parameters[i], debts, dout))
                 made.forget(i)
                 for number in [number for number in debts if number > i]:
                     del debts[number]
@@ -135,13 +205,12 @@ class NetworkStep(Differentiable):
                 pixels = pixels_last(dx)
                 owing = Gradient(pixels, pixels_last(made.image(_INPUT)), made.read(0)[0], correction)
                 BACKENDS[a.backend].place_backward(owing, pixels)
-        lists = [[t for part in reversed(found) for t in part[kind]] for kind in range(4)]
-        return [dx, *[t for tensors in lists for t in tensors]]
+        return dx, found[::-1]
 
     def by_operators(self, a: Arguments) -> Tensor:
-        x, before = a.x, places(a.parts)
-        for part, begin, end in zip(a.parts, before, before[1:], strict=False):
-            p = _of(a, begin, end, [])
+        x = a.x
+        for part, p in zip(a.parts, self._parameters(a, []), strict=True):
+            assert isinstance(p, _Given)
             if isinstance(part, Structure):
                 parameters: Any = p.weights, p.biases, p.gammas, p.betas, [], None, None
                 form: Any = (list(of) for of in (part.biased, part.slopes, part.eps, part.batch_stats))
@@ -158,7 +227,30 @@ class NetworkStep(Differentiable):
         return x
 
 
-network_step = NetworkStep()
+class _HeldStep(NetworkStep):
+    """The same, differentiated by stand-ins for the parameters of its parts."""
+
+    constants = ("weights", "biases", "gammas", "betas")
+
+    def gradients(
+        self, dout: Tensor, a: Arguments, kept: list[Tensor], constants: list[Tensor], needed: Sequence[bool]
+    ) -> list[Tensor]:
+        assert a.held is not None
+        if torch.is_grad_enabled() or not is_plain(dout) or is_batched(dout):
+            dx, *rest = self._batched(dout, a)
+            gradients = iter(rest)
+            weights, gammas, betas, biases = (
+                list(itertools.islice(gradients, len(kind))) for kind in (a.weights, a.gammas, a.betas, a.biases)
+            )
+            lists = [_lists_of((weights, biases, gammas, betas), *ends) for ends in itertools.pairwise(places(a.parts))]
+            return [dx, *[torch.ops.fused_densenet.bind.default([*itertools.chain(*of_part)]) for of_part in lists]]
+        parameters = [_Kept(bound) for bound in a.held.by_part]
+        with shown(f"{self.name}_backward"):
+            dx, found = self._by_part(dout, a, kept, constants, parameters)
+        return [dx, *found]
+
+
+network_step, _held_step = NetworkStep(), _HeldStep()
 
 
 @functools.lru_cache(maxsize=256)
@@ -167,8 +259,8 @@ def _kept(parts: Parts) -> list[int]:
     return owned(parts) if isinstance(parts[-1], Structure) else owned(parts)[:-1]
 
 
-class _Parameters(NamedTuple):
-    """A part's, and which of the weights need a gradient."""
+class _Given(NamedTuple):
+    """A part's parameters, and which of the weights need a gradient."""
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -176,20 +268,33 @@ class _Parameters(NamedTuple):
     betas: list[Tensor]
     needed: list[bool]
 
-    def gradients(self) -> tuple[list[Tensor], ...]:
-        """Uninitialised: by weights (empty where not needed), gammas, betas and biases."""
-        weights = self.weights
-        if not all(self.needed):
-            weights = [w if n else w.new_empty(0) for w, n in zip(weights, self.needed, strict=True)]
-        made = iter(empty_like([*weights, *self.gammas, *self.betas, *self.biases]))
-        kinds = self.weights, self.gammas, self.betas, self.biases
-        return tuple([list(itertools.islice(made, len(kind))) for kind in kinds])
+    def backward(self, program: Program, operands: Operands, backend: ModuleType, context: Context) -> Any:
+        """Runs a program; the gradients by weights (empty where not needed), gammas, betas and biases."""
+        weights, biases, gammas, betas, needed = self
+        if not all(needed):
+            weights = [w if n else w.new_empty(0) for w, n in zip(weights, needed, strict=True)]
+        kinds = weights, gammas, betas, biases
+        made = iter(empty_like([*itertools.chain(*kinds)]))
+        gradients = [list(itertools.islice(made, len(kind))) for kind in kinds]
+        parameters = dict(zip(PARAMETERS, self[:4], strict=True))
+        execute(program, {**operands, **parameters, **gradient_operands(gradients, needed)}, backend, context)
+        return gradients
 
 
-def _of(a: Arguments, begin: schedule.Before, end: schedule.Before, needed: Sequence[bool]) -> _Parameters:
-    weights, norms = slice(begin.weight, end.weight), slice(begin.norm, end.norm)
-    biases = a.biases[begin.bias : end.bias]
-    return _Parameters(a.weights[weights], biases, a.gammas[norms], a.betas[norms], list(needed[weights]))
+class _Kept(NamedTuple):
+    """A part's parameters, all of which need a gradient, as a backend keeps them."""
+
+    bound: Bound
+
+    @property
+    def needed(self) -> list[bool]:
+        return [True] * self.bound.lengths[0]
+
+    def backward(self, program: Program, operands: Operands, backend: ModuleType, context: Context) -> Any:
+        """Runs a program; the holder of the gradients."""
+        gradients = self.bound.like()
+        execute(program, operands, backend, context, [self.bound, gradients])
+        return gradients.holder
 
 
 class _Arrangement(NamedTuple):
@@ -255,11 +360,10 @@ class _Made:
 
 
 def _block_backward(
-    i: int, a: Arguments, made: _Made, p: _Parameters, debts: dict[int, Debt], dout: Tensor
-) -> tuple[list[Tensor], ...]:
-    s, buffer = a.parts[i], made.image(i)
+    i: int, a: Arguments, made: _Made, parameters: _Given | _Kept, debts: dict[int, Debt], dout: Tensor
+) -> Any:
+    s, buffer, reads = a.parts[i], made.image(i), made.reads(i)
     assert isinstance(s, Structure)
-    reads, gradients = made.reads(i), p.gradients()
     gradient, correction = debts[i] if i in debts else (_like(buffer), None)
     if correction is None:
         correction = torch.zeros_like(made.statistics[f"stats{i}"])
@@ -269,24 +373,21 @@ def _block_backward(
     kept = [made.bottlenecks[i]] if i in made.bottlenecks else []
     operands = {
         "dout": [gradient if followed else dout],
-        **backward_operands(s, buffer, kept, constants, gradient, [correction], gradients, p.needed),
-        "weight": p.weights,
-        "bias": p.biases,
-        "gamma": p.gammas,
-        "beta": p.betas,
+        **backward_operands(s, buffer, kept, constants, gradient, [correction]),
         "dx": dx,
     }
-    program = schedule.backward(s, tuple(p.needed), followed, preceded)
+    program = schedule.backward(s, tuple(parameters.needed), followed, preceded)
+    operands = {name: operands.get(name, []) for name in program.operands}
     context = Context(None, buffer.numel() // buffer.shape[1])
-    execute(program, {name: operands.get(name, []) for name in program.operands}, BACKENDS[a.backend], context)
+    gradients = parameters.backward(program, operands, BACKENDS[a.backend], context)
     debts[reads] = Debt(gradient, correction) if preceded else Debt(dx[0], None)
     return gradients
 
 
 def _other_backward(
-    i: int, a: Arguments, made: _Made, p: _Parameters, debts: dict[int, Debt], dout: Tensor
-) -> tuple[list[Tensor], ...]:
-    part, gradients, source, moments = a.parts[i], p.gradients(), made.source(i), made.read(i)
+    i: int, a: Arguments, made: _Made, parameters: _Given | _Kept, debts: dict[int, Debt], dout: Tensor
+) -> Any:
+    part, source, moments = a.parts[i], made.source(i), made.read(i)
     assert not isinstance(part, Structure)
     begin, end = 0, channels(part)[1]
     value, after, owed = [], [], []
@@ -300,13 +401,11 @@ def _other_backward(
         if correction is not None:
             value, after, owed = [made.image(owner)], [made.read(i + 1)], [correction]
     dx, correction = _like(source), torch.empty_like(moments)
-    program = _backward_of(part, begin, end, stored.shape[1], bool(owed), all(p.needed))
-    dweights, dgammas, dbetas, dbiases = gradients
-    kept = [[stored], value, after, owed, [source], [moments], [dx], [correction]]
-    lists = [*kept, p.weights, p.gammas, p.betas, dweights if all(p.needed) else [], dgammas, dbetas, dbiases]
-    sizes = (source.numel() // source.shape[1], stored.numel() // stored.shape[1])
-    context = Context(None, sizes[0], sizes[1])
-    execute(program, dict(zip(program.operands, lists, strict=True)), BACKENDS[a.backend], context)
+    program = _backward_of(part, begin, end, stored.shape[1], bool(owed), all(parameters.needed))
+    given = [[stored], value, after, owed, [source], [moments], [dx], [correction]]
+    context = Context(None, source.numel() // source.shape[1], stored.numel() // stored.shape[1])
+    operands = dict(zip(program.operands, given, strict=False))
+    gradients = parameters.backward(program, operands, BACKENDS[a.backend], context)
     debts[made.reads(i)] = Debt(dx, correction)
     return gradients
 
@@ -317,8 +416,8 @@ def _backward_of(part: NormReluPool | Reduction, begin: int, end: int, total: in
 
     Where it ``owes``, ``value`` and its moments ``after`` are laid out like that, and so is ``owed``.
     """
-    given = "stored", "value", "after", "owed", "x", "moments", "dx", "correction", "weight", "gamma", "beta"
-    program = Program((*given, "dweight", "dgamma", "dbeta", "dbias"))
+    given = "stored", "value", "after", "owed", "x", "moments", "dx", "correction"
+    program = Program((*given, *PARAMETERS, *[f"d{name}" for name in PARAMETERS]))
     width = channels(part)[0]
 
     def vector(operand: str, row: int = 0) -> Vector:

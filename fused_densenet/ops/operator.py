@@ -7,6 +7,7 @@ autograd through the operator written in torch's own.
 
 import contextlib
 import itertools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -87,9 +88,12 @@ class Differentiable(ABC):
         return x
 
     def _run(self, a: Any) -> Outputs:
-        tensors = _differentiable(a)
+        return self.applied(a, _differentiable(a))
+
+    def applied(self, a: Any, tensors: Sequence[Tensor]) -> Outputs:
+        """:meth:`forward`, differentiable by ``tensors``."""
         with shown(self.name):
-            if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            if not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))):
                 return self.forward(a)
             left: list[Outputs] = []
             apply = _Function.apply if torch._C._are_functorch_transforms_active() else _apply
@@ -100,7 +104,7 @@ class Differentiable(ABC):
         self, dout: Tensor, a: Any, kept: list[Tensor], constants: list[Tensor], needed: Sequence[bool]
     ) -> list[Tensor]:
         """:meth:`backward`, or what of it can be differentiated or is batched where that is asked for."""
-        if torch.is_grad_enabled() or not is_plain(dout) or _is_batched(dout):
+        if torch.is_grad_enabled() or not is_plain(dout) or is_batched(dout):
             return self._batched(dout, a)
         return self._shown_backward(dout, a, kept, constants, self._by_weights(a, needed))
 
@@ -109,7 +113,7 @@ class Differentiable(ABC):
             return self.backward(*arguments)
 
     def _by_weights(self, a: Any, needed: Sequence[bool]) -> list[bool]:
-        return [bool(n) for n in needed[1 : 1 + len(getattr(a, "weights", ()))]]
+        return list(map(bool, needed[1 : 1 + len(getattr(a, "weights", ()))]))
 
     def _batched(self, dout: Tensor, a: Any) -> list[Tensor]:
         refuse_synchronised(a.group)
@@ -122,7 +126,7 @@ class Differentiable(ABC):
         ctx.places = [i for i in self._places if a._fields[i] not in in_context]
         held = [a[i] if i in self._lists else [] if a[i] is None else [a[i]] for i in ctx.places]
         ctx.lengths = [len(tensors) for tensors in held]
-        ctx.save_for_backward(*[t for tensors in held for t in tensors], *others)
+        ctx.save_for_backward(*itertools.chain(*held, others))
         ctx.rest = [None if i in ctx.places else value for i, value in enumerate(a)]
         ctx.group = a.group
 
@@ -202,7 +206,7 @@ class Operator(Differentiable):
     ) -> list[Tensor]:
         """:meth:`backward`, or what of it can be differentiated or is batched where that is asked for."""
         by_weights = self._by_weights(a, needed)
-        if not torch.compiler.is_compiling() and _is_batched(dout):
+        if not torch.compiler.is_compiling() and is_batched(dout):
             return self._batched(dout, a)
         if torch.is_grad_enabled() or not is_plain(dout):
             return self._backward(dout, kept, constants, by_weights, *a)
@@ -295,7 +299,9 @@ class _Function(torch.autograd.Function):
         if dout is None:  # as torch's SyncBatchNorm sends back for an empty batch; other ranks wait for this one's sums
             dout = a.x.new_zeros(ctx.shape)
         gradients = ctx.operator.gradients(dout, a, kept, ctx.constants, needed)
-        return (None, None, None, *[g if wanted else None for g, wanted in zip(gradients, needed, strict=True)])
+        if not all(needed):
+            gradients = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
+        return (None, None, None, *gradients)
 
 
 _apply: Any = super(torch.autograd.Function, _Function).apply
@@ -326,18 +332,19 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
-def _is_batched(x: Tensor) -> bool:
+def is_batched(x: Tensor) -> bool:
     """Whether ``x`` stands for many, by ``torch.vmap`` or by ``torch.autograd.grad(is_grads_batched=True)``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _DIFFERENTIABLE = ("weights", "gammas", "betas", "biases")
 """Beside ``x``, in the order of gradients."""
 
 
 def _differentiable(a: Any) -> list[Tensor]:
-    return [a.x, *[t for name in _lists(a) for t in getattr(a, name)]]
+    return [a.x, *itertools.chain(*[getattr(a, name) for name in _lists(a)])]
 
 
 def _lists(a: Any) -> list[str]:

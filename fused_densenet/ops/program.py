@@ -7,6 +7,7 @@ function after the other, or whole by a compiled backend (``csrc/program.h``), w
 
 import contextlib
 import functools
+import itertools
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,30 +98,46 @@ class Program:
 
 
 class Bound(NamedTuple):
-    """The tensors of a program's last operands, ``lists`` of them, as its backend keeps them from call to call."""
+    """Lists of tensors, of these ``lengths``, as a ``backend`` keeps them, without a Python object for each."""
 
-    tensors: Tensor
-    lists: int
+    holder: Tensor
+    lengths: tuple[int, ...]
+    backend: ModuleType
 
     @classmethod
     def by(cls, backend: ModuleType, lists: Sequence[list[Tensor]]) -> "Bound | None":
         """None where the backend keeps none."""
-        tensors = [tensor for tensors in lists for tensor in tensors]
-        return cls(backend.bind(tensors), len(lists)) if tensors and hasattr(backend, "bind") else None
+        holder = backend.bind([*itertools.chain(*lists)]) if hasattr(backend, "bind") and any(lists) else None
+        return None if holder is None else cls(holder, tuple(map(len, lists)), backend)
+
+    def like(self) -> "Bound":
+        """Uninitialised, each laid out like its tensor."""
+        return self._replace(holder=self.backend.bind_like(self.holder))
+
+    def lists(self) -> list[list[Tensor]]:
+        tensors = iter(self.backend.bound_tensors(self.holder))
+        return [list(itertools.islice(tensors, length)) for length in self.lengths]
 
 
 def execute(
-    program: Program, operands: Operands, backend: ModuleType, context: "Context", bound: Bound | None = None
+    program: Program, operands: Operands, backend: ModuleType, context: "Context", bound: Sequence[Bound] = ()
 ) -> None:
-    """Runs ``program`` on tensors: whole where the backend can and no profiler wants to see the calls, else one by one."""
-    lists = [operands[name] for name in program.operands]
+    """Runs ``program`` on tensors: whole where the backend can and no profiler wants to see the calls, else one by one.
+
+    The program's last operands are those that are ``bound``.
+    """
+    lengths = [length for one in bound for length in one.lengths]
+    given = len(program.operands) - len(lengths)
+    lists = [operands[name] for name in program.operands[:given]]
     if context.group is None and hasattr(backend, "run_program") and not torch.autograd._profiler_enabled():
-        x, code = lists[0][0], program.code(tuple(map(len, lists)))
+        x, code = lists[0][0], program.code((*map(len, lists), *lengths))
         sizes = (context.fewest or context.pixels, context.pixels)
         if code is not None and backend.runs_program(x.device, x.dtype, sizes, program.kinds):
-            given, held = (lists, ()) if bound is None else (lists[: -bound.lists], (bound.tensors,))
-            backend.run_program(code, [tensor for tensors in given for tensor in tensors], *held)
+            held = ([one.holder for one in bound],) if bound else ()
+            backend.run_program(code, [*itertools.chain(*lists)], *held)
             return
+    looked_up = [tensors for one in bound for tensors in one.lists()]
+    operands = {**operands, **dict(zip(program.operands[given:], looked_up, strict=True))}
     weights = [weight_5d(weight) for weight in operands["weight"]]
     if weights and hasattr(backend, "pack_weights"):
         weights = backend.pack_weights(weights, lists[0][0])

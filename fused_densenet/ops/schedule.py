@@ -264,8 +264,9 @@ def backward(
     s, names = structure, Names(structure)
     program = Program(
         (
-            *("dout", *_GIVEN, "gradient", "dbottleneck", "correction", "own_correction"),
-            *("dropped", "dropped_bottleneck", "dx", "dweight", "dgamma", "dbeta", "dbias"),
+            *("dout", *[name for name in _GIVEN if name not in PARAMETERS]),
+            *("gradient", "dbottleneck", "correction", "own_correction", "dropped", "dropped_bottleneck", "dx"),
+            *(*PARAMETERS, *[f"d{name}" for name in PARAMETERS]),
         )
     )
     positions = iter(range(sum(weight_needed)))

@@ -203,7 +203,7 @@ def test_another_backends_calls_are_not_in_a_program(backend: Any) -> None:
 )
 def test_a_bad_program_is_refused(operators: Any, code: Tensor, said: str) -> None:
     with pytest.raises(RuntimeError, match=said):
-        operators.run_program(code, [torch.ones(2, 4, 3, 3)])
+        operators.run_program(code, [torch.ones(2, 4, 3, 3)], False, [])
 
 
 @pytest.mark.parametrize("sizes", [(4, 5), (3, 4, 2)], ids=str)

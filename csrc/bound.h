@@ -1,0 +1,152 @@
+// Lists of tensors that Python holds as one tensor, and the way of gradients from what is differentiated by such lists
+// to their tensors: with no Python object for any of them.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace fused_densenet {
+
+// Given once, looked at in every call. A tensor of one number holds it, as its data: the beginning of the list's
+// memory, which is no number that anomaly detection would look for.
+class Bound {
+ public:
+  static at::Tensor hold(std::vector<at::Tensor> tensors) {
+    auto* const bound = new Bound(std::move(tensors));
+    return at::for_blob(bound, {1})
+        .deleter([](void* own) { delete static_cast<Bound*>(own); })
+        .options(at::kDouble)
+        .make_tensor();
+  }
+  static at::Tensor bind(at::TensorList given) { return hold(given.vec()); }
+  static const Bound& of(const at::Tensor& holder) { return *static_cast<const Bound*>(holder.const_data_ptr()); }
+
+  const std::vector<at::Tensor>& tensors() const { return tensors_; }
+
+  // Whether they have the sizes that they had.
+  bool holds() const {
+    auto at = sizes_.begin();
+    for (const at::Tensor& t : tensors_) {
+      for (const int64_t size : t.sizes()) {
+        if (at == sizes_.end() || *at++ != size) return false;
+      }
+    }
+    return at == sizes_.end();
+  }
+
+ private:
+  explicit Bound(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
+    for (const at::Tensor& t : tensors_) sizes_.insert(sizes_.end(), t.sizes().begin(), t.sizes().end());
+  }
+
+  std::vector<at::Tensor> tensors_;
+  std::vector<int64_t> sizes_;
+};
+
+inline std::vector<at::Tensor> bound_tensors(const at::Tensor& holder) { return Bound::of(holder).tensors(); }
+
+// Uninitialised, each laid out like its tensor; filled where torch was asked to fill such memory.
+inline std::vector<at::Tensor> empty_like(at::TensorList tensors) {
+  const at::Context& context = at::globalContext();
+  const bool fills = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (const at::Tensor& t : tensors) {
+    result.push_back(t.is_non_overlapping_and_dense() && !fills
+                         ? at::Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()))
+                         : at::empty_like(t));
+  }
+  return result;
+}
+
+inline at::Tensor bind_like(const at::Tensor& holder) { return Bound::hold(empty_like(Bound::of(holder).tensors())); }
+
+// In a backward pass: of each list a holder of its gradients, in the same order.
+class Distribute : public torch::autograd::Node {
+ public:
+  explicit Distribute(at::TensorList holders) : holders_(holders.vec()) {
+    for (const at::Tensor& holder : holders_) {
+      for (const at::Tensor& t : Bound::of(holder).tensors()) {
+        add_next_edge(torch::autograd::impl::gradient_edge(t));
+        versions_.push_back(version(t));
+      }
+    }
+  }
+
+  std::string name() const override { return "fused_densenet::parameters"; }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "fused_densenet: this backward pass is compiled, and its forward pass was not run so: "
+                                "enable compiled autograd before the forward pass, too");
+  }
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
+    torch::autograd::variable_list result;
+    result.reserve(versions_.size());
+    for (size_t i = 0; i < holders_.size(); ++i) {
+      const auto& given = Bound::of(holders_[i]).tensors();
+      for (const at::Tensor& t : given) check(t, versions_[result.size() + static_cast<size_t>(&t - given.data())]);
+      if (gradients[i].defined()) {
+        const auto& found = Bound::of(gradients[i]).tensors();
+        TORCH_INTERNAL_ASSERT(found.size() == given.size());
+        result.insert(result.end(), found.begin(), found.end());
+      } else {
+        result.resize(result.size() + given.size());
+      }
+    }
+    return result;
+  }
+
+ private:
+  static uint32_t version(const at::Tensor& t) { return t.unsafeGetTensorImpl()->version_counter().current_version(); }
+
+  static void check(const at::Tensor& t, uint32_t expected) {
+    TORCH_CHECK(version(t) == expected,
+                "one of the variables needed for gradient computation has been modified by an inplace operation: [",
+                t.toString(), " ", t.sizes(), "] is at version ", version(t), "; expected version ", expected,
+                " instead.");
+  }
+
+  std::vector<at::Tensor> holders_;
+  std::vector<uint32_t> versions_;
+};
+
+// torch holds its nodes by other pointers from version to version.
+template <class Pointer>
+Pointer owner_of(torch::autograd::Node* node) {
+  if constexpr (std::is_constructible_v<Pointer, torch::autograd::Node*>)
+    return Pointer(node);
+  else
+    return Pointer::unsafe_steal_from_new(node);
+}
+
+// For each list a tensor to differentiate by in its place. None where not each tensor of all needs a gradient.
+inline std::vector<at::Tensor> stand_ins(at::TensorList holders) {
+  for (const at::Tensor& holder : holders) {
+    const auto& tensors = Bound::of(holder).tensors();
+    if (!std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) { return t.requires_grad(); })) return {};
+  }
+  const auto node = owner_of<decltype(torch::autograd::Edge::function)>(new Distribute(holders));
+  std::vector<at::Tensor> result;
+  for (size_t i = 0; i < holders.size(); ++i) {
+    result.push_back(at::zeros({1}, at::kDouble));
+    torch::autograd::impl::set_gradient_edge(result.back(), {node, node->add_input_metadata(result.back())});
+  }
+  return result;
+}
+
+}  // namespace fused_densenet

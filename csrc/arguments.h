@@ -49,6 +49,16 @@ template <class Error, class... Parts>
   throw Error(message.str());
 }
 
+// Of a contiguous tensor; -1 of any other.
+inline int64_t entries_of(const Argument& t) {
+  int64_t entries = 1;
+  for (int64_t i = t.dim - 1; i >= 0; --i) {
+    if (t.sizes[i] != 1 && t.strides[i] != entries) return -1;
+    entries *= t.sizes[i];
+  }
+  return entries;
+}
+
 // For messages.
 struct List {
   const int64_t* begin;

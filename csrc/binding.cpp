@@ -69,12 +69,10 @@ struct Cpu {
   template <class P>
   static void run(const P& problem, const Argument& data, bool) {
     const Call<P> call(problem, kernels_for(dtype_of(data), capability().c_str()));
-    if (call.nothing()) return;
-    const Workspace workspace(call.bytes());
-    call.run(workspace.address());
+    call.run(Workspace(call.bytes()).memory());
   }
 
-  // One workspace for all calls. Behind `tensors` come those that are bound.
+  // One workspace for all calls, looked for where a small one does not do. Behind `tensors` come those that are bound.
   static void run_program(const Tensor& program, at::TensorList tensors, bool, at::TensorList bound) {
     size_t count = tensors.size();
     for (const Tensor& holder : bound) count += Bound::of(holder).tensors().size();
@@ -91,31 +89,37 @@ struct Cpu {
     }
     const auto problems = Decoder(program.const_data_ptr<int64_t>(), program.numel(), operands).problems();
     const Kernels& kernels = kernels_for(dtype_of(operands[0]), capability().c_str());
-    size_t bytes = 0;
-    for (const Problem& problem : problems) {
-      std::visit([&](const auto& p) { bytes = std::max(bytes, Call(p, kernels).bytes()); }, problem);
-    }
-    const Workspace workspace(bytes);
-    for (const Problem& problem : problems) {
-      std::visit(
-          [&](const auto& p) {
-            const Call call(p, kernels);
-            if (!call.nothing()) call.run(workspace.address());
-          },
-          problem);
+    constexpr size_t small = 64 << 10;
+    Workspace workspace(small);
+    const auto run = [&](const Problem& problem) {
+      return std::visit([&](const auto& p) { return Call(p, kernels).run(workspace.memory()); }, problem);
+    };
+    for (auto problem = problems.begin(); problem != problems.end(); ++problem) {
+      if (run(*problem) <= workspace.memory().bytes) continue;
+      size_t bytes = 0;
+      for (auto next = problem; next != problems.end(); ++next) {
+        std::visit([&](const auto& p) { bytes = std::max(bytes, Call(p, kernels).bytes()); }, *next);
+      }
+      workspace = Workspace(bytes);
+      run(*problem);
     }
   }
 
  private:
-  // Aligned to 64 bytes.
   class Workspace {
    public:
-    explicit Workspace(size_t bytes) : memory_(at::empty({static_cast<int64_t>(bytes) + 64}, at::kByte)) {}
-    void* address() const {
-      return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64);
+    explicit Workspace(size_t bytes)
+        : bytes_(bytes), memory_(at::empty({static_cast<int64_t>(bytes) + kAlignment}, at::kByte)) {}
+    Memory memory() const {
+      constexpr uintptr_t alignment = kAlignment;
+      return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + alignment - 1) / alignment *
+                                      alignment),
+              bytes_};
     }
 
    private:
+    static constexpr int kAlignment = 64;
+    size_t bytes_;
     Tensor memory_;
   };
 
@@ -126,7 +130,7 @@ struct Cpu {
         : problem_(problem), entry_(entry(kernels, problem)), threads_(parallel(problem.shape.work())) {}
     bool nothing() const { return problem_.shape.pixels() == 0; }
     size_t bytes() const { return nothing() ? 0 : entry_.workspace(problem_, threads_.threads); }
-    void run(void* workspace) const { entry_.run(problem_, workspace, threads_); }
+    size_t run(const Memory& workspace) const { return nothing() ? 0 : entry_.run(problem_, workspace, threads_); }
 
    private:
     const P& problem_;

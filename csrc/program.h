@@ -97,11 +97,8 @@ class Decoder {
     const int64_t number = next(), offset = next(), length = next(), row = next();
     if (number < 0) return absent();
     View v = operand(number);
-    int64_t entries = 1;
-    for (int64_t i = v.dim - 1; i >= 0; --i) {
-      if (v.sizes[i] != 1 && v.strides[i] != entries) refuse<WrongValue>(v, "expected a contiguous tensor");
-      entries *= v.sizes[i];
-    }
+    const int64_t entries = entries_of(v);
+    if (entries < 0) refuse<WrongValue>(v, "expected a contiguous tensor");
     if (v.dim == 1 && entries != length) refuse<WrongValue>(v, "expected ", length, " entries, got ", entries);
     if (offset < 0 || offset + row + length > entries) refuse<WrongValue>(v, "expected more entries than ", entries);
     v.data = static_cast<char*>(v.data) + offset * static_cast<int64_t>(element(v));
@@ -131,11 +128,7 @@ class Decoder {
     Norm on(const Argument& x) const { return norm(mean, var, weight, bias, eps, slope, x); }
   };
 
-  NormViews norm_views() {
-    View mean = vector(), var = vector(), weight = vector(), bias = vector();
-    const double eps = number(), slope = number();
-    return {mean, var, weight, bias, eps, slope};
-  }
+  NormViews norm_views() { return {vector(), vector(), vector(), vector(), number(), number()}; }
 
   struct GradientViews {
     View stored, value, mean, correction;
@@ -145,10 +138,7 @@ class Decoder {
     }
   };
 
-  GradientViews gradient_views() {
-    View stored = image(), value = image(), mean = vector(), correction = vector();
-    return {stored, value, mean, correction, number()};
-  }
+  GradientViews gradient_views() { return {image(), image(), vector(), vector(), number()}; }
 
   Owed owed_to(const NormViews& norm, const Argument& x) {
     const View dweight = vector(), dbias = vector(), correction = vector(), pixels = vector();

@@ -14,15 +14,6 @@ inline void check_running(const Argument& t, const Argument& like, ScalarType dt
   if (t.dim > 1) refuse<WrongValue>(t, "expected vectors, got shape ", List{t.sizes, t.dim});
 }
 
-inline bool is_contiguous(const Argument& t) {
-  int64_t entries = 1;
-  for (int64_t i = t.dim - 1; i >= 0; --i) {
-    if (t.sizes[i] != 1 && t.strides[i] != entries) return false;
-    entries *= t.sizes[i];
-  }
-  return true;
-}
-
 // Those of a group of `count` norms behind those that `updates` has.
 inline void add_updates(const Argument& stats, const Argument* inside, bool from_end, int64_t count,
                         const std::vector<Argument>& buffers, const std::vector<double>& momenta, double unbiased,
@@ -30,9 +21,9 @@ inline void add_updates(const Argument& stats, const Argument* inside, bool from
   if (stats.dtype != ScalarType::Float && stats.dtype != ScalarType::Double) {
     refuse<WrongType>(stats, "expected float32 or float64, got ", stats.dtype);
   }
-  if (stats.dim != 2 || stats.sizes[0] != 2 || !is_contiguous(stats))
+  if (stats.dim != 2 || stats.sizes[0] != 2 || entries_of(stats) < 0)
     refuse<WrongValue>(stats, "expected shape (2, C)");
-  if (inside != nullptr && (inside->dim != 3 || !is_contiguous(*inside) || inside->dtype != stats.dtype)) {
+  if (inside != nullptr && (inside->dim != 3 || entries_of(*inside) < 0 || inside->dtype != stats.dtype)) {
     refuse<WrongValue>(*inside, "expected shape (2, layers, width), of the dtype of stats");
   }
   const int64_t row = stats.sizes[1], layers = inside != nullptr ? inside->sizes[1] : 0;

@@ -19,7 +19,6 @@ FD_PYTHON PyObject* PyObject_GetAttr(PyObject*, PyObject*);
 FD_PYTHON PyObject* PyObject_Type(PyObject*);
 FD_PYTHON void PyErr_Clear();
 FD_PYTHON int PyDict_Next(PyObject*, ptrdiff_t*, PyObject**, PyObject**);
-FD_PYTHON ptrdiff_t PyDict_Size(PyObject*);
 FD_PYTHON ptrdiff_t PyList_Size(PyObject*);
 FD_PYTHON PyObject* PyList_GetItem(PyObject*, ptrdiff_t);
 
@@ -31,7 +30,13 @@ class Watch {
   // Dicts whose keys and values shall stay; dicts whose keys shall stay and which of the values are `none`; objects
   // whose classes shall stay; and objects, each with a name, whose attributes of these names shall stay.
   Watch(PyObject* held, PyObject* tensors, PyObject* objects, PyObject* owners, PyObject* names, PyObject* none)
-      : lists_{held, tensors, objects, owners, names}, none_(none) {
+      : lists_{held, tensors, objects, owners, names},
+        none_(none),
+        held_(members(held)),
+        tensors_(members(tensors)),
+        objects_(members(objects)),
+        owners_(members(owners)),
+        names_(members(names)) {
     for (PyObject* list : lists_) Py_IncRef(list);
     look([this](PyObject* seen) {
       Py_IncRef(seen);
@@ -47,36 +52,43 @@ class Watch {
   }
 
   bool holds() const {
-    size_t i = 0;
-    return look([&](PyObject* seen) { return i < seen_.size() && seen_[i++] == seen; }) && i == seen_.size();
+    PyObject* const* next = seen_.data();
+    PyObject* const* const end = next + seen_.size();
+    return look([&](PyObject* seen) { return next != end && *next++ == seen; }) && next == end;
   }
 
  private:
-  // What is to be seen, in order, for as long as `f` wants more.
+  using Objects = std::vector<PyObject*>;
+  static constexpr size_t kAhead = 8;  // dicts on their way from memory
+
+  static Objects members(PyObject* list) {
+    Objects result;
+    for (ptrdiff_t i = 0, count = PyList_Size(list); i < count; ++i) result.push_back(PyList_GetItem(list, i));
+    return result;
+  }
+
+  // Calls f(object) for all that is watched, in one order, until it says no.
   template <class F>
   bool look(const F& f) const {
-    const auto [held, tensors, objects, owners, names] = lists_;
-    for (ptrdiff_t i = 0, count = PyList_Size(held); i < count; ++i) {
-      PyObject* const dict = PyList_GetItem(held, i);
-      PyObject *key, *value;
-      for (ptrdiff_t place = 0; PyDict_Next(dict, &place, &key, &value);) {
-        if (!f(key) || !f(value)) return false;
+    const auto look_at_dicts = [&](const Objects& dicts, auto entry) {
+      for (size_t i = 0; i < dicts.size(); ++i) {
+        if (i + kAhead < dicts.size()) __builtin_prefetch(dicts[i + kAhead]);
+        PyObject *key, *value;
+        for (ptrdiff_t place = 0; PyDict_Next(dicts[i], &place, &key, &value);) {
+          if (!f(key) || !f(entry(dicts[i], value))) return false;
+        }
+        if (!f(dicts[i])) return false;  // where one dict ends
       }
-      if (!f(dict)) return false;  // where one dict ends
+      return true;
+    };
+    if (!look_at_dicts(held_, [](PyObject*, PyObject* value) { return value; })) return false;
+    const auto is_none = [this](PyObject* dict, PyObject* value) { return value == none_ ? none_ : dict; };
+    if (!look_at_dicts(tensors_, is_none)) return false;
+    for (PyObject* object : objects_) {
+      if (!look_at(PyObject_Type(object), f)) return false;
     }
-    for (ptrdiff_t i = 0, count = PyList_Size(tensors); i < count; ++i) {
-      PyObject* const dict = PyList_GetItem(tensors, i);
-      PyObject *key, *value;
-      for (ptrdiff_t place = 0; PyDict_Next(dict, &place, &key, &value);) {
-        if (!f(key) || !f(value == none_ ? none_ : dict)) return false;
-      }
-      if (!f(dict)) return false;
-    }
-    for (ptrdiff_t i = 0, count = PyList_Size(objects); i < count; ++i) {
-      if (!look_at(PyObject_Type(PyList_GetItem(objects, i)), f)) return false;
-    }
-    for (ptrdiff_t i = 0, count = PyList_Size(owners); i < count; ++i) {
-      if (!look_at(PyObject_GetAttr(PyList_GetItem(owners, i), PyList_GetItem(names, i)), f)) return false;
+    for (size_t i = 0; i < owners_.size(); ++i) {
+      if (!look_at(PyObject_GetAttr(owners_[i], names_[i]), f)) return false;
     }
     return true;
   }
@@ -92,13 +104,10 @@ class Watch {
     return wanted;
   }
 
-  struct Lists {
-    PyObject *held, *tensors, *objects, *owners, *names;
-    PyObject** begin() { return &held; }
-    PyObject** end() { return &names + 1; }
-  } lists_;
+  PyObject* lists_[5];
   PyObject* none_;
-  std::vector<PyObject*> seen_;
+  Objects held_, tensors_, objects_, owners_, names_;
+  Objects seen_;
 };
 
 }  // namespace

@@ -28,8 +28,11 @@ size_t workspace_of(const Problem& problem, int threads) {
 }
 
 template <class Kernel, class Problem>
-void run(const Problem& problem, void* workspace, const Parallel& parallel) {
-  Kernel(problem, workspace, parallel.threads).run(parallel);
+size_t run(const Problem& problem, const Memory& workspace, const Parallel& parallel) {
+  const Kernel kernel(problem, workspace.data, parallel.threads);
+  const size_t bytes = kernel.workspace();
+  if (bytes <= workspace.bytes) kernel.run(parallel);
+  return bytes;
 }
 
 template <class Kernel, class Problem>

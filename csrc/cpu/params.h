@@ -16,12 +16,18 @@ void parallel_for(const Parallel& parallel, int64_t count, const F& body) {
   parallel.run(count, [](void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, const_cast<F*>(&body));
 }
 
-// A primitive's kernel for one data type. A call takes a workspace of the size that it states, in bytes, aligned to 64;
-// results do not depend on which thread ran what.
+// Memory for a call, aligned to 64.
+struct Memory {
+  void* data;
+  size_t bytes;
+};
+
+// A primitive's kernel for one data type. A call takes a workspace of the size that it states, in bytes: it returns
+// that, and runs where it was given as much. Results do not depend on which thread ran what.
 template <class Problem>
 struct Entry {
   size_t (*workspace)(const Problem&, int threads);
-  void (*run)(const Problem&, void* workspace, const Parallel&);
+  size_t (*run)(const Problem&, const Memory& workspace, const Parallel&);
 };
 
 // One instruction set's kernels for one data type.

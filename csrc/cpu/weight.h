@@ -64,12 +64,12 @@ struct PackedWeight {
     const int64_t tasks = ceil_div(row_elements(), task_elements);
     parallel_for(parallel, panels() * tasks, [&](int64_t task) {
       const int64_t p = task / tasks, begin = task % tasks * task_elements;
-      const int64_t elements = least(task_elements, row_elements() - begin);
+      const int64_t elements = least(task_elements, row_elements() - begin), read_columns = read_by_tiles(p);
       alignas(64) Numbers numbers;
       for (int64_t tap = 0; tap < s.taps(); tap += kTaps) {
         const int64_t count = least(kTaps, s.taps() - tap);
-        read<T, W>(s, weight, begin * P::pair, p * width, tap, count, numbers);
-        write(numbers, elements, count, out + p * panel_size() + (tap * row_elements() + begin) * width);
+        read<T, W>(s, weight, begin * P::pair, p * width, read_columns, tap, count, numbers);
+        write(numbers, elements, read_columns, count, out + p * panel_size() + (tap * row_elements() + begin) * width);
       }
     });
   }
@@ -83,10 +83,13 @@ struct PackedWeight {
       return rounded<T>(p, n);
   }
 
-  // kRows rows from `row`, the panel's columns from `column` and `count` taps from `tap`; zeros beyond the weight.
+  // Of a panel: its columns, up to a whole vector.
+  int64_t read_by_tiles(int64_t panel) const { return least(width, round_up(columns - panel * width, V::size)); }
+
+  // kRows rows from `row`, `wide` columns from `column` and `count` taps from `tap`; zeros beyond the weight.
   // Vectors go along what lies together in memory: columns, or else rows or taps, which are transposed.
   template <class T, class W>
-  void read(const Shape& s, const Weight& weight, int64_t row, int64_t column, int64_t tap, int64_t count,
+  void read(const Shape& s, const Weight& weight, int64_t row, int64_t column, int64_t wide, int64_t tap, int64_t count,
             Numbers& numbers) const {
     const int64_t row_stride = transposed ? weight.stride_out : weight.stride_in;
     const int64_t column_stride = transposed ? weight.stride_in : weight.stride_out;
@@ -97,20 +100,15 @@ struct PackedWeight {
     for (int64_t t = 0; t < count; ++t) {
       offsets[t] = weight.tap(s, transposed ? s.taps() - 1 - tap - t : tap + t);
     }
-    for (int64_t j = 0; j < width; j += V::size) {
-      const int64_t lanes = most(0, least(V::size, columns - column - j));
-      if (lanes == 0) {
-        for (int64_t r = 0; r < kRows; ++r) {
-          for (int64_t t = 0; t < count; ++t) store(numbers[r][t] + j, V::zero());
-        }
-        continue;
-      }
+    const bool one_run = !transposed && dense_taps && count == kTaps && row_stride == s.taps();
+    for (int64_t j = 0; j < wide; j += V::size) {
+      const int64_t lanes = least(V::size, columns - column - j);
       const W* from = static_cast<const W*>(weight.data) + row * row_stride + (column + j) * column_stride;
       const auto across = [&](const W* first, int64_t length, V* x) {  // x[i]: number i of every column
         for (int64_t i = 0; i < V::size; ++i) {
           const W* p = first + i * column_stride;
           x[i] = i < lanes ? number<T>(p, static_cast<int>(length)) : V::zero();
-          __builtin_prefetch(p + kAhead / sizeof(W));
+          if (i < lanes) __builtin_prefetch(p + kAhead / sizeof(W));
         }
         transpose(x);
       };
@@ -132,6 +130,12 @@ struct PackedWeight {
             for (int64_t i = 0; i < length; ++i) store(numbers[r + i][t] + j, x[i]);
           }
         }
+      } else if (one_run) {
+        for (int64_t i = 0; i < present * kTaps; i += V::size) {
+          const int64_t length = least(V::size, present * kTaps - i);
+          across(from + i, length, x);
+          for (int64_t n = 0; n < length; ++n) store(numbers[0][0] + (i + n) * width + j, x[n]);
+        }
       } else {
         const int64_t together = dense_taps ? V::size : 1;
         for (int64_t r = 0; r < present; ++r) {
@@ -145,18 +149,20 @@ struct PackedWeight {
     }
   }
 
-  void write(const Numbers& numbers, int64_t elements, int64_t count, E* to) const {
+  void write(const Numbers& numbers, int64_t elements, int64_t wide, int64_t count, E* to) const {
     const int64_t tap_size = row_elements() * width;
     for (int64_t r = 0; r < elements; ++r, to += width) {
       if constexpr (P::pair == 1) {
         if (winograd) {
-          transform_weight(numbers[r][0], width, to, tap_size);
+          transform_weight(numbers[r][0], width, wide, to, tap_size);
           continue;
         }
-        for (int64_t t = 0; t < count; ++t) std::memcpy(to + t * tap_size, numbers[r][t], sizeof(numbers[r][t]));
+        for (int64_t t = 0; t < count; ++t) {
+          for (int64_t j = 0; j < wide; j += V::size) store(to + t * tap_size + j, load(numbers[r][t] + j));
+        }
       } else {
         for (int64_t t = 0; t < count; ++t) {
-          for (int64_t j = 0; j < width; j += V::size) {
+          for (int64_t j = 0; j < wide; j += V::size) {
             P::write(to + t * tap_size + j, load(numbers[2 * r][t] + j), load(numbers[2 * r + 1][t] + j));
           }
         }

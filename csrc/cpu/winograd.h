@@ -124,10 +124,10 @@ void transform_outputs(const TilePlane& plane, const A* m, int64_t first, int64_
 
 // A row of a weight, w[9][width] to 16 rows of u, `step` apart: G w G'.
 template <class A>
-void transform_weight(const A* w, int64_t width, A* u, int64_t step) {
+void transform_weight(const A* w, int64_t width, int64_t columns, A* u, int64_t step) {
   using V = Vec<A>;
   const V half = V::all(A(0.5));
-  for (int64_t j = 0; j < width; j += V::size) {
+  for (int64_t j = 0; j < columns; j += V::size) {
     V rows[4][3];
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {

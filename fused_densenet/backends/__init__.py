@@ -46,8 +46,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     """
     name = getattr(_thread, "backend", None) or _known(os.environ.get(_VARIABLE, "auto"))
     if name == "auto":
-        names = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]  # the interpreter is for tests
-        name = next(name for name in names if _reason(name, device, dtype) is None)
+        for name in BACKENDS:
+            if (name, device.type) != ("triton", "cpu") and _reason(name, device, dtype) is None:
+                break  # Triton's interpreter on the CPU is for tests
         if name == "eager" and device.type == "cpu" and not torch.compiler.is_compiling():
             extension.warn_if_missing()
         return name

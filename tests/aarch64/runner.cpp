@@ -53,7 +53,8 @@ serving::Answer answer(const Head& head, const void* problem, uint64_t bytes, vo
   const auto& typed = *static_cast<const Problem*>(problem);
   const Entry<Problem>& kernel = entry(kernels_for(static_cast<DType>(head.dtype), "DEFAULT"), typed);
   if (head.measures) return {static_cast<int64_t>(kernel.workspace(typed, head.threads)), ""};
-  kernel.run(typed, workspace, {head.at_end ? run_backwards : run_forwards, head.threads});
+  const Memory memory{workspace, kernel.workspace(typed, head.threads)};
+  kernel.run(typed, memory, {head.at_end ? run_backwards : run_forwards, head.threads});
   return {0, ""};
 }
 

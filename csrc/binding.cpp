@@ -214,6 +214,10 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
 
 TORCH_LIBRARY_IMPL(fused_densenet, AutogradCPU, m) { m.impl("stand_ins", stand_ins); }
 
+// Of gradients that are batched.
+TORCH_LIBRARY_IMPL(fused_densenet, FuncTorchBatched, m) { m.impl("bind", Bound::bind); }
+TORCH_LIBRARY_IMPL(fused_densenet, Batched, m) { m.impl("bind", Bound::bind); }
+
 #define FD_EXPORTED extern "C" __attribute__((visibility("default")))
 
 // The instruction set of the kernels for float32 or, `narrow`, bfloat16, by the name of its file in csrc/cpu.

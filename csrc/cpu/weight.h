@@ -100,7 +100,7 @@ struct PackedWeight {
     for (int64_t t = 0; t < count; ++t) {
       offsets[t] = weight.tap(s, transposed ? s.taps() - 1 - tap - t : tap + t);
     }
-    const bool one_run = !transposed && dense_taps && count == kTaps && row_stride == s.taps();
+    const bool one_run = !transposed && dense_taps && s.taps() == kTaps && row_stride == kTaps;
     for (int64_t j = 0; j < wide; j += V::size) {
       const int64_t lanes = least(V::size, columns - column - j);
       const W* from = static_cast<const W*>(weight.data) + row * row_stride + (column + j) * column_stride;

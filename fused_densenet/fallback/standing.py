@@ -79,7 +79,7 @@ def _watch_shapes(kernels: Sequence[dict[str, Any]], shapes: Sequence[torch.Size
     if not weights or not plain or extension.cpu is None or not look():
         return look
     bound = cpu.bind(weights)
-    return look if bound is None else _Shapes(extension.cpu, bound).hold
+    return look if bound is None else _Shapes(bound).hold
 
 
 def _watch(
@@ -94,7 +94,7 @@ def _watch(
     ``objects``; attributes of classes.
     """
     if extension.cpu is not None:
-        return _Watch(extension.cpu, held, tensors, objects, methods).holds
+        return _Watch(held, tensors, objects, methods).holds
 
     def look() -> list[Any]:
         return [
@@ -108,38 +108,48 @@ def _watch(
     return lambda: look() == seen[0]
 
 
+class _Functions:
+    """Of the compiled library; they look at Python's objects."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        python = ctypes.PyDLL(library._name)
+        self.begin, self.holds, self.end, self.bound_holds = (
+            getattr(python, f"fused_densenet_{name}") for name in ("watch", "watch_holds", "watch_end", "bound_holds")
+        )
+        self.begin.restype, self.begin.argtypes = ctypes.c_void_p, [ctypes.py_object] * 6
+        self.end.restype, self.end.argtypes = None, [ctypes.c_void_p]
+        for look in (self.holds, self.bound_holds):
+            look.restype, look.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+
+
+_compiled: Any = None if extension.cpu is None else _Functions(extension.cpu)
+
+
 class _Watch:
     """The same in C++."""
 
-    def __init__(self, library: ctypes.CDLL, *watched: list[Any]) -> None:
-        python = ctypes.PyDLL(library._name)
-        begin, self._holds, self._end = (
-            getattr(python, f"fused_densenet_watch{name}") for name in ("", "_holds", "_end")
-        )
-        begin.restype, begin.argtypes = ctypes.c_void_p, [ctypes.py_object] * 6
-        self._holds.restype, self._holds.argtypes = ctypes.c_bool, [ctypes.c_void_p]
-        self._end.restype, self._end.argtypes = None, [ctypes.c_void_p]
+    def __init__(self, *watched: list[Any]) -> None:
         held, tensors, objects, methods = watched
         owners, names = ([pair[i] for pair in methods] for i in range(2))
-        self._watch = begin(held, tensors, objects, owners, names, None)
+        self._watch, self._end = _compiled.begin(held, tensors, objects, owners, names, None), _compiled.end
 
     def __del__(self) -> None:
-        self._end(self._watch)
+        self._end(self._watch)  # of a library that outlives this module
 
     def holds(self) -> bool:
-        return self._holds(self._watch)
+        looks: bool = _compiled.holds(self._watch)
+        return looks
 
 
 class _Shapes:
     """Those of bound tensors, in C++."""
 
-    def __init__(self, library: ctypes.CDLL, bound: torch.Tensor) -> None:
-        self._look = ctypes.PyDLL(library._name).fused_densenet_bound_holds
-        self._look.restype, self._look.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+    def __init__(self, bound: torch.Tensor) -> None:
         self._bound, self._at = bound, bound.data_ptr()
 
     def hold(self) -> bool:
-        return self._look(self._at)
+        looks: bool = _compiled.bound_holds(self._at)
+        return looks
 
 
 _standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()

@@ -12,7 +12,7 @@ from blocks import step
 from networks import assert_same_step, torchvisions
 from torch import nn
 
-from fused_densenet import FusedDenseBlock, fuse, strict
+from fused_densenet import DenseNet, FusedDenseBlock, fuse, strict
 from fused_densenet.backends import extension
 from fused_densenet.fallback.standing import Standing
 
@@ -214,3 +214,25 @@ def test_what_is_looked_at_outlives_nothing() -> None:
     del block
     gc.collect()
     assert layer() is None
+
+
+def to_another_dtype(model: Any) -> None:
+    model.double()
+
+
+def other_state(model: Any) -> None:
+    model.load_state_dict({name: t.clone() + 1 for name, t in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [to_another_dtype, other_state])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_tensors_can_be_swapped(change: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = DenseNet(2, (2, 2), 4, num_classes=3).train(training), torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(training):
+        model(x)
+    change(expected := copy.deepcopy(model))
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    change(model)
+    x = x.to(model.classifier.weight.dtype)
+    with torch.set_grad_enabled(training):
+        assert torch.equal(model(x), expected(x))

@@ -155,6 +155,22 @@ class _Shapes:
 _standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()
 
 
+class Remembered(nn.Module):
+    """A module of which nothing is remembered while its tensors are exchanged.
+
+    ``torch.utils.swap_tensors``, which ``to`` and ``load_state_dict`` use where torch was asked for it, takes only what nobody
+    else holds, and a plan may hold tensors.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        _standing.pop(self, None)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _standing.pop(self, None)
+        super()._load_from_state_dict(*args, **kwargs)
+
+
 class Known(NamedTuple):
     """What is known of a module: its plan; and its tensors, an object that is another one when one of them is.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..fallback.checks import check_image
 from ..fallback.reasons import announce, context_reasons, dtype_reasons, transform_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
-from ..fallback.standing import Known, known_of
+from ..fallback.standing import Known, Remembered, known_of
 from ..ops.subclasses import on_plain
 from .chain import Link
 from .passage import Passage
@@ -27,7 +27,7 @@ class Plan(Protocol):
         """Whether there is nothing to be said against ``x`` in a quiet surrounding; False where it takes a longer look."""
 
 
-class Gate(nn.Module):
+class Gate(Remembered):
     """A module that runs as one operator where it can, and operator by operator, with the reason said, where it cannot."""
 
     gate_name: ClassVar[str]

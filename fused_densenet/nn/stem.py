@@ -20,7 +20,7 @@ from ..fallback.anatomy import (
 )
 from ..fallback.reasons import announce, context_reasons, surroundings_reasons, uses_batch_stats
 from ..fallback.recording import exports_operators, refuse_script
-from ..fallback.standing import Known, known_of
+from ..fallback.standing import Known, Remembered, known_of
 from ..ops.block import Parameters
 from ..ops.network import NormReluPool
 from ..ops.ranks import sync_group
@@ -66,7 +66,7 @@ class Run(NamedTuple):
         return replacements(self.modules)
 
 
-class FusedFeatures(nn.Sequential):
+class FusedFeatures(Remembered, nn.Sequential):
     """A ``nn.Sequential`` that runs ``norm, relu`` and ``norm, relu, pool`` as one operator each.
 
     The children, their names and the result, its layout too, are those of ``nn.Sequential``. What is gained is memory: for such a run

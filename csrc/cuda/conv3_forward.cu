@@ -4,17 +4,21 @@
 // A tile is a box of pixels of some images. Of 64 bytes of channels at a time the box and its halo are copied into
 // shared memory, normalised and rectified there once, and multiplied with every tap: a tap is an offset of the rows
 // that ldmatrix reads. The next channels, or the next box's first, are under way meanwhile. For 16 x 16 pixels a stage
-// is 18 x 18 rows x 80 bytes = 25 KiB, 1.27 of the image; with two stages a block has 63 KiB, and two fit a
-// multiprocessor, as many as registers allow. It is bound by tensor cores and by the fragments they need: with k = 32,
-// a warp's 64 pixels x 32 channels take four fragments of x and two of weights, 512 bytes each, for 16 instructions.
+// is 18 x 18 rows x 80 bytes = 25 KiB, 1.27 of the image; with two stages, and their weights, a block has 99 KiB, and
+// two fit a multiprocessor of sm_90, as many as registers allow. It is bound by tensor cores and by the fragments they
+// need: with k = 32, a warp's 64 pixels x 32 channels take four fragments of x and two of weights, 512 bytes each, for
+// 16 instructions.
 //
-// Weights do not pass through shared memory. They are packed in the order of fragments, so that a warp reads each
-// fragment with one instruction, one step ahead. They stay in the first-level cache beside the stages (72 KiB for 128
-// channels in and 32 out, 3 x 3, 16 bits), which the copies of x bypass: shared memory is left to x, and no kernel
-// size has too many weights. A contiguous weight, whose channels are nine elements apart, would have to be packed
-// anyway, by every block.
+// Weights are packed in the order of fragments, so that a warp reads each fragment with one instruction, one step
+// ahead. A contiguous weight, whose channels are nine elements apart, would have to be packed anyway, by every block.
+// Those of a stage (18 KiB for 32 channels out, 3 x 3) are copied behind its pixels where as many blocks share a
+// multiprocessor as would without: the four warps read them there, and the second-level cache gives them once. Else, on
+// GPUs with less shared memory and for more weights, they are read where they lie, and what the first-level cache has
+// room for stays in it: no kernel size has too many weights.
 //
 // Layers with too few boxes get smaller ones, and if these do not suffice either, splits of the input channels.
+#include <type_traits>
+
 #include "boxes.cuh"
 #include "forward.cuh"
 #include "prepare.cuh"
@@ -25,6 +29,13 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32, kStages = 2, kTables = kStages + 1;
 constexpr int kMostGroups = 3;
 
+// Before sm_80 copies take registers, and nobody works meanwhile.
+#ifdef FD_BEFORE_SM80
+constexpr bool kCopiesWeights = false;
+#else
+constexpr bool kCopiesWeights = true;
+#endif
+
 struct Conv3 {
   const unsigned char* x;
   int pixel;  // bytes
@@ -33,6 +44,7 @@ struct Conv3 {
   const unsigned char* weights;
   Box image, kernel, box, halo, tiles;  // tiles: boxes in each direction
   int in, split_channels, access, groups;
+  int stage_weights;  // bytes of weights in a stage; none where they are read where they lie
   Output output;
 };
 
@@ -56,7 +68,7 @@ struct Layout {
     rows_at = tables + kTables * halo * int{sizeof(int)};
     offsets_at = rows_at + rows * int{sizeof(int)};
     stages = (offsets_at + offsets * int{sizeof(int)} + 127) / 128 * 128;
-    stage = halo * kPitch;
+    stage = halo * kPitch + f.stage_weights;
     bytes = stages + kStages * stage;
   }
 };
@@ -86,10 +98,14 @@ __device__ int pixels_of(const Conv3& f, int tile) {
          min(f.box.w, f.image.w - origin.w);
 }
 
+// Blocks of a multiprocessor that registers are enough for.
+template <int MI, int NT>
+constexpr int kResident = MI < 4 && NT < 6 ? 3 : 2;
+
 // MI tiles of 16 pixels and NT tiles of 8 channels in a warp: as many channels as there are, or one tile of 8 more; a
 // test of each product costs more instructions than the products.
 template <Arithmetic A, int MI, int NT>
-__global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
+__global__ void __launch_bounds__(kThreads, kResident<MI, NT>) conv3_kernel(const Conv3 f) {
   using M = Product<A>;
   using T = typename M::T;
   constexpr int element = sizeof(T), channels = kStage / element, per_chunk = Chunk<T>::size;
@@ -162,6 +178,19 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
   Cursor loading{0, 0}, preparing{0, 0}, consuming{0, 0};
   int loading_tile = static_cast<int>(blockIdx.x), consuming_tile = loading_tile, count = 0;
 
+  // Weights lie as [block of columns][M::kBytes of channels][tap][group of columns], in the order of use.
+  constexpr int weight_step = NT / 2 * M::kFragments;
+  const int all_products = (f.in * element + M::kBytes - 1) / M::kBytes;
+  const int stage_weights = kStage / M::kBytes * taps * weight_step;
+  const unsigned char* const all_weights =
+      f.weights + (int64_t{blockIdx.y} * all_products + first_channel * element / M::kBytes) * taps * weight_step;
+  const bool weights_in_stages = kCopiesWeights && f.stage_weights > 0;
+  const auto weights_at = [&](int stage) { return stage_at(stage) + layout.halo * kPitch; };
+  const auto products_of = [&](int step) {
+    const int bytes = min(kStage, (split_channels - step * channels) * element);
+    return (bytes + M::kBytes - 1) / M::kBytes * taps;
+  };
+
   const auto load = [&](int stage) {
     const int channel = loading.step * channels + chunk * per_chunk;
     const int valid = clamp((split_channels - channel) * element, 0, kChunk);
@@ -177,6 +206,14 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
         copy_chunk<decltype(width)::value>(to, bytes_behind(x, p, f.pixel), p >= 0 ? valid : 0);
       }
     });
+    if (weights_in_stages) {
+      const unsigned char* from = all_weights + int64_t{loading.step} * stage_weights;
+      unsigned char* const weights_to = weights_at(stage);
+#pragma unroll 4
+      for (int at = tid * kChunk, end = products_of(loading.step) * weight_step; at < end; at += kThreads * kChunk) {
+        copy_chunk<kChunk>(weights_to + at, from + at, kChunk);
+      }
+    }
     if (loading.advance(steps)) {
       loading_tile += grid;
       if (loading_tile < tiles) fill_table(f, loading_tile, table(loading.table), layout.halo);
@@ -220,12 +257,6 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     consuming_tile += grid;
   };
 
-  // Weights lie as [block of columns][M::kBytes of channels][tap][group of columns], in the order of use.
-  constexpr int weight_step = NT / 2 * M::kFragments;
-  const int all_products = (f.in * element + M::kBytes - 1) / M::kBytes;
-  const unsigned char* const all_weights =
-      f.weights + (int64_t{blockIdx.y} * all_products + first_channel * element / M::kBytes) * taps * weight_step +
-      M::packed_offset(lane);
   const bool last_exists = 8 * (NT - 1) < tile.columns;
 
   struct Fragments {
@@ -233,15 +264,14 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
     typename M::Right b[NT / 2];
   };
 
-  const auto multiply = [&](int stage, float (&sum)[MI][NT][4]) {
-    const int bytes = min(kStage, (split_channels - consuming.step * channels) * element);
+  const auto multiply_by = [&](auto global, int stage, const unsigned char* weights, float (&sum)[MI][NT][4]) {
     const unsigned char* rows = stage_at(stage);
-    const unsigned char* weights = all_weights + int64_t{consuming.step} * (kStage / M::kBytes) * taps * weight_step;
     const int* offset = offsets;
     const auto fetch = [&](Fragments& to) {
       const unsigned char* at = rows + *offset++;
 #pragma unroll
-      for (int j = 0; j < NT / 2; ++j) M::load_packed(to.b[j], weights + j * M::kFragments);
+      for (int j = 0; j < NT / 2; ++j)
+        M::template load_packed<decltype(global)::value>(to.b[j], weights + j * M::kFragments);
 #pragma unroll
       for (int i = 0; i < MI; ++i) {
         if (i < own_tiles) M::load(to.a[i], at, left_offset[i]);
@@ -258,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
         }
       }
     };
-    int remaining = (bytes + M::kBytes - 1) / M::kBytes * taps;
+    int remaining = products_of(consuming.step);
     if constexpr (M::kApart) {
       Fragments only;
       for (; remaining > 0; --remaining) {
@@ -277,6 +307,15 @@ __global__ void __launch_bounds__(kThreads, 2) conv3_kernel(const Conv3 f) {
         add_products(odd);
         if (--remaining == 0) break;
       }
+    }
+  };
+
+  const auto multiply = [&](int stage, float (&sum)[MI][NT][4]) {
+    const int own = M::packed_offset(lane);
+    if (weights_in_stages) {
+      multiply_by(std::false_type(), stage, weights_at(stage) + own, sum);
+    } else {
+      multiply_by(std::true_type(), stage, all_weights + int64_t{consuming.step} * stage_weights + own, sum);
     }
   };
 
@@ -335,6 +374,10 @@ Plan make_plan(const Forward& f, const Device& device) {
   k.in = static_cast<int>(s.in);
   k.output.bias = f.bias;
   k.groups = static_cast<int>(ceil_div(ceil_div(s.out, kGroup), column_blocks));
+  const auto resident = [&](int bytes) {
+    const int most = plan.large || k.groups == kMostGroups ? kResident<4, 2> : kResident<2, 2>;
+    return std::min(most, (device.shared_per_block + 1024) / (bytes + 1024));
+  };
   int64_t splits = 1;
   const int64_t fewest_splits = ceil_div(s.in * int64_t{sizeof(T)}, kMostSplit);
   for (int rows = kWarps * 16 * (fewest_splits > 1 ? 2 : M::kTiles); rows >= 1; rows /= 2) {
@@ -351,12 +394,17 @@ Plan make_plan(const Forward& f, const Device& device) {
     const int staging = static_cast<int>(k.groups == 1   ? WarpTile<1, 2>::staging_bytes<T>()
                                          : k.groups == 2 ? WarpTile<1, 4>::staging_bytes<T>()
                                                          : WarpTile<1, 6>::staging_bytes<T>());
-    plan.shared_bytes = Layout(k, plan.large ? 4 : 2, sizeof(T), M::kBytes, staging).bytes;
+    const auto bytes_with = [&](int weights) {
+      k.stage_weights = weights;
+      return Layout(k, plan.large ? 4 : 2, sizeof(T), M::kBytes, staging).bytes;
+    };
+    const int without = bytes_with(0);
+    plan.shared_bytes = bytes_with(static_cast<int>(kStage / M::kBytes * s.taps() * k.groups * M::kFragments));
+    if (device.capability < 80 || resident(plan.shared_bytes) < resident(without)) plan.shared_bytes = bytes_with(0);
     if (enough && plan.shared_bytes <= device.shared_per_block) break;
   }
   splits = ceil_div(s.in, k.split_channels);
-  const int64_t resident = std::max(1, (device.shared_per_block + 1024) / (plan.shared_bytes + 1024));
-  const int64_t at_once = device.multiprocessors * std::min<int64_t>(resident, 3) / (column_blocks * splits);
+  const int64_t at_once = int64_t{device.multiprocessors} * resident(plan.shared_bytes) / (column_blocks * splits);
   plan.grid = dim3(static_cast<unsigned>(std::min<int64_t>(k.tiles.volume(), std::max<int64_t>(1, at_once))),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits));
   const int64_t tile_sums = k.tiles.volume() * column_blocks * kThreads * (plan.large ? 4 : 2) * 2 * k.groups;

@@ -13,27 +13,49 @@ __device__ __forceinline__ float load_gradient(float stored, float value, float 
 // The slope of the activation that a gradient is of the result of; 1 where there is none.
 inline float gradient_slope_of(const Gradient& grad) { return static_cast<float>(grad.negative_slope); }
 
-// The gradient's first `left` channels of a chunk, from `channel` on; what lies beyond is zero.
+// The gradient's chunks of a thread's own channels: the first `left` from `channel` on; what lies beyond is zero.
 template <class T>
-__device__ __forceinline__ void load_gradient(float (&to)[Chunk<T>::size], const Gradient& grad, float slope,
-                                              int64_t pixel, int64_t channel, int64_t left, bool whole) {
-  const auto load = [&](const Pixels& from) {
-    return load_numbers(static_cast<const T*>(from.data) + pixel * from.ld + channel, 1, left, whole);
-  };
-  as_floats(to, load(grad.stored));
-  if (grad.mean == nullptr && slope == 1) return;
-  float value[Chunk<T>::size];
-  as_floats(value, load(grad.value));
-  const auto vector = [channel](const void* data) { return static_cast<const float*>(data) + channel; };
+class OwnGradient {
+  static constexpr int size = Chunk<T>::size;
+
+ public:
+  __device__ OwnGradient(const Gradient& grad, float slope, int64_t channel, int64_t left, bool whole)
+      : grad_(grad), activation_(slope), channel_(channel), left_(left), whole_(whole) {
+    if (grad.mean == nullptr) return;
+    const auto entry = [&](const void* vector, int i) {
+      return i < left ? static_cast<const float*>(vector)[channel + i] : 0.0f;
+    };
 #pragma unroll
-  for (int i = 0; i < Chunk<T>::size; ++i) {
-    if (grad.mean == nullptr) {
-      to[i] = leaky_backward(to[i], value[i], slope);
-    } else if (i < left) {
-      to[i] = load_gradient(to[i], value[i], vector(grad.mean)[i], vector(grad.constant)[i], vector(grad.slope)[i]);
+    for (int i = 0; i < size; ++i) {
+      mean_[i] = entry(grad.mean, i);
+      constant_[i] = entry(grad.constant, i);
+      slope_[i] = entry(grad.slope, i);
     }
   }
-}
+
+  __device__ __forceinline__ void load(float (&to)[size], int64_t pixel) const {
+    as_floats(to, chunk(grad_.stored, pixel));
+    if (grad_.mean == nullptr && activation_ == 1) return;
+    float value[size];
+    as_floats(value, chunk(grad_.value, pixel));
+#pragma unroll
+    for (int i = 0; i < size; ++i) {
+      to[i] = grad_.mean == nullptr ? leaky_backward(to[i], value[i], activation_)
+                                    : load_gradient(to[i], value[i], mean_[i], constant_[i], slope_[i]);
+    }
+  }
+
+ private:
+  __device__ Chunk<T> chunk(const Pixels& from, int64_t pixel) const {
+    return load_numbers(static_cast<const T*>(from.data) + pixel * from.ld + channel_, 1, left_, whole_);
+  }
+
+  const Gradient& grad_;
+  const float activation_;
+  const int64_t channel_, left_;
+  const bool whole_;
+  float mean_[size] = {}, constant_[size] = {}, slope_[size] = {};
+};
 
 // The first `count` numbers of a chunk in shared memory to global memory.
 template <class T>

@@ -98,10 +98,11 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % lanes, row = static_cast<int>(threadIdx.x) / lanes;
   const int64_t first_channel = int64_t{blockIdx.y} * lanes * size, channel = first_channel + lane * size;
   const int64_t step = int64_t{gridDim.x} * (kThreads / lanes);
+  const OwnGradient<T> gradient(grad, slope, channel, channels - channel, whole);
   float sum[size] = {};
   for (int64_t p = int64_t{blockIdx.x} * (kThreads / lanes) + row; p < pixels && channel < channels; p += step) {
     float g[size];
-    load_gradient<T>(g, grad, slope, p, channel, channels - channel, whole);
+    gradient.load(g, p);
 #pragma unroll
     for (int i = 0; i < size; ++i) sum[i] += g[i];
   }

@@ -16,6 +16,16 @@ namespace fused_densenet {
 template <Arithmetic>
 struct Product;
 
+// Of a packed weight.
+template <bool Global, class Chunk>
+__device__ __forceinline__ Chunk packed_chunk(const Chunk* from) {
+  if constexpr (Global) {
+    return __ldg(from);
+  } else {
+    return *from;
+  }
+}
+
 // By tensor cores, with one of ptx.cuh's products. A lane gives the address of one row of each operand to ldmatrix.
 template <class Type, auto mma>
 struct TensorCores {
@@ -44,12 +54,13 @@ struct TensorCores {
     mma(d, a.r, columns);
   }
 
-  // 16 columns in the order of fragments, 512 bytes in global memory: each lane reads 16 bytes of its own, which begin
-  // at its offset.
+  // 16 columns in the order of fragments, 512 bytes of global memory or of a copy in shared memory: each lane reads 16
+  // bytes of its own, which begin at its offset.
   static constexpr int kFragments = 512;
   static __device__ int packed_offset(int lane) { return 16 * lane; }
+  template <bool Global>
   static __device__ void load_packed(Right& b, const unsigned char* from) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint4 v = packed_chunk<Global>(reinterpret_cast<const uint4*>(from));
     b.r[0] = v.x;
     b.r[1] = v.y;
     b.r[2] = v.z;
@@ -118,14 +129,15 @@ struct Product<Arithmetic::f32> {
     }
   }
   static constexpr int kFragments = 256;
-  static __device__ int packed_offset(int lane) { return 64 * (lane & 3); }
+  static __device__ int packed_offset(int lane) { return 16 * (lane & 3); }
+  template <bool Global>
   static __device__ void load_packed(Right& b, const unsigned char* from) {
     const float4* own = reinterpret_cast<const float4*>(from);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) b.r[i >> 1][i & 1] = __ldg(own + i);
+    for (int i = 0; i < 4; ++i) b.r[i >> 1][i & 1] = packed_chunk<Global>(own + 4 * i);
   }
   static __device__ int2 packed_place(int i) {
-    const int lane = i / 16, j = i / 4 % 4;
+    const int lane = i / 4 % 4, j = i / 16;
     return make_int2(8 * (j >> 1) + 2 * lane + (j & 1), i % 4);
   }
   static __device__ void multiply(float (&d)[4], const Left& a, const Right& b, int half) {

@@ -99,6 +99,17 @@ __device__ __forceinline__ const unsigned char* bytes_behind(const void* from, i
 #endif
 }
 
+// Four bytes of a word, each chosen by four bits of `which`, the lowest first.
+__device__ __forceinline__ unsigned bytes_of(unsigned word, unsigned which) {
+#ifdef CUDA_HOST
+  unsigned chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= (word >> 8 * (which >> 4 * i & 3) & 0xFF) << 8 * i;
+  return chosen;
+#else
+  return __byte_perm(word, 0, which);
+#endif
+}
+
 #ifdef FD_BEFORE_SM80
 // A product of bfloat16 term by term, which the tensor cores before sm_80 do not have. Not unrolled: there are hundreds
 // of products in a kernel, and ptxas takes minutes over as many copies.

@@ -5,6 +5,10 @@
 // its own 16 bytes of channels. Pixel 2 w + 1 lies in the next window, too: the gradient finds the maxima of the box
 // and of its neighbours behind it, leaves their places in shared memory, and then each pixel gathers what its windows
 // have for it. So all is written once, by one thread, in an order that does not change.
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
 #include "boxes.cuh"
 #include "launch.h"
 #include "numbers.cuh"
@@ -17,7 +21,7 @@ namespace {
 
 constexpr int kThreads = 256, kWindows = 64, kMostLanes = 8;
 constexpr int kBlocks = 4;  // of the gradient, on a multiprocessor: each leaves sums
-constexpr unsigned char kNowhere = 255;
+constexpr int kNowhere = 255;
 
 // Windows of Dims dimensions; of none, a window is a pixel.
 template <int Dims>
@@ -82,6 +86,27 @@ struct Own {
         left(channels - channel) {}
 };
 
+// A thread's channels of an image, pixel by pixel; the launch has made sure that the bytes of a pixel fit.
+template <class T>
+struct OwnPixels {
+  unsigned char* data;
+  int step;  // bytes
+  int64_t left;
+  bool whole;
+
+  __device__ OwnPixels(const Pixels& image, const Own<T>& own, bool whole)
+      : data(static_cast<unsigned char*>(const_cast<void*>(image.data)) + own.channel * int64_t{sizeof(T)}),
+        step(static_cast<int>(image.ld * int64_t{sizeof(T)})),
+        left(own.left),
+        whole(whole) {}
+
+  __device__ T* at(int pixel) const {
+    return reinterpret_cast<T*>(const_cast<unsigned char*>(bytes_behind(data, pixel, step)));
+  }
+  __device__ Chunk<T> load(int pixel) const { return load_numbers(at(pixel), 1, left, whole); }
+  __device__ void store(int pixel, const Chunk<T>& values) const { store_numbers(at(pixel), 1, left, whole, values); }
+};
+
 // A norm's vectors of a chunk; zero beyond the last channel.
 template <class T>
 struct OwnNorm {
@@ -98,9 +123,7 @@ struct OwnNorm {
       shift[i] = entry.shift;
     }
   }
-  __device__ float before_activation(const Chunk<T>& x, int i) const {
-    return normalised(as_float(x.element[i]), mean[i], scale[i], shift[i]);
-  }
+  __device__ float before_activation(float x, int i) const { return normalised(x, mean[i], scale[i], shift[i]); }
 };
 
 template <class T, int Dims>
@@ -109,32 +132,61 @@ __global__ void __launch_bounds__(kThreads)
   const Own<T> own(f.shape.in, lanes);
   if (own.left <= 0) return;
   const OwnNorm<T> norm(f.norm, own);
-  const T* const x = static_cast<const T*>(f.x.data) + own.channel;
-  T* const out = static_cast<T*>(f.out.data) + own.channel;
+  const OwnPixels<T> x(f.x, own, whole_x), out(f.out, own, whole_out);
   const Box first = first_window(images, Windows<Dims>::box(), blockIdx.x);
   for (int i = own.row; i < kWindows; i += own.rows) {
     const Box window = moved(first, place_in(Windows<Dims>::box(), i));
     if (!inside(images.windows, window)) continue;
     float largest[Chunk<T>::size] = {};
-    for_each_pixel<Dims>(images.pixels, window, [&](int, int64_t pixel) {
-      const Chunk<T> in = load_numbers(x + pixel * f.x.ld, 1, own.left, whole_x);
+    for_each_pixel<Dims>(images.pixels, window, [&](int, int pixel) {
+      float in[Chunk<T>::size];
+      as_floats(in, x.load(pixel));
 #pragma unroll
       for (int j = 0; j < Chunk<T>::size; ++j) {
-        const float z = norm.before_activation(in, j);
+        const float z = norm.before_activation(in[j], j);
         largest[j] = Dims == 0 && norm.slope != 0 ? Leaky{norm.slope}(z) : maximum(largest[j], z);
       }
     });
     Chunk<T> result;
 #pragma unroll
     for (int j = 0; j < Chunk<T>::size; ++j) result.element[j] = rounded<T>(largest[j]);
-    store_numbers(out + index_in(images.windows, window) * f.out.ld, 1, own.left, whole_out, result);
+    out.store(index_in(images.windows, window), result);
   }
 }
 
-// The number of the pixel that a window's maximum comes from, for each channel of a chunk.
+// The number of the pixel that a window's maximum comes from, for each channel of a chunk: bytes of words.
 template <class T>
 struct alignas(Chunk<T>::size) Places {
-  unsigned char of[Chunk<T>::size];
+  static constexpr int words = Chunk<T>::size / 4;
+  unsigned of[words];
+
+  __device__ void set(int channel, int number) {
+    of[channel / 4] = (channel % 4 == 0 ? 0u : of[channel / 4]) | static_cast<unsigned>(number) << 8 * (channel % 4);
+  }
+  // All bits of the bytes that are `number`; numbers are below 128 or kNowhere, which is none.
+  __device__ Places are(int number) const {
+    Places found;
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+      const unsigned differs = of[i] ^ static_cast<unsigned>(number) * 0x01010101u;
+      const unsigned same = ~(((differs & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | differs) & 0x80808080u;
+      found.of[i] = (same >> 7) * 0xFFu;
+    }
+    return found;
+  }
+  __device__ bool any() const { return of[0] != 0 || of[words - 1] != 0; }
+  // The numbers of the channels whose bytes are set, zero in the others.
+  __device__ Chunk<T> cut(const Chunk<T>& x) const {
+    const uint4 bits = __builtin_bit_cast(uint4, x);
+    return __builtin_bit_cast(Chunk<T>,
+                              make_uint4(bits.x & mask(0), bits.y & mask(1), bits.z & mask(2), bits.w & mask(3)));
+  }
+
+ private:
+  // Of a chunk's word, a number or two.
+  __device__ unsigned mask(int word) const {
+    return sizeof(T) == 2 ? bytes_of(of[word / 2 % words], word % 2 ? 0x3322 : 0x1100) : bytes_of(of[0], 0x1111 * word);
+  }
 };
 
 template <class T, int Dims>
@@ -148,7 +200,14 @@ class PoolBackward {
   };
 
   __device__ PoolBackward(const NormReluPoolBackward& f, const Images& images, int lanes, bool whole, Shared& shared)
-      : f_(f), images_(images), whole_(whole), shared_(shared), own_(f.shape.in, lanes), norm_(f.norm, own_) {}
+      : f_(f),
+        images_(images),
+        shared_(shared),
+        own_(f.shape.in, lanes),
+        x_(f.x, own_, whole),
+        grad_(f.grad, own_, whole),
+        dx_(f.dx, own_, whole),
+        norm_(f.norm, own_) {}
 
   __device__ void run(float* partials) {
     const int boxes = images_.boxes.volume();
@@ -167,10 +226,6 @@ class PoolBackward {
   }
 
  private:
-  __device__ Chunk<T> load(const Pixels& from, int64_t pixel) const {
-    return load_numbers(static_cast<const T*>(from.data) + pixel * from.ld + own_.channel, 1, own_.left, whole_);
-  }
-
   // The first of equals, the last NaN; nowhere if ReLU lets nothing pass.
   __device__ void find_maxima(const Box& first) {
     for (int i = own_.row; i < Windows<Dims>::all; i += own_.rows) {
@@ -180,11 +235,12 @@ class PoolBackward {
 #pragma unroll
       for (int j = 0; j < size; ++j) place[j] = kNowhere;
       if (inside(images_.windows, window)) {
-        for_each_pixel<Dims>(images_.pixels, window, [&](int number, int64_t pixel) {
-          const Chunk<T> in = load(f_.x, pixel);
+        for_each_pixel<Dims>(images_.pixels, window, [&](int number, int pixel) {
+          float in[size];
+          as_floats(in, x_.load(pixel));
 #pragma unroll
           for (int j = 0; j < size; ++j) {
-            const float z = norm_.before_activation(in, j);
+            const float z = norm_.before_activation(in[j], j);
             const bool larger = z > largest[j] || z != z;
             largest[j] = larger ? z : largest[j];
             place[j] = larger ? number : place[j];
@@ -193,7 +249,7 @@ class PoolBackward {
       }
       Places<T> found;
 #pragma unroll
-      for (int j = 0; j < size; ++j) found.of[j] = static_cast<unsigned char>(place[j]);
+      for (int j = 0; j < size; ++j) found.set(j, place[j]);
       shared_.places[i][own_.lane] = found;
     }
   }
@@ -208,16 +264,13 @@ class PoolBackward {
       if constexpr (Dims >= 2) pixel.h = 2 * pixel.h + h;
       if constexpr (Dims >= 1) pixel.w = 2 * pixel.w + w;
       if (!inside(images_.pixels, pixel)) continue;
-      const int64_t at = index_in(images_.pixels, pixel);
-      const Chunk<T> in = load(f_.x, at);
-      float dz[size] = {};
+      const int at = index_in(images_.pixels, pixel);
+      float in[size], dz[size] = {};
+      as_floats(in, x_.load(at));
       if constexpr (Dims == 0) {
-        const Chunk<T> grad = load(f_.grad, at);
+        as_floats(dz, grad_.load(at));
 #pragma unroll
-        for (int j = 0; j < size; ++j) {
-          const float own = as_float(grad.element[j]);
-          dz[j] = norm_.before_activation(in, j) <= 0 ? lost(own) : own;
-        }
+        for (int j = 0; j < size; ++j) dz[j] = norm_.before_activation(in[j], j) <= 0 ? lost(dz[j]) : dz[j];
       } else {
         for (int next_d = 0; next_d <= d; ++next_d) {
           for (int next_h = 0; next_h <= h; ++next_h) {
@@ -235,10 +288,10 @@ class PoolBackward {
 #pragma unroll
       for (int j = 0; j < size; ++j) {
         sum_[j] += dz[j];
-        sum_centered_[j] = fmaf(dz[j], as_float(in.element[j]) - norm_.mean[j], sum_centered_[j]);
+        sum_centered_[j] = fmaf(dz[j], in[j] - norm_.mean[j], sum_centered_[j]);
         result.element[j] = rounded<T>(norm_.scale[j] * dz[j]);
       }
-      store_numbers(static_cast<T*>(f_.dx.data) + at * f_.dx.ld + own_.channel, 1, own_.left, whole_, result);
+      dx_.store(at, result);
     }
   }
 
@@ -249,14 +302,12 @@ class PoolBackward {
   static __device__ int number_of(int reach, int side, int next) { return reach == 1 || next ? 0 : 1 + side; }
 
   __device__ void add_maxima(float (&dz)[size], const Box& first, const Box& window, int number) const {
-    const Places<T> places = shared_.places[index_in(Windows<Dims>::with_next(), window)][own_.lane];
-    bool any = false;
+    const Places<T> wanted = shared_.places[index_in(Windows<Dims>::with_next(), window)][own_.lane].are(number);
+    if (!wanted.any()) return;
+    float grad[size];
+    as_floats(grad, wanted.cut(grad_.load(index_in(images_.windows, moved(first, window)))));
 #pragma unroll
-    for (int j = 0; j < size; ++j) any |= places.of[j] == number;
-    if (!any) return;
-    const Chunk<T> grad = load(f_.grad, index_in(images_.windows, moved(first, window)));
-#pragma unroll
-    for (int j = 0; j < size; ++j) dz[j] += places.of[j] == number ? as_float(grad.element[j]) : 0.0f;
+    for (int j = 0; j < size; ++j) dz[j] += grad[j];
   }
 
   // Adds over the threads that share a channel.
@@ -274,9 +325,9 @@ class PoolBackward {
 
   const NormReluPoolBackward& f_;
   const Images& images_;
-  const bool whole_;
   Shared& shared_;
   const Own<T> own_;
+  const OwnPixels<T> x_, grad_, dx_;
   const OwnNorm<T> norm_;
   float sum_[size] = {}, sum_centered_[size] = {};
 };
@@ -320,6 +371,13 @@ Images images_of(const Shape& s) {
   return images;
 }
 
+// Whether pixels can be numbered, and the bytes from one to the next counted, by 32 bits.
+bool counts(const Shape& s, std::initializer_list<Pixels> images) {
+  return s.pixels() <= INT32_MAX && std::all_of(images.begin(), images.end(), [](const Pixels& image) {
+           return image.ld * int64_t{sizeof(float)} <= INT32_MAX;
+         });
+}
+
 // Threads that share a pixel, and blocks beside each other for all of its channels.
 struct Channels {
   int lanes;
@@ -349,6 +407,7 @@ size_t norm_relu_pool_workspace(const NormReluPool&, Arithmetic, const Device&) 
 
 int norm_relu_pool(const NormReluPool& f, Arithmetic arithmetic, const Device&, void*, void* stream) {
   if (f.shape.pixels() == 0) return cudaSuccess;
+  if (!counts(f.shape, {f.x, f.out})) return cudaErrorNotSupported;
   return with_kernel(arithmetic, f.pools, f.shape, [&](auto type, auto dims) {
     using T = typename decltype(type)::type;
     constexpr int Dims = decltype(dims)::value;
@@ -368,6 +427,7 @@ size_t norm_relu_pool_backward_workspace(const NormReluPoolBackward& f, Arithmet
 int norm_relu_pool_backward(const NormReluPoolBackward& f, Arithmetic arithmetic, const Device& device, void* workspace,
                             void* stream) {
   if (f.shape.pixels() == 0) return cudaSuccess;
+  if (!counts(f.shape, {f.grad, f.x, f.dx})) return cudaErrorNotSupported;
   const int blocks = backward_blocks(f, arithmetic, device);
   float* const partials = static_cast<float*>(workspace);
   const int error = with_kernel(arithmetic, f.pools, f.shape, [&](auto type, auto dims) {

@@ -167,9 +167,9 @@ def test_the_same_bits_in_any_order_of_warps(case: Case, arithmetic: str) -> Non
         # 16-byte chunks of x once, and of the weight once in each of the blocks: two tiles of 256 pixels, one of 128
         (Shape((2, 1, 16, 16), 48, 48, ONE), 512 // 16 * 6 * 3, 512 * 6 + 2 * 48 * 6),
         (Shape((1, 1, 16, 16), 128, 128, ONE), 256 // 16 * 16 * 8, 256 * 16 + 2 * 128 * 16),
-        # boxes of 16 x 16 pixels and their halo
-        (Shape((1, 1, 32, 32), 128, 32, SQUARE), 1024 // 16 * 4 * 9 * 8, 4 * 18 * 18 * 16),
-        (Shape((1, 1, 16, 16), 48, 12, SQUARE), 256 // 16 * 2 * 9 * 3, 18 * 18 * 6),
+        # boxes of 16 x 16 pixels and their halo, and for each the weight's fragments of 32 chunks
+        (Shape((1, 1, 32, 32), 128, 32, SQUARE), 1024 // 16 * 4 * 9 * 8, 4 * (18 * 18 * 16 + 32 * 2 * 9 * 8)),
+        (Shape((1, 1, 16, 16), 48, 12, SQUARE), 256 // 16 * 2 * 9 * 3, 18 * 18 * 6 + 32 * 9 * 3),
     ],
     ids=str,
 )

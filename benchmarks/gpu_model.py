@@ -3,19 +3,25 @@
     python benchmarks/gpu_model.py --json docs/gpu_model.json --markdown docs/gpu-model.md
 
 For each primitive the kernels' own host code says the launches, their blocks and what fits on a multiprocessor;
-nvcc's PTX, executed for one block, says the instructions of a warp. A launch takes as long as the longest of
+nvcc's PTX, executed for one block, says the instructions of a warp. They are added up for two situations: a network, whose
+blocks, transitions and stem are one function, so that what precedes a block writes into its buffer; and its blocks alone,
+as gpu_report.py measures them, each with its input placed in the buffer, its result's gradient in another, and its input's
+gradient out of that. Weights are prepared once for a program, 32 calls by a launch: four launches of a network, one or two
+of a block, none in backward. A launch takes as long as the longest of
 
 - the instructions of a multiprocessor's blocks, at an assumed rate of issue: :data:`RATES` for each of four schedulers;
 - the bytes that must move once, at 0.9 of the memory's bandwidth; what its blocks ask for, at that of the cache;
 - its multiplications at the rate of a large matrix product; :data:`LAUNCH` microseconds.
 
-What the last block of a launch does after the others, which merges moments and adds splits, is not in it.
+What the last block of a launch does after the others, which merges moments and adds splits, is not in it. What kernels
+read is zero where they are counted: the stem's backward, which adds the gradients of maxima alone, adds none.
 
 Every figure that comes out is a prediction and is called one; none was measured. The floor beside it is what
 gpu_report.py measures against: bytes once, or multiplications.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -25,10 +31,21 @@ from typing import Any, NamedTuple
 
 from baselines import NETWORKS, Architecture
 from common import console
-from gpu_model_launches import POOL, POOL_BACKWARD, Cost, Kind, cost_of, launches_of
-from gpu_primitives import BACKWARD, FORWARD, Problem, block_problems
+from gpu_model_launches import PREPARED_TOGETHER, Cost, Kind, cost_of, launches_of, together
+from gpu_primitives import (
+    BACKWARD,
+    FORWARD,
+    MOMENTS,
+    PLACE_BACKWARD,
+    POOL,
+    POOL_BACKWARD,
+    Problem,
+    block_problems,
+    layer_problems,
+)
 from gpu_text import table
 from provenance import commit
+from ptx_launch import Launch
 from rich.table import Table
 
 RATES = (0.5, 0.7)
@@ -57,16 +74,14 @@ GPUS = {
 
 
 class Prediction(NamedTuple):
-    """Of a primitive: microseconds, launches, and what the launch that multiplies (or the first) is like."""
+    """Of a primitive: microseconds, launches by kernel, and what the launch that multiplies (or the first) is like; beside
+    them what it has prepared, alone or with others."""
 
     microseconds: float
     floor: float
-    launches: int
+    launches: Counter[str]
     main: Cost
-
-    @property
-    def waves(self) -> str:
-        return f"{self.main.blocks} × {self.main.threads}"
+    prepared: Cost | None
 
 
 def microseconds(cost: Cost, moved: int, flops: int, gpu: Gpu) -> float:
@@ -80,6 +95,7 @@ def microseconds(cost: Cost, moved: int, flops: int, gpu: Gpu) -> float:
 
 def predict(problem: Problem, gpu: Gpu) -> Prediction:
     costs = [cost_of(launch, problem, gpu.kind) for launch in launches_of(problem, gpu.kind)]
+    prepared = costs.pop(0) if costs[0].kernel == PREPARE else None
     main = max(costs, key=lambda cost: (cost.products, cost.requested))
     moved, flops = problem.moved(2, 4), problem.flops()
     total = 0.0
@@ -89,30 +105,74 @@ def predict(problem: Problem, gpu: Gpu) -> Prediction:
         else:
             total += microseconds(cost, cost.requested, 0, gpu)
     floor = max(moved / gpu.memory, flops / gpu.products) * 1e6
-    return Prediction(total, floor, len(costs), main)
+    return Prediction(total, floor, Counter(cost.kernel for cost in costs), main, prepared)
+
+
+PREPARE = "prepare_kernel"
+
+
+def preparation(program: list[Problem], gpu: Gpu) -> list[Prediction]:
+    """Of a program's weights and counters, by launch; no floor counts them."""
+    costs = [
+        cost_of(launch, p, gpu.kind) for p in program for launch in launches_of(p, gpu.kind)[:1] if _prepares(launch)
+    ]
+    batches = [costs[i : i + PREPARED_TOGETHER] for i in range(0, len(costs), PREPARED_TOGETHER)]
+    launches = map(together, batches)
+    return [Prediction(microseconds(c, c.requested, 0, gpu), 0.0, Counter([PREPARE]), c, None) for c in launches]
+
+
+def _prepares(launch: Launch) -> bool:
+    return PREPARE in launch.kernel
 
 
 Groups = dict[str, list[Problem]]
+NETWORK, ALONE = "in a network", "blocks alone"
+SITUATIONS = (NETWORK, ALONE)
+PREPARATION = "blocks and transitions, preparation"
 
 
-def groups(network: Architecture, batch: int, image: int) -> Groups:
-    """The primitives of a training step: of each block by kind, of its transition, of the stem."""
+def groups(network: Architecture, batch: int, image: int, situation: str) -> Groups:
+    """The primitives of a training step: of each block by kind, of its transition, of the stem, of the last norm.
+
+    In a network the stem's input has its moments taken, as has the first block's, and gradients are paid where they leave
+    both. What stands beside the groups, :data:`PREPARATION`, follows from them."""
     found: Groups = {}
-    channels, scale = network.num_init_features, 4
-    stem = (batch, 1, image // 2, image // 2)
-    found["stem"] = [Problem(primitive, stem, channels, channels, 0) for primitive in (POOL, POOL_BACKWARD)]
+    channels, scale, last = network.num_init_features, 4, len(network.block_config)
+
+    def image_of(scale: int) -> tuple[int, int, int, int]:
+        return (batch, 1, image // scale, image // scale)
+
+    def of_stem(primitive: str, scale: int) -> Problem:
+        return Problem(primitive, image_of(scale), channels, channels, 0, pool=primitive in (POOL, POOL_BACKWARD))
+
+    if situation == NETWORK:
+        order = (MOMENTS, 2), (POOL, 2), (PLACE_BACKWARD, 4), (POOL_BACKWARD, 2), (PLACE_BACKWARD, 2)
+        found["stem"] = [of_stem(*one) for one in order]
+        found["block 1, moments of its input"] = [of_stem(MOMENTS, 4)]
+    of_block = layer_problems if situation == NETWORK else block_problems
     for number, layers in enumerate(network.block_config, 1):
-        for problem in block_problems(batch, image // scale, layers, channels):
+        for problem in of_block(batch, image // scale, layers, channels):
             kind = f"{problem.side}×{problem.side}" if problem.side else problem.primitive
             direction = {FORWARD: "forward ", BACKWARD: "backward "}.get(problem.primitive, "")
             found.setdefault(f"block {number}, {direction}{kind}", []).append(problem)
         channels += layers * network.growth_rate
-        if number < len(network.block_config):
-            pixels = (batch, 1, image // scale, image // scale)
-            both = [Problem(p, pixels, channels, channels // 2, 1, pool=True) for p in (FORWARD, BACKWARD)]
-            found[f"transition {number}"] = both
+        if number < last:
+            both = [Problem(p, image_of(scale), channels, channels // 2, 1, pool=True) for p in (FORWARD, BACKWARD)]
+            if situation == NETWORK:
+                found[f"transition {number}"] = both
             channels, scale = channels // 2, 2 * scale
+    if situation == NETWORK:
+        norms = [Problem(primitive, image_of(scale), channels, channels, 0) for primitive in (POOL, POOL_BACKWARD)]
+        found["last norm"] = norms
     return found
+
+
+def programs(found: Groups, situation: str) -> list[list[Problem]]:
+    """The primitives that one preparation serves: of the network, or of each block."""
+    if situation == NETWORK:
+        return [[problem for problems in found.values() for problem in problems]]
+    numbers = dict.fromkeys(group.partition(",")[0] for group in found)
+    return [[p for group, problems in found.items() if group.startswith(f"{n},") for p in problems] for n in numbers]
 
 
 def predictions(problems: list[Problem], gpu: Gpu) -> list[Prediction]:
@@ -133,34 +193,42 @@ def predictions(problems: list[Problem], gpu: Gpu) -> list[Prediction]:
 
 
 def model(names: Iterable[str], batches: Iterable[int], gpus: Iterable[str], image: int) -> Iterator[dict[str, Any]]:
-    """A row for each group of primitives of each step."""
-    for gpu in gpus:
-        for name in names:
-            for batch in batches:
-                for group, problems in groups(NETWORKS[name], batch, image).items():
-                    found = predictions(problems, GPUS[gpu])
-                    middle = found[len(found) // 2].main
-                    yield {
-                        "gpu": gpu,
-                        "network": name,
-                        "batch": batch,
-                        "group": group,
-                        "calls": len(problems),
-                        "launches": sum(p.launches for p in found),
-                        "bytes": sum(p.moved(2, 4) for p in problems),
-                        "flops": sum(p.flops() for p in problems),
-                        "kernel": middle.kernel,
-                        "blocks": middle.blocks,
-                        "threads": middle.threads,
-                        "waves": middle.blocks / (middle.resident * GPUS[gpu].kind.multiprocessors),
-                        "instructions": by_kind(middle.instructions),
-                        "predicted_microseconds": sum(p.microseconds for p in found),
-                        "floor_microseconds": sum(p.floor for p in found),
-                        "of_primitives": {
-                            str(problem): prediction.microseconds
-                            for problem, prediction in zip(problems, found, strict=True)
-                        },
-                    }
+    """A row for each group of primitives of each step, in both situations."""
+    for gpu, name, batch, situation in itertools.product(gpus, names, batches, SITUATIONS):
+        about = {"gpu": gpu, "network": name, "batch": batch, "situation": situation}
+        found = groups(NETWORKS[name], batch, image, situation)
+        for group, problems in found.items():
+            predicted = predictions(problems, GPUS[gpu])
+            alone = {
+                str(problem): p.microseconds + _alone(p.prepared, GPUS[gpu])
+                for problem, p in zip(problems, predicted, strict=True)
+            }
+            yield about | row(group, problems, predicted, GPUS[gpu]) | {"of_primitives": alone}
+        prepared = [p for program in programs(found, situation) for p in preparation(program, GPUS[gpu])]
+        yield about | row(PREPARATION, [], prepared, GPUS[gpu]) | {"of_primitives": {}}
+
+
+def _alone(prepared: Cost | None, gpu: Gpu) -> float:
+    """Microseconds of a preparation that serves one call."""
+    return 0.0 if prepared is None else microseconds(prepared, prepared.requested, 0, gpu)
+
+
+def row(group: str, problems: list[Problem], found: list[Prediction], gpu: Gpu) -> dict[str, Any]:
+    middle = found[len(found) // 2].main
+    return {
+        "group": group,
+        "calls": len(problems),
+        "launches": sum((p.launches for p in found), Counter()),
+        "bytes": sum(p.moved(2, 4) for p in problems),
+        "flops": sum(p.flops() for p in problems),
+        "kernel": middle.kernel,
+        "blocks": middle.blocks,
+        "threads": middle.threads,
+        "waves": middle.blocks / (middle.resident * gpu.kind.multiprocessors),
+        "instructions": by_kind(middle.instructions),
+        "predicted_microseconds": sum(p.microseconds for p in found),
+        "floor_microseconds": sum(p.floor for p in found),
+    }
 
 
 KINDS = {
@@ -178,23 +246,26 @@ def by_kind(instructions: Counter[str]) -> dict[str, int]:
     return {**found, "rest": sum(instructions.values()) - sum(found.values())}
 
 
-PARTS = ("blocks", "transitions", "stem")
+PARTS = ("blocks", "transitions", "stem", "last norm")
 
 
 def part(row: dict[str, Any]) -> str:
-    return {"block": "blocks", "transition": "transitions"}.get(row["group"].split()[0], "stem")
+    """Preparation is counted with the blocks, which have nearly all of it."""
+    first = row["group"].split()[0]
+    return {"block": "blocks", "blocks": "blocks", "transition": "transitions"}.get(first, row["group"])
 
 
 def sums(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a step's parts, in milliseconds."""
     found = []
-    for key in dict.fromkeys((row["gpu"], row["network"], row["batch"]) for row in rows):
-        here = [row for row in rows if (row["gpu"], row["network"], row["batch"]) == key]
-        line: dict[str, Any] = dict(zip(("gpu", "network", "batch"), key, strict=True))
-        for name in PARTS:
+    names = "gpu", "network", "batch", "situation"
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        here = [row for row in rows if tuple(row[name] for name in names) == key]
+        line: dict[str, Any] = dict(zip(names, key, strict=True))
+        for name in dict.fromkeys(map(part, here)):
             line[name] = sum(row["predicted_microseconds"] for row in here if part(row) == name) / 1e3
             line[f"{name}, floor"] = sum(row["floor_microseconds"] for row in here if part(row) == name) / 1e3
-        line["launches"] = sum(row["launches"] for row in here)
+        line["launches"] = sum(sum(row["launches"].values()) for row in here)
         found.append(line)
     return found
 
@@ -203,8 +274,8 @@ HEADER = ("prediction", "launches", *(f"{name}, ms {what}" for name in PARTS for
 
 
 def sum_cells(line: dict[str, Any]) -> list[str]:
-    values = [f"{line[key]:.2f}" for name in PARTS for key in (name, f"{name}, floor")]
-    return [f"{line['gpu']}, {line['network']}, batch {line['batch']}", str(line["launches"]), *values]
+    values = [f"{line[key]:.2f}" if key in line else "" for name in PARTS for key in (name, f"{name}, floor")]
+    return ["{gpu}, {network}, batch {batch}, {situation}".format(**line), str(line["launches"]), *values]
 
 
 DETAIL = (
@@ -226,7 +297,7 @@ def detail_cells(row: dict[str, Any]) -> list[str]:
     return [
         row["group"],
         str(row["calls"]),
-        str(row["launches"]),
+        str(sum(row["launches"].values())),
         f"{row['bytes'] / 1e6:.0f}",
         f"{row['flops'] / 1e9:.0f}",
         f"{row['blocks']} × {row['threads']}",
@@ -237,17 +308,29 @@ def detail_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def markdown(rows: list[dict[str, Any]], made: str) -> str:
-    first = [row for row in rows if (row["gpu"], row["network"], row["batch"]) == ("H100", "densenet121", 64)] or rows
-    about = "{gpu}, {network}, batch {batch}".format(**first[0])
+def markdown(rows: list[dict[str, Any]], made: str, before: list[str]) -> str:
+    """``before``: sentences on what was said of earlier kernels, kept in the JSON file from one time to the next."""
+    cases = (
+        (s, [r for r in rows if (r["gpu"], r["network"], r["batch"]) == SHOWN and r["situation"] == s])
+        for s in SITUATIONS
+    )
+    tables = [
+        text
+        for situation, chosen in cases
+        for text in (
+            "## Predicted: {}, {}, batch {}, {}".format(*SHOWN, situation),
+            table(DETAIL, map(detail_cells, chosen)),
+        )
+        if chosen
+    ]
     doc = (__doc__ or "").split("\n\n", 2)
     return (
         "\n\n".join(
             [
                 "# Predicted times on GPUs",
                 f"Nothing here was measured: these are predictions of `benchmarks/gpu_model.py`, made at commit {made}. "
-                "bfloat16 data, float32 parameters, images of 224 × 224, a training step's dense blocks, transitions and "
-                "stem; what torch does beside them is not in it. " + doc[2].strip().replace(":data:", ""),
+                "bfloat16 data, float32 parameters, images of 224 × 224, a training step's dense blocks, transitions, stem "
+                "and last norm; what torch does beside them is not in it. " + doc[2].strip().replace(":data:", ""),
                 f"Assumed: {RATES[1]} instructions a cycle and scheduler ({RATES[0]} where it has one warp), {LAUNCH} µs a "
                 "launch at least, and of each GPU "
                 + "; ".join(
@@ -257,14 +340,18 @@ def markdown(rows: list[dict[str, Any]], made: str) -> str:
                 )
                 + ".",
                 table(HEADER, map(sum_cells, sums(rows))),
-                f"## Predicted: {about}",
+                *(["## Before", *before] if before else []),
+                *tables,
                 "Instructions are of one warp of the kernel that multiplies, in the group's middle layer, by nvcc's PTX, "
                 "branches aside.",
-                table(DETAIL, map(detail_cells, first)),
             ]
         )
         + "\n"
     )
+
+
+SHOWN = ("H100", "densenet121", 64)
+"""The step whose groups the page shows."""
 
 
 def main() -> None:
@@ -277,13 +364,11 @@ def main() -> None:
     parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="write the tables")
     args = parser.parse_args()
     rows = list(model(args.networks, args.batches, args.gpus, args.size))
+    names = "gpu", "network", "batch"
+    first = [row for row in rows if all(row[name] == rows[0][name] for name in names)]
     for title, header, lines in (
         ("Predictions, none measured: training steps", HEADER, map(sum_cells, sums(rows))),
-        (
-            "Predictions: {gpu}, {network}, batch {batch}".format(**rows[0]),
-            DETAIL,
-            map(detail_cells, rows[: len(groups(NETWORKS[args.networks[0]], 1, 224))]),
-        ),
+        ("Predictions: {gpu}, {network}, batch {batch}".format(**rows[0]), DETAIL, map(detail_cells, first)),
     ):
         printed = Table(title=title)
         for i, name in enumerate(header):
@@ -292,12 +377,12 @@ def main() -> None:
             printed.add_row(*cells)
         console.print(printed)
     made = commit() or "unknown"
+    before = json.loads(args.json.read_text()).get("before", []) if args.json and args.json.exists() else []
     if args.json:
-        args.json.write_text(
-            json.dumps({"about": "predictions, none measured", "commit": made, "rows": rows}, indent=1) + "\n"
-        )
+        about = {"about": "predictions, none measured", "commit": made, "before": before}
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
     if args.markdown:
-        args.markdown.write_text(markdown(rows, made))
+        args.markdown.write_text(markdown(rows, made, before))
 
 
 if __name__ == "__main__":

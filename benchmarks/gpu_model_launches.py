@@ -10,11 +10,21 @@ import math
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from gpu_primitives import BACKWARD, FORWARD, Problem
+from gpu_primitives import (
+    BACKWARD,
+    COPY,
+    FORWARD,
+    MOMENTS,
+    PLACE,
+    PLACE_BACKWARD,
+    POOL,
+    POOL_BACKWARD,
+    Problem,
+)
 from gpu_run import REPOSITORY
 from torch import Tensor
 
@@ -29,8 +39,7 @@ from emulated import ARITHMETIC, default_library
 from ptx.counting import Counts, count_block
 from ptx_launch import Launch, _entries, _kernel, launches
 
-POOL, POOL_BACKWARD = "norm_relu_pool", "norm_relu_pool_backward"
-NAMES = {FORWARD: "forward", BACKWARD: "backward"}
+NAMES = {FORWARD: "forward", BACKWARD: "backward", COPY: "place", MOMENTS: "place"}
 """Of primitives in csrc/cuda/launch.h, where they are others."""
 
 
@@ -96,12 +105,13 @@ def _struct(problem: Problem) -> ctypes.Structure:
     norm = Norm(*vectors(c, 4), 1e-5)  # type: ignore[arg-type]
     correction = torch.empty(2, c, device="meta")
     owed = Owed(*vectors(c, 2), correction)  # type: ignore[arg-type]
-    if problem.primitive == "place":
-        return problems.place(at, empty(*problem.pixels, c), x, *vectors(c, 2))
-    if problem.primitive == "place_backward":
+    if problem.primitive in (PLACE, COPY, MOMENTS):
+        moments: list[Any] = [None, None] if problem.primitive == COPY else vectors(c, 2)
+        return problems.place(at, empty(*problem.pixels, c), None if problem.primitive == MOMENTS else x, *moments)
+    if problem.primitive == PLACE_BACKWARD:
         return problems.place_backward(at, Gradient(dx, x, *vectors(c, 1), correction), empty(*problem.pixels, c))
     if problem.primitive in (POOL, POOL_BACKWARD):
-        maxima = empty(problem.pixels[0], *((size + 1) // 2 for size in problem.pixels[1:]), c)
+        maxima = empty(*problem.out_pixels(), c)
         if problem.primitive == POOL:
             return problems.norm_relu_pool(at, x, norm, maxima)
         return problems.norm_relu_pool_backward(at, maxima, x, norm, dx, owed)
@@ -180,6 +190,20 @@ def extended(one: Counts, two: Counts, number: int) -> Counts:
     instructions = Counter({op: n + more * (two.instructions[op] - n) for op, n in one.instructions.items()})
     read, written = (a + more * (b - a) for a, b in ((one.read, two.read), (one.written, two.written)))
     return Counts(instructions, read, written)
+
+
+PREPARED_TOGETHER = 32
+"""Calls of a program whose weights one launch prepares: csrc/cuda/prepare.cu's kCalls."""
+
+
+def together(launches: Sequence[Cost]) -> Cost:
+    """Of one launch that does what these do, each by its own blocks; instructions of a warp on average."""
+    blocks = sum(cost.blocks for cost in launches)
+    instructions: Counter[str] = Counter()
+    for cost in launches:
+        instructions.update({op: n * cost.blocks for op, n in cost.instructions.items()})
+    mean = Counter({op: round(n / blocks) for op, n in instructions.items()})
+    return launches[0]._replace(instructions=mean, blocks=blocks, requested=sum(cost.requested for cost in launches))
 
 
 @functools.cache

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from gpu_run import REPOSITORY
 
+ALONE = "blocks alone"
+"""The situation of gpu_model.py that the report measures."""
 FILE = REPOSITORY / "docs" / "gpu_model.json"
 
 
@@ -19,9 +21,9 @@ def of_primitive(problem: str, backend: str, arithmetic: str) -> float | None:
 
 
 def of_blocks(network: str, batch: int, backend: str) -> float | None:
-    """Milliseconds of the dense blocks' training step, or None."""
+    """Milliseconds of a training step of the dense blocks alone, or None."""
     here = [row for row in rows(this_gpu()) if (row["network"], row["batch"]) == (network, batch)]
-    parts = [row["predicted_microseconds"] for row in here if row["group"].startswith("block")]
+    parts = [row["predicted_microseconds"] for row in here if row["situation"] == ALONE]
     return sum(parts) / 1e3 if parts and backend == "cuda" else None
 
 

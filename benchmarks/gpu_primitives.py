@@ -27,13 +27,16 @@ CALLS = 10
 """In a CUDA graph, at least."""
 MOST_COPIES = 64
 FORWARD, BACKWARD = "norm_relu_conv", "norm_relu_conv_backward"
+PLACE, PLACE_BACKWARD = "place", "place_backward"
+COPY, MOMENTS = "place without moments", "place of moments alone"
+POOL, POOL_BACKWARD = "norm_relu_pool", "norm_relu_pool_backward"
 
 
 class Problem(NamedTuple):
     """A primitive on ``pixels`` (N, D, H, W): ``C`` channels to ``K`` (both the same where there is no convolution).
 
     ``accumulate`` is that of ``norm_relu_conv_backward``: into the block's gradient, or stored. ``pool`` halves the image
-    before the product; ``pixels`` are the input's.
+    before the product, or for a stem's maxima; ``pixels`` are the input's.
     """
 
     primitive: str
@@ -54,13 +57,14 @@ class Problem(NamedTuple):
 
     def moved(self, item: int, weight_item: int) -> int:
         """Bytes, each once."""
-        p, out = math.prod(self.pixels), math.prod(self.out_pixels())
+        p, out = math.prod(self.pixels) * self.C, math.prod(self.out_pixels()) * self.K
         weight = self.C * self.K * self.side**2 * weight_item
         if self.primitive == FORWARD:
-            return (p * self.C + out * self.K) * item + weight
+            return (p + out) * item + weight
         if self.primitive == BACKWARD:
-            return ((2 + self.accumulate) * p * self.C + 2 * out * self.K) * item + 2 * weight
-        return (2 if self.primitive == "place" else 3) * p * self.C * item
+            return ((2 + self.accumulate) * p + 2 * out) * item + 2 * weight
+        of_pixels = {PLACE: 2, COPY: 2, MOMENTS: 1, PLACE_BACKWARD: 3, POOL: 1, POOL_BACKWARD: 2}[self.primitive]
+        return (of_pixels * p + out * (self.primitive in (POOL, POOL_BACKWARD))) * item
 
     def flops(self) -> int:
         product = 2 * math.prod(self.out_pixels()) * self.C * self.K * self.side**2
@@ -72,20 +76,25 @@ BLOCKS = ((6, 64, 4), (12, 128, 8), (24, 256, 16), (16, 512, 32))
 GROWTH, WIDTH = 32, 128
 
 
-def block_problems(batch: int, side: int, layers: int, channels: int) -> list[Problem]:
-    """Every primitive of a training step of a dense block, as the schedule calls them."""
-    pixels = (batch, 1, side, side)
-    problems = [Problem("place", pixels, channels, channels, 0)]
+def layer_problems(batch: int, side: int, layers: int, channels: int) -> list[Problem]:
+    """Every primitive of a training step of a dense block's layers, forward and backward of each."""
+    pixels, problems = (batch, 1, side, side), []
     for layer in range(layers):
         c = channels + layer * GROWTH
         problems.append(Problem(FORWARD, pixels, c, WIDTH, 1))
         problems.append(Problem(FORWARD, pixels, WIDTH, GROWTH, 3))
         problems.append(Problem(BACKWARD, pixels, WIDTH, GROWTH, 3))
         problems.append(Problem(BACKWARD, pixels, c, WIDTH, 1, accumulate=True))
-    whole = channels + layers * GROWTH
-    problems.append(Problem("place", pixels, whole, whole, 0))
-    problems.append(Problem("place_backward", pixels, channels, channels, 0))
     return problems
+
+
+def block_problems(batch: int, side: int, layers: int, channels: int) -> list[Problem]:
+    """Every primitive of a training step of a dense block alone, as the schedule calls them: with its input placed in the
+    buffer, the result's gradient in the gradients' buffer, and the input's gradient out of that."""
+    pixels, whole = (batch, 1, side, side), channels + layers * GROWTH
+    inside = layer_problems(batch, side, layers, channels)
+    placed = Problem(PLACE, pixels, channels, channels, 0), Problem(COPY, pixels, whole, whole, 0)
+    return [*placed[:1], *inside, *placed[1:], Problem(PLACE_BACKWARD, pixels, channels, channels, 0)]
 
 
 def chosen_problems(batch: int, image: int) -> list[Problem]:
@@ -122,9 +131,9 @@ def call(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[fu
     norm = Norm(draw(c), draw(c).abs(), draw(c), draw(c), 1e-5)
     grad = Gradient(stored, out if problem.side else x, draw(k), draw(2, k))
     mean, var = torch.empty(2, k, device=device)
-    if problem.primitive == "place":
+    if problem.primitive == PLACE:
         arguments, written = (x, out, mean, var), {"out": out, "mean": mean, "var": var}
-    elif problem.primitive == "place_backward":
+    elif problem.primitive == PLACE_BACKWARD:
         arguments, written = (grad, dx), {"out": dx}
     else:
         weight = draw(k, c, 1, problem.side, problem.side) / (c * problem.side) ** 0.5

@@ -73,13 +73,20 @@ def count(backend: str, training: bool, counts: Counter[str], fused: Callable[..
         module.bfloat16()
     images = torch.empty(BATCH, 224, 224, 3, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
     labels = torch.empty(BATCH, dtype=torch.int64, device="meta")
-    with _as_on_a_gpu(backend), strict(), use_backend(backend), _Calls(counts, fused):
+    with calls(backend, counts, fused):
         if not training:
             with torch.inference_mode():
                 network(images)
             return
         loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
+
+
+@contextlib.contextmanager
+def calls(backend: str, counts: Counter[str], fused: Callable[..., None] | None) -> Iterator[None]:
+    """Inside the context what is called on tensors without data is counted, as on a GPU."""
+    with _as_on_a_gpu(backend), strict(), use_backend(backend), _Calls(counts, fused):
+        yield
 
 
 @contextlib.contextmanager

@@ -102,10 +102,9 @@ struct alignas(16) Chunk {
   T element[size];
 };
 
-// All numbers of a chunk.
+// All numbers of a chunk, of which these are the bits.
 template <class T>
-__device__ __forceinline__ void as_floats(float (&to)[Chunk<T>::size], const Chunk<T>& from) {
-  const uint4 bits = __builtin_bit_cast(uint4, from);
+__device__ __forceinline__ void as_floats(float (&to)[Chunk<T>::size], const uint4& bits) {
   const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -117,6 +116,11 @@ __device__ __forceinline__ void as_floats(float (&to)[Chunk<T>::size], const Chu
       to[i] = __uint_as_float(words[i]);
     }
   }
+}
+
+template <class T>
+__device__ __forceinline__ void as_floats(float (&to)[Chunk<T>::size], const Chunk<T>& from) {
+  as_floats<T>(to, __builtin_bit_cast(uint4, from));
 }
 
 // The first `count` numbers of a chunk, some elements apart in memory; zeros after them. At once where it is whole: 16

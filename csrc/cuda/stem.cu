@@ -103,7 +103,11 @@ struct OwnPixels {
   __device__ T* at(int pixel) const {
     return reinterpret_cast<T*>(const_cast<unsigned char*>(bytes_behind(data, pixel, step)));
   }
-  __device__ Chunk<T> load(int pixel) const { return load_numbers(at(pixel), 1, left, whole); }
+  // The bits of a chunk: compilers would take words apart that may have come in parts.
+  __device__ uint4 load(int pixel) const {
+    if (whole && left >= Chunk<T>::size) return *reinterpret_cast<const uint4*>(at(pixel));
+    return __builtin_bit_cast(uint4, load_numbers(at(pixel), 1, left, false));
+  }
   __device__ void store(int pixel, const Chunk<T>& values) const { store_numbers(at(pixel), 1, left, whole, values); }
 };
 
@@ -140,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
     float largest[Chunk<T>::size] = {};
     for_each_pixel<Dims>(images.pixels, window, [&](int, int pixel) {
       float in[Chunk<T>::size];
-      as_floats(in, x.load(pixel));
+      as_floats<T>(in, x.load(pixel));
 #pragma unroll
       for (int j = 0; j < Chunk<T>::size; ++j) {
         const float z = norm.before_activation(in[j], j);
@@ -175,11 +179,9 @@ struct alignas(Chunk<T>::size) Places {
     return found;
   }
   __device__ bool any() const { return of[0] != 0 || of[words - 1] != 0; }
-  // The numbers of the channels whose bytes are set, zero in the others.
-  __device__ Chunk<T> cut(const Chunk<T>& x) const {
-    const uint4 bits = __builtin_bit_cast(uint4, x);
-    return __builtin_bit_cast(Chunk<T>,
-                              make_uint4(bits.x & mask(0), bits.y & mask(1), bits.z & mask(2), bits.w & mask(3)));
+  // The bits of a chunk's numbers whose bytes are set, zero in the others.
+  __device__ uint4 cut(const uint4& bits) const {
+    return make_uint4(bits.x & mask(0), bits.y & mask(1), bits.z & mask(2), bits.w & mask(3));
   }
 
  private:
@@ -237,7 +239,7 @@ class PoolBackward {
       if (inside(images_.windows, window)) {
         for_each_pixel<Dims>(images_.pixels, window, [&](int number, int pixel) {
           float in[size];
-          as_floats(in, x_.load(pixel));
+          as_floats<T>(in, x_.load(pixel));
 #pragma unroll
           for (int j = 0; j < size; ++j) {
             const float z = norm_.before_activation(in[j], j);
@@ -266,9 +268,9 @@ class PoolBackward {
       if (!inside(images_.pixels, pixel)) continue;
       const int at = index_in(images_.pixels, pixel);
       float in[size], dz[size] = {};
-      as_floats(in, x_.load(at));
+      as_floats<T>(in, x_.load(at));
       if constexpr (Dims == 0) {
-        as_floats(dz, grad_.load(at));
+        as_floats<T>(dz, grad_.load(at));
 #pragma unroll
         for (int j = 0; j < size; ++j) dz[j] = norm_.before_activation(in[j], j) <= 0 ? lost(dz[j]) : dz[j];
       } else {
@@ -305,7 +307,7 @@ class PoolBackward {
     const Places<T> wanted = shared_.places[index_in(Windows<Dims>::with_next(), window)][own_.lane].are(number);
     if (!wanted.any()) return;
     float grad[size];
-    as_floats(grad, wanted.cut(grad_.load(index_in(images_.windows, moved(first, window)))));
+    as_floats<T>(grad, wanted.cut(grad_.load(index_in(images_.windows, moved(first, window)))));
 #pragma unroll
     for (int j = 0; j < size; ++j) dz[j] += grad[j];
   }

@@ -1,7 +1,9 @@
 """What a step of DenseNet-121 launches, counted where csrc/cuda_binding.cpp launches it on a GPU like an H100."""
 
+import contextlib
 import functools
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,21 @@ def _library() -> tuple[Path, torch.library.Library]:
 
 def count(kind: str) -> dict[str, int]:
     """``kind`` is one of :data:`launch_counts.KINDS`."""
+    with _counted() as (counts, call):
+        launch_counts.count("cuda", kind == "training", counts, call)
+    return launch_counts.table(counts)
+
+
+def launches_in(run: Callable[[], None]) -> Counter[str]:
+    """Of modules on tensors without data, by kernel and operator of torch."""
+    with _counted() as (counts, call), launch_counts.calls("cuda", counts, call):
+        run()
+    return counts
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[tuple[Counter[str], Callable[..., None]]]:
+    """What is counted, and what runs a call of ours."""
     counts: Counter[str] = Counter()
     library, _ = _library()
 
@@ -33,5 +50,4 @@ def count(kind: str) -> dict[str, int]:
         getattr(getattr(torch.ops, NAMESPACE), function.overloadpacket.__name__).default(*arguments)
 
     with launches(load(library), lambda launch: counts.update([nvcc.readable(launch.kernel).partition("<")[0]])):
-        launch_counts.count("cuda", kind == "training", counts, call)
-    return launch_counts.table(counts)
+        yield counts, call

@@ -7,8 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import counted_cuda
+import launch_counts
+import nvcc
 import pytest
+import torch
 from building import HERE
+
+from fused_densenet import FusedDenseBlock
 
 BENCHMARKS = HERE.parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -16,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_model  # noqa: E402
 import gpu_model_launches  # noqa: E402
 import gpu_predictions  # noqa: E402
+import gpu_primitives  # noqa: E402
 from gpu_model_launches import Cost, Kind  # noqa: E402
 from gpu_primitives import BACKWARD, FORWARD, Problem  # noqa: E402
 from ptx.counting import count_block  # noqa: E402
@@ -66,9 +73,48 @@ def test_a_launch_takes_as_long_as_the_longest_part() -> None:
     assert gpu_model.microseconds(nothing, 0, 0, gpu) == gpu_model.LAUNCH
 
 
+def predicted_launches(batch: int, image: int, situation: str) -> Counter[str]:
+    """By kernel, of DenseNet-121 on an H100."""
+    kind, found = gpu_model.GPUS["H100"].kind, Counter[str]()
+    groups = gpu_model.groups(gpu_model.NETWORKS["densenet121"], batch, image, situation)
+    for program in gpu_model.programs(groups, situation):
+        kernels = [nvcc.readable(it.kernel) for p in program for it in gpu_model_launches.launches_of(p, kind)]
+        own = Counter(kernel.partition("<")[0] for kernel in kernels)
+        prepared = own.pop(gpu_model.PREPARE)
+        found.update(own)
+        found[gpu_model.PREPARE] += -(-prepared // gpu_model_launches.PREPARED_TOGETHER)
+    return found
+
+
+def test_launches_of_a_network() -> None:
+    """Those that the binding makes in a training step, but what it does beside: running statistics are updated."""
+    made = json.loads(launch_counts.EXPECTED.read_text())["cuda training"]
+    own = {kernel: n for kernel, n in made.items() if kernel.endswith("_kernel")}
+    assert own.pop("update_running_kernel") > 0
+    assert predicted_launches(launch_counts.BATCH, 224, gpu_model.NETWORK) == own
+
+
+def test_launches_of_blocks_alone() -> None:
+    """A training step of each block of DenseNet-121, as the binding launches it."""
+    blocks = [
+        (FusedDenseBlock(layers, channels, 4, 32), channels, 56 * 4 // scale)
+        for layers, channels, scale in gpu_primitives.BLOCKS
+    ]
+
+    def step() -> None:
+        for block, channels, side in blocks:
+            images = torch.empty(64, side, side, channels, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+            block.to("meta")(images.requires_grad_()).sum().backward()
+
+    own = {kernel: n for kernel, n in counted_cuda.launches_in(step).items() if kernel.endswith("_kernel")}
+    assert own.pop("update_running_kernel") > 0
+    assert predicted_launches(64, 224, gpu_model.ALONE) == own
+
+
 def test_the_command(tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     sizes = ["--networks", "densenet121", "--batches", "1", "--gpus", "A100", "--size", "32"]
+    (tmp_path / "model.json").write_text(json.dumps({"before": ["Said before."]}))
     files = ["--json", tmp_path / "model.json", "--markdown", tmp_path / "model.md"]
     command = [sys.executable, BENCHMARKS / "gpu_model.py", *sizes, *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -76,11 +122,15 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     assert "Predictions, none measured" in done.stdout
     rows = json.loads((tmp_path / "model.json").read_text())["rows"]
     assert {gpu_model.part(row) for row in rows} == set(gpu_model.PARTS)
-    assert sum(row["calls"] for row in rows) == 58 * 4 + 4 * 3 + 3 * 2 + 2
+    calls = Counter(dict.fromkeys(gpu_model.SITUATIONS, 0))
     for row in rows:
+        calls[row["situation"]] += row["calls"]
         assert row["predicted_microseconds"] >= max(row["floor_microseconds"], gpu_model.LAUNCH * row["calls"])
+    assert calls == {gpu_model.NETWORK: 58 * 4 + 3 * 2 + 5 + 1 + 2, gpu_model.ALONE: 58 * 4 + 4 * 3}
+    assert json.loads((tmp_path / "model.json").read_text())["before"] == ["Said before."]
     text = (tmp_path / "model.md").read_text()
-    assert "Nothing here was measured" in text and "| A100, densenet121, batch 1 |" in text
+    assert "Nothing here was measured" in text and "| A100, densenet121, batch 1, blocks alone |" in text
+    assert "## Before\n\nSaid before.\n" in text
 
 
 def test_what_the_report_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,44 +12,70 @@ struct Preparations {
 };
 static_assert(sizeof(Preparations) <= 4000);
 
-// A weight's place [out][in][tap] of a packed number; outside of it where there is none.
-struct Place3 {
-  int64_t out, in, tap;
-};
-
-__device__ Place3 place_in_rows(const Packing& p, int64_t i) { return {i / p.row, i % p.row, 0}; }
-
+// Where the 16 bytes that a thread packs come from, by 32-bit divisions: a tap, and of each number the output and the
+// input channel. Outside of the weight where there is none.
 template <Arithmetic A>
-__device__ Place3 place_in_fragments(const Packing& p, int64_t i) {
+struct Source {
   using M = Product<A>;
-  constexpr int each = M::kFragments / int{sizeof(typename M::T)}, channels = M::kBytes / int{sizeof(typename M::T)};
-  int64_t at = i / each;
-  const int2 place = M::packed_place(static_cast<int>(i % each));
-  const int64_t taps = p.kernel[0] * p.kernel[1] * p.kernel[2], group = at % p.groups, tap = (at /= p.groups) % taps;
-  const int64_t steps = (p.in + channels - 1) / channels, step = (at /= taps) % steps, block = at / steps;
-  return {(block * p.groups + group) * kGroup + place.x, step * channels + place.y, tap};
-}
+  static constexpr int size = Chunk<typename M::T>::size, each = M::kFragments / kChunk;
+
+  bool in_rows;
+  unsigned tap, out, in, in_fragment;
+
+  __device__ Source(const Packing& p, unsigned chunk) : in_rows(p.groups == 0), tap(0), out(0), in(0), in_fragment(0) {
+    if (in_rows) {
+      const unsigned of_row = p.row / size;
+      out = chunk / of_row;
+      in = chunk % of_row * size;
+      return;
+    }
+    constexpr unsigned channels = M::kBytes / sizeof(typename M::T);
+    const unsigned taps = p.kernel[0] * p.kernel[1] * p.kernel[2], groups = p.groups;
+    const unsigned steps = (p.in + channels - 1) / channels, group = chunk / each % groups;
+    unsigned at = chunk / each / groups;
+    in_fragment = chunk % each * size;
+    tap = at % taps;
+    at /= taps;
+    out = (at / steps * groups + group) * kGroup;
+    in = at % steps * channels;
+  }
+
+  // {output, input channel}
+  __device__ int2 of(int number) const {
+    int2 at = in_rows ? make_int2(0, number) : M::packed_place(static_cast<int>(in_fragment) + number);
+    at.x += static_cast<int>(out);
+    at.y += static_cast<int>(in);
+    return at;
+  }
+};
 
 template <Arithmetic A>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Preparations all) {
   using T = typename Product<A>::T;
   const Preparation& own = all.of[blockIdx.y];
   const Packing& p = own.packing;
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
   if (i < own.counters) {
     reinterpret_cast<unsigned*>(static_cast<unsigned char*>(own.at) + own.counters_at)[i] = 0;
   }
-  if (i >= p.numbers) return;
-  const Place3 at = p.groups == 0 ? place_in_rows(p, i) : place_in_fragments<A>(p, i);
-  float value = 0;
-  if (at.out < p.out && at.in < p.in) {
-    const Weight& w = p.weight;
-    const int64_t kh = p.kernel[1], kw = p.kernel[2];
-    const int64_t offset = at.out * w.stride_out + at.in * w.stride_in + at.tap / (kh * kw) * w.stride_tap[0] +
-                           at.tap / kw % kh * w.stride_tap[1] + at.tap % kw * w.stride_tap[2];
-    value = w.is_float ? static_cast<const float*>(w.data)[offset] : as_float(static_cast<const T*>(w.data)[offset]);
+  if (int64_t{i} * Chunk<T>::size >= p.numbers) return;
+  const Source<A> source(p, i);
+  const Weight& w = p.weight;
+  const unsigned kh = p.kernel[1], kw = p.kernel[2];
+  const int64_t of_tap = source.tap / (kh * kw) * w.stride_tap[0] + source.tap / kw % kh * w.stride_tap[1] +
+                         source.tap % kw * w.stride_tap[2];
+  Chunk<T> packed;
+#pragma unroll
+  for (int j = 0; j < Chunk<T>::size; ++j) {
+    const int2 at = source.of(j);
+    float value = 0;
+    if (at.x < p.out && at.y < p.in) {
+      const int64_t offset = at.x * w.stride_out + at.y * w.stride_in + of_tap;
+      value = w.is_float ? static_cast<const float*>(w.data)[offset] : as_float(static_cast<const T*>(w.data)[offset]);
+    }
+    packed.element[j] = Product<A>::number(value);
   }
-  static_cast<T*>(own.at)[i] = Product<A>::number(value);
+  static_cast<Chunk<T>*>(own.at)[i] = packed;
 }
 
 Packing packing_of(const Forward& f) {
@@ -93,12 +119,13 @@ size_t packed_bytes(const Packing& packing, Arithmetic arithmetic) {
 
 int prepare(const Preparation* calls, int64_t count, Arithmetic arithmetic, void* stream) {
   return with_arithmetic(arithmetic, [&](auto kind) -> int {
+    constexpr int size = Chunk<typename Product<decltype(kind)::value>::T>::size;
     for (int64_t first = 0; first < count; first += kCalls) {
       const int64_t together = std::min<int64_t>(kCalls, count - first);
       Preparations batch{};
       std::copy_n(calls + first, together, batch.of);
       int64_t most = 1;
-      for (const Preparation& p : batch.of) most = std::max({most, p.packing.numbers, p.counters});
+      for (const Preparation& p : batch.of) most = std::max({most, p.packing.numbers / size, p.counters});
       const dim3 grid(static_cast<unsigned>(ceil_div(most, kThreads)), static_cast<unsigned>(together));
       const int error = LAUNCH(prepare_kernel<decltype(kind)::value>, grid, dim3(kThreads), 0, stream, batch);
       if (error != cudaSuccess) return error;

@@ -138,14 +138,17 @@ class TileMoments {
 #pragma unroll
       for (int other = chunks; other < 32; other *= 2) v[j] += __shfl_xor_sync(~0u, v[j], other);
       if (lane < chunks) scratch[warp][lane * size + j] = v[j];
-      v[j] = 0;
+    }
+    __syncthreads();
+    if (threadIdx.x < kChannels) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < warps; ++w) sum += scratch[w][threadIdx.x];
+      scratch[0][threadIdx.x] = sum;
     }
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < warps; ++w) {
-#pragma unroll
-      for (int j = 0; j < size; ++j) v[j] += scratch[w][Tile<T>::own_chunk() * size + j];
-    }
+    for (int j = 0; j < size; ++j) v[j] = scratch[0][Tile<T>::own_chunk() * size + j];
     __syncthreads();
   }
 

@@ -112,7 +112,7 @@ PREPARE = "prepare_kernel"
 
 
 def preparation(program: list[Problem], gpu: Gpu) -> list[Prediction]:
-    """Of a program's weights and counters, by launch; no floor counts them."""
+    """Of a program's weights and counters, by launch; the floor is that of the calls which they are for."""
     costs = [
         cost_of(launch, p, gpu.kind) for p in program for launch in launches_of(p, gpu.kind)[:1] if _prepares(launch)
     ]
@@ -135,7 +135,8 @@ def groups(network: Architecture, batch: int, image: int, situation: str) -> Gro
     """The primitives of a training step: of each block by kind, of its transition, of the stem, of the last norm.
 
     In a network the stem's input has its moments taken, as has the first block's, and gradients are paid where they leave
-    both. What stands beside the groups, :data:`PREPARATION`, follows from them."""
+    both. What stands beside the groups, :data:`PREPARATION`, follows from them.
+    """
     found: Groups = {}
     channels, scale, last = network.num_init_features, 4, len(network.block_config)
 
@@ -330,7 +331,8 @@ def markdown(rows: list[dict[str, Any]], made: str, before: list[str]) -> str:
                 "# Predicted times on GPUs",
                 f"Nothing here was measured: these are predictions of `benchmarks/gpu_model.py`, made at commit {made}. "
                 "bfloat16 data, float32 parameters, images of 224 × 224, a training step's dense blocks, transitions, stem "
-                "and last norm; what torch does beside them is not in it. " + doc[2].strip().replace(":data:", ""),
+                "and last norm; what updates running statistics, and what torch does beside them, is not in it. "
+                + doc[2].strip().replace(":data:", ""),
                 f"Assumed: {RATES[1]} instructions a cycle and scheduler ({RATES[0]} where it has one warp), {LAUNCH} µs a "
                 "launch at least, and of each GPU "
                 + "; ".join(

@@ -73,6 +73,15 @@ def test_a_launch_takes_as_long_as_the_longest_part() -> None:
     assert gpu_model.microseconds(nothing, 0, 0, gpu) == gpu_model.LAUNCH
 
 
+def test_one_launch_prepares_for_several() -> None:
+    costs = [
+        Cost("kernel", Counter(ld=10, st=4), threads=256, blocks=3, resident=8, requested=100),
+        Cost("kernel", Counter(ld=20), threads=256, blocks=1, resident=8, requested=50),
+    ]
+    joined = gpu_model_launches.together(costs)
+    assert (joined.blocks, joined.requested, joined.instructions) == (4, 150, Counter(ld=12, st=3))
+
+
 def predicted_launches(batch: int, image: int, situation: str) -> Counter[str]:
     """By kernel, of DenseNet-121 on an H100."""
     kind, found = gpu_model.GPUS["H100"].kind, Counter[str]()

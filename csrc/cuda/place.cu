@@ -38,11 +38,12 @@ struct Tile {
 
 // Where the tile's pixels lie in the image, for the whole block.
 struct Offsets {
-  int64_t* of;  // in shared memory; unused where pixels are even
+  int64_t (&of)[kPixels];  // in shared memory; unused where pixels are even
   int64_t first, pixel;
   bool even;
 
-  __device__ Offsets(int64_t* of, const Shape& s, const Strided& image, const Access& access, int64_t first, int pixels)
+  __device__ Offsets(int64_t (&of)[kPixels], const Shape& s, const Strided& image, const Access& access, int64_t first,
+                     int pixels)
       : of(of), first(first), pixel(access.pixel), even(access.even) {
     if (even) return;
     if (static_cast<int>(threadIdx.x) < pixels) {
@@ -67,13 +68,13 @@ __device__ void for_each_chunk(bool along_pixels, int pixels, int64_t first_chan
   }
 }
 
-// body(first, pixels) for the block's tiles. The block has done with one before the next begins.
+// body(first, pixels) for the block's tiles.
 template <class Body>
 __device__ void for_each_tile(const Shape& s, Body body) {
   const int64_t pixels = s.n * s.d * s.h * s.w;
   for (int64_t first = int64_t{blockIdx.x} * kPixels; first < pixels; first += int64_t{gridDim.x} * kPixels) {
     body(first, static_cast<int>(min(pixels - first, int64_t{kPixels})));
-    __syncthreads();
+    __syncthreads();  // the tile has been read
   }
 }
 

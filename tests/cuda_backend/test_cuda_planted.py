@@ -1,6 +1,7 @@
 """Bugs planted in the kernels are found, each by the check that is there to find it."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -56,23 +57,26 @@ def executor(check: str, sources: Sequence[Path]) -> AbstractContextManager[Exec
 
 
 PLACE = [CSRC / "cuda" / name for name in ("place.cu", "prepare.cu")]
-TILE_WRITTEN = "= load_numbers(x + offsets[pixel] + channel * step, step, left, in.whole);\n                    });\n  __syncthreads();"
+TILE_WRITTEN = (
+    f"= load_numbers(x + offsets[pixel] + channel * step, step, left, in.whole);\n{22 * ' '}}});\n    __syncthreads();"
+)
 
 
-def place(executor: Executor) -> None:
-    """Two tiles of pixels, the last one ragged, and moments."""
-    x = torch.randn(1, 8, 1, 7, 11).permute(0, 2, 3, 4, 1)
-    out, mean, var = torch.empty(1, 1, 7, 11, 8), torch.empty(8), torch.empty(8)
-    Emulated(executor).place(x, out, mean, var)
+def place(executor: Executor, images: int = 2) -> None:
+    """Eight tiles of pixels for three blocks, the last one ragged, and moments; of one image pixels are even."""
+    x = torch.randn(images, 8, 1, 30 // images, 17).permute(0, 2, 3, 4, 1)
+    out, mean, var = torch.empty(x.shape), torch.empty(8), torch.empty(8)
+    Emulated(executor, multiprocessors=1).place(x, out, mean, var)
     assert torch.equal(out, x)
     torch.testing.assert_close(mean, x.mean((0, 1, 2, 3)))
 
 
-BARRIER = (TILE_WRITTEN, TILE_WRITTEN.replace("  __syncthreads();", ""))
+BARRIER = (TILE_WRITTEN, TILE_WRITTEN.replace("    __syncthreads();", ""))
+TILES_BARRIER = ("__syncthreads();  // the tile has been read", "")
 DIVERGENT = (TILE_WRITTEN, TILE_WRITTEN.replace("__syncthreads", "if (threadIdx.x < 64) __syncthreads"))
 STORE = ("(to + (first + pixel) * f.out.ld", "(to + (first + pixel + 1) * f.out.ld")
 LOAD = ("(x + offsets[pixel] + channel", "(x + offsets[pixel] + f.x.stride[3] + channel")
-SHARED = ("offsets[threadIdx.x] =", "offsets[threadIdx.x + 1] =")
+SHARED = ("of[threadIdx.x] =", "of[threadIdx.x + 1] =")
 ARRIVAL = "__threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) *scratch"
 NOTHING_SHOWN = (ARRIVAL, ARRIVAL.removeprefix("__threadfence();\n  "))
 NOTHING_SEEN = ("if (last) __threadfence();", "")
@@ -88,7 +92,7 @@ BOX_OF_PLACES_BARRIER = ("__syncthreads();  // the last box's places have been r
 LAST_OF_EQUALS = ("z > largest[j] ||", "(z >= largest[j] && z > 0) ||")
 NEXT_WINDOW = ("in_box.w + next_w}", "in_box.w}")
 POOL_PIXEL = ("if (inside(image, pixel)) body(", "body(")
-DX_OF_STEM = ("(f_.dx.data) + at * f_.dx.ld", "(f_.dx.data) + (at + 1) * f_.dx.ld")
+DX_OF_STEM = ("dx_.store(at,", "dx_.store(at + 1,")
 NAN_LOST = ("a > b || a != a ? a : b", "a > b ? a : b")
 PLACES_CONFLICT = ("float sums[size][kThreads + kMostLanes];", "float sums[size][kThreads];")
 
@@ -116,6 +120,8 @@ def pool(executor: Executor) -> None:
     [
         pytest.param("place", BARRIER, "thread", "data race", id="place: removed barrier, thread sanitizer"),
         pytest.param("place", BARRIER, "PTX", "shared-memory race", id="place: removed barrier, PTX"),
+        pytest.param("even place", TILES_BARRIER, "thread", "data race", id="place: removed barrier between tiles"),
+        pytest.param("even place", TILES_BARRIER, "PTX", "shared-memory race", id="place: between tiles, PTX"),
         pytest.param(
             "place",
             DIVERGENT,
@@ -159,7 +165,8 @@ def pool(executor: Executor) -> None:
 def test_a_bug_in_moving_bytes_is_found(
     primitive: str, change: Change, check: str, message: str, tmp_path: Path
 ) -> None:
-    run, sources = {"place": (place, PLACE), "stem": (pool, STEM)}[primitive]
+    even = functools.partial(place, images=1)
+    run, sources = {"place": (place, PLACE), "even place": (even, PLACE), "stem": (pool, STEM)}[primitive]
     with (
         executor(check, [patched(sources[0], change, tmp_path), *sources[1:]]) as kernels,
         pytest.raises((AssertionError, RuntimeError), match=message),
@@ -217,6 +224,7 @@ STAGE_CONFLICTS = ("kPitch = 5 * kChunk", "kPitch = 4 * kChunk")
 TABLE = ("row_places[i] =", "row_places[i + 1] =")
 OUT_PIXEL = ("return p < f.pixels ? p : -1;", "return p < f.pixels ? p + 1 : -1;")
 POOLED_PIXEL = ("if (out >= s.n * d * h * w) return;", "")
+STAGE_WEIGHTS = ("(weights_to + at, from + at,", "(weights_to + at, from + (at ^ kChunk),")
 X_PIXEL = ("bytes_behind(x, p, f.pixel)", "bytes_behind(x, p + 1, f.pixel)")
 SWAPPED = ('"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])')
 BOX_BARRIER = (f"{TRANSFORMED}\n        __syncthreads();", TRANSFORMED)
@@ -243,6 +251,7 @@ SPLITS = ("static_cast<int>(gridDim.z), scratch)", "1, scratch)")
             ("stored pixel one too far", "1x1 backward", DX_PIXEL, "PTX", "store out of bounds"),
             ("pixels that do not exist", "pooled forward", POOLED_PIXEL, "PTX", "load out of bounds"),
             ("copied pixel one too far", "3x3 forward", X_PIXEL, "PTX", "load out of bounds"),
+            ("neighbours of copied weights", "3x3 forward", STAGE_WEIGHTS, "runner", "not close"),
             ("misaligned rows", "1x1 forward", STAGE_MISALIGNED, "runner", "not aligned to 16 bytes"),
             ("rows in the same banks", "3x3 forward", STAGE_CONFLICTS, "runner", "bank conflicts"),
             ("swapped operands of bfloat16's product", "1x1 forward", SWAPPED, "PTX", "not close"),

@@ -26,7 +26,7 @@ import json
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from baselines import NETWORKS, Architecture
@@ -309,8 +309,18 @@ def detail_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def markdown(rows: list[dict[str, Any]], made: str, before: list[str]) -> str:
-    """``before``: sentences on what was said of earlier kernels, kept in the JSON file from one time to the next."""
+class Before(NamedTuple):
+    """What was said of earlier kernels, kept in the JSON file from one time to the next: sentences, and :func:`sums`."""
+
+    sentences: Sequence[str] = ()
+    sums: Sequence[dict[str, Any]] = ()
+
+    def markdown(self) -> list[str]:
+        table_of_sums = [table(HEADER, map(sum_cells, self.sums))] if self.sums else []
+        return ["## Before", *self.sentences, *table_of_sums] if self.sentences else []
+
+
+def markdown(rows: list[dict[str, Any]], made: str, before: Before) -> str:
     cases = (
         (s, [r for r in rows if (r["gpu"], r["network"], r["batch"]) == SHOWN and r["situation"] == s])
         for s in SITUATIONS
@@ -342,7 +352,7 @@ def markdown(rows: list[dict[str, Any]], made: str, before: list[str]) -> str:
                 )
                 + ".",
                 table(HEADER, map(sum_cells, sums(rows))),
-                *(["## Before", *before] if before else []),
+                *before.markdown(),
                 *tables,
                 "Instructions are of one warp of the kernel that multiplies, in the group's middle layer, by nvcc's PTX, "
                 "branches aside.",
@@ -379,9 +389,10 @@ def main() -> None:
             printed.add_row(*cells)
         console.print(printed)
     made = commit() or "unknown"
-    before = json.loads(args.json.read_text()).get("before", []) if args.json and args.json.exists() else []
+    kept = json.loads(args.json.read_text()).get("before", {}) if args.json and args.json.exists() else {}
+    before = Before(**kept)
     if args.json:
-        about = {"about": "predictions, none measured", "commit": made, "before": before}
+        about = {"about": "predictions, none measured", "commit": made, "before": before._asdict()}
         args.json.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
     if args.markdown:
         args.markdown.write_text(markdown(rows, made, before))

@@ -123,7 +123,9 @@ def test_launches_of_blocks_alone() -> None:
 def test_the_command(tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     sizes = ["--networks", "densenet121", "--batches", "1", "--gpus", "A100", "--size", "32"]
-    (tmp_path / "model.json").write_text(json.dumps({"before": ["Said before."]}))
+    old = {"gpu": "A100", "network": "densenet121", "batch": 1, "situation": "before", "launches": 7, "blocks": 1.25}
+    before = {"sentences": ["Said before."], "sums": [old | {"blocks, floor": 0.5}]}
+    (tmp_path / "model.json").write_text(json.dumps({"before": before}))
     files = ["--json", tmp_path / "model.json", "--markdown", tmp_path / "model.md"]
     command = [sys.executable, BENCHMARKS / "gpu_model.py", *sizes, *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -136,10 +138,11 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
         calls[row["situation"]] += row["calls"]
         assert row["predicted_microseconds"] >= max(row["floor_microseconds"], gpu_model.LAUNCH * row["calls"])
     assert calls == {gpu_model.NETWORK: 58 * 4 + 3 * 2 + 5 + 1 + 2, gpu_model.ALONE: 58 * 4 + 4 * 3}
-    assert json.loads((tmp_path / "model.json").read_text())["before"] == ["Said before."]
+    assert json.loads((tmp_path / "model.json").read_text())["before"] == before
     text = (tmp_path / "model.md").read_text()
     assert "Nothing here was measured" in text and "| A100, densenet121, batch 1, blocks alone |" in text
     assert "## Before\n\nSaid before.\n" in text
+    assert "| A100, densenet121, batch 1, before | 7 | 1.25 | 0.50 |" in text
 
 
 def test_what_the_report_shows(monkeypatch: pytest.MonkeyPatch) -> None:

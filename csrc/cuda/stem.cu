@@ -131,7 +131,7 @@ struct OwnNorm {
 };
 
 template <class T, int Dims>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     norm_relu_pool_kernel(NormReluPool f, Images images, int lanes, bool whole_x, bool whole_out) {
   const Own<T> own(f.shape.in, lanes);
   if (own.left <= 0) return;

@@ -224,7 +224,7 @@ STAGE_CONFLICTS = ("kPitch = 5 * kChunk", "kPitch = 4 * kChunk")
 TABLE = ("row_places[i] =", "row_places[i + 1] =")
 OUT_PIXEL = ("return p < f.pixels ? p : -1;", "return p < f.pixels ? p + 1 : -1;")
 POOLED_PIXEL = ("if (out >= s.n * d * h * w) return;", "")
-STAGE_WEIGHTS = ("(weights_to + at, from + at,", "(weights_to + at, from + (at ^ kChunk),")
+STAGE_WEIGHTS = ("(weights_to + at, from + at,", "(weights_to + at + kChunk, from + at,")
 X_PIXEL = ("bytes_behind(x, p, f.pixel)", "bytes_behind(x, p + 1, f.pixel)")
 SWAPPED = ('"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])')
 BOX_BARRIER = (f"{TRANSFORMED}\n        __syncthreads();", TRANSFORMED)
@@ -245,13 +245,13 @@ SPLITS = ("static_cast<int>(gridDim.z), scratch)", "1, scratch)")
             ("missing wait", "3x3 forward", STAGE_WAIT, "runner", "difference: nan"),
             ("missing wait", "1x1 forward", STAGE_WAIT, "PTX", "difference: nan"),
             ("missing wait", "3x3 backward", BOX_WAIT, "runner", "difference: nan"),
-            ("row of a stage one too far", "3x3 forward", STAGE_ROW, "runner", "not in shared memory"),
+            ("row of a stage one too far", "3x3 forward", STAGE_ROW, "runner", "not close"),
             ("entry of a table one too far", "3x3 forward", TABLE, "thread", "data race"),
             ("stored pixel one too far", "1x1 forward", OUT_PIXEL, "address", "heap-buffer-overflow"),
             ("stored pixel one too far", "1x1 backward", DX_PIXEL, "PTX", "store out of bounds"),
             ("pixels that do not exist", "pooled forward", POOLED_PIXEL, "PTX", "load out of bounds"),
             ("copied pixel one too far", "3x3 forward", X_PIXEL, "PTX", "load out of bounds"),
-            ("neighbours of copied weights", "3x3 forward", STAGE_WEIGHTS, "runner", "not close"),
+            ("copied weights one chunk too far", "3x3 forward", STAGE_WEIGHTS, "runner", "not in shared memory"),
             ("misaligned rows", "1x1 forward", STAGE_MISALIGNED, "runner", "not aligned to 16 bytes"),
             ("rows in the same banks", "3x3 forward", STAGE_CONFLICTS, "runner", "bank conflicts"),
             ("swapped operands of bfloat16's product", "1x1 forward", SWAPPED, "PTX", "not close"),

@@ -306,6 +306,13 @@ inline bool check_maxima(const Argument& result, const Argument& x) {
   return pools;
 }
 
+// `result` holds one pixel for each image of x.
+inline void check_means(const Argument& result, const Argument& x) {
+  Shape image = image_of(x);
+  image.d = image.h = image.w = 1;
+  check_image(result, x, x.channels(), image);
+}
+
 inline Gradient gradient(const Argument& stored, const Argument& value, const Argument& mean,
                          const Argument& correction, double slope, const Argument& like, int64_t channels,
                          const Shape& image) {

@@ -87,8 +87,16 @@ struct Cpu {
     if (program.scalar_type() != at::kLong || !program.is_contiguous()) {
       throw WrongValue("program: expected a contiguous tensor of int64");
     }
-    const auto problems = Decoder(program.const_data_ptr<int64_t>(), program.numel(), operands).problems();
+    auto problems = Decoder(program.const_data_ptr<int64_t>(), program.numel(), operands).problems();
     const Kernels& kernels = kernels_for(dtype_of(operands[0]), capability().c_str());
+    for (const Tensor& holder : bound) {
+      const Bound& one = Bound::of(holder);
+      for (Problem& problem : problems) {
+        if (auto* forward = std::get_if<Forward>(&problem); forward != nullptr && one.constant()) {
+          prepare(*forward, one, kernels);
+        }
+      }
+    }
     constexpr size_t small = 64 << 10;
     Workspace workspace(small);
     const auto run = [&](const Problem& problem) {
@@ -106,6 +114,17 @@ struct Cpu {
   }
 
  private:
+  // Lets a convolution read its weight, one of `bound`, as it was packed by the first that reads it in the same layout.
+  static void prepare(Forward& problem, const Bound& bound, const Kernels& kernels) {
+    if (problem.shape.pixels() == 0) return;
+    const Packing& packing = kernels.packing;
+    problem.packed = bound.packed(problem.weight.data, packing.layout(problem), [&] {
+      Tensor memory = at::empty({static_cast<int64_t>(packing.bytes(problem))}, at::kByte);
+      packing.pack(problem, memory.data_ptr(), parallel(memory.numel()));
+      return memory;
+    });
+  }
+
   class Workspace {
    public:
     explicit Workspace(size_t bytes)
@@ -203,6 +222,7 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("norm_relu_conv", Translated<&Operators::norm_relu_conv>::call);
   m.impl("norm_relu_conv_backward", Translated<&Operators::norm_relu_conv_backward>::call);
   m.impl("norm_relu_pool", Translated<&Operators::norm_relu_pool>::call);
+  m.impl("norm_relu_mean", Translated<&Operators::norm_relu_mean>::call);
   m.impl("norm_relu_pool_backward", Translated<&Operators::norm_relu_pool_backward>::call);
   m.impl("run_program", Translated<&Cpu::run_program>::call);
   m.impl("update_running", Translated<&update_running>::call);

@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -24,17 +26,29 @@ namespace fused_densenet {
 // memory, which is no number that anomaly detection would look for.
 class Bound {
  public:
-  static at::Tensor hold(std::vector<at::Tensor> tensors) {
-    auto* const bound = new Bound(std::move(tensors));
+  static at::Tensor hold(std::vector<at::Tensor> tensors, bool constant = false) {
+    auto* const bound = new Bound(std::move(tensors), constant);
     return at::for_blob(bound, {1})
         .deleter([](void* own) { delete static_cast<Bound*>(own); })
         .options(at::kDouble)
         .make_tensor();
   }
-  static at::Tensor bind(at::TensorList given) { return hold(given.vec()); }
+  static at::Tensor bind(at::TensorList given, bool constant) { return hold(given.vec(), constant); }
   static const Bound& of(const at::Tensor& holder) { return *static_cast<const Bound*>(holder.const_data_ptr()); }
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
+
+  // Whether their values stay, too.
+  bool constant() const { return constant_; }
+
+  // What `make` made of a weight, one of these, for the first that asked for it in one of the kernels' layouts.
+  template <class F>
+  const void* packed(const void* weight, int layout, F make) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    at::Tensor& found = packed_[{weight, layout}];
+    if (!found.defined()) found = make();
+    return found.const_data_ptr();
+  }
 
   // Whether they have the sizes that they had.
   bool holds() const {
@@ -48,12 +62,15 @@ class Bound {
   }
 
  private:
-  explicit Bound(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
+  Bound(std::vector<at::Tensor> tensors, bool constant) : tensors_(std::move(tensors)), constant_(constant) {
     for (const at::Tensor& t : tensors_) sizes_.insert(sizes_.end(), t.sizes().begin(), t.sizes().end());
   }
 
   std::vector<at::Tensor> tensors_;
   std::vector<int64_t> sizes_;
+  bool constant_;
+  mutable std::mutex mutex_;
+  mutable std::map<std::pair<const void*, int>, at::Tensor> packed_;
 };
 
 inline std::vector<at::Tensor> bound_tensors(const at::Tensor& holder) { return Bound::of(holder).tensors(); }

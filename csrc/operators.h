@@ -103,6 +103,17 @@ struct Operators {
     Binding::run(problem, x, false);
   }
 
+  static void norm_relu_mean(const Tensor& x_, const Optional& mean, const Optional& var, const Optional& gamma,
+                             const Optional& beta, double eps, double slope, const Tensor& out_) {
+    const Argument x = argument(x_, "x"), out = argument(out_, "out");
+    check_data(x, x);
+    Binding::check(x);
+    check_means(out, x);
+    const Norm norm = norm_before(false, norm_of(mean, var, gamma, beta, eps, slope, x), argument(mean, "mean"));
+    const NormReluMean problem{image_of(x), pixels(x), norm, pixels(out)};
+    Binding::run(problem, x, false);
+  }
+
   static void norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Optional& mean, const Optional& var,
                                       const Optional& gamma, const Optional& beta, double eps, double slope,
                                       const Tensor& dx_, const Optional& dgamma, const Optional& dbeta,

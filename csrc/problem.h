@@ -82,7 +82,8 @@ struct Forward {
   Pixels out;
   Moments moments;
   Bias bias;
-  double negative_slope;  // of what is stored, 1 for none
+  double negative_slope;         // of what is stored, 1 for none
+  const void* packed = nullptr;  // the weight as the CPU's kernels read it, where that was made before
 };
 
 struct Backward {
@@ -105,6 +106,14 @@ struct NormReluPool {
   Pixels x;
   Norm norm;
   Pixels out;
+};
+
+// The means of the activations of x over the pixels of each image.
+struct NormReluMean {
+  Shape shape;  // `in` channels
+  Pixels x;
+  Norm norm;
+  Pixels out;  // one for each image
 };
 
 struct NormReluPoolBackward {

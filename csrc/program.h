@@ -15,7 +15,7 @@
 
 namespace fused_densenet {
 
-using Problem = std::variant<Place, PlaceBackward, Forward, Backward, NormReluPool, NormReluPoolBackward>;
+using Problem = std::variant<Place, PlaceBackward, Forward, Backward, NormReluPool, NormReluPoolBackward, NormReluMean>;
 
 // Reads a program's numbers; `operands` are tensors as arguments, whose names are their numbers.
 class Decoder {
@@ -211,6 +211,14 @@ class Decoder {
         const Owed owed = owed_to(norm, x);
         const Norm before = norm_before(pools, norm.on(x), norm.mean);
         return NormReluPoolBackward{image_of(x), pools, pixels(grad), pixels(x), before, pixels(dx), owed};
+      }
+      case 6: {
+        const View x = image();
+        const NormViews norm = norm_views();
+        const View out = image();
+        check_data(x, operand(0));
+        check_means(out, x);
+        return NormReluMean{image_of(x), pixels(x), norm_before(false, norm.on(x), norm.mean), pixels(out)};
       }
       default:
         throw WrongValue("program: expected the number of a function");

@@ -6,6 +6,7 @@
 from . import reference
 from .adopt.explain import explain
 from .adopt.fuse import fuse, unfuse
+from .adopt.serving import optimize_for_inference
 from .backends import use_backend
 from .fallback.reasons import FallbackError, FallbackWarning, strict
 from .nn.block import FusedDenseBlock, FusedDenseLayer
@@ -52,6 +53,7 @@ __all__ = [
     "densenet_cifar",
     "explain",
     "fuse",
+    "optimize_for_inference",
     "reference",
     "strict",
     "unfuse",

@@ -46,6 +46,8 @@ constexpr Kernels kernels = {
     entry<PlaceBackwardKernel<T>, PlaceBackward>,
     entry<NormReluPoolKernel<T>, NormReluPool>,
     entry<NormReluPoolBackwardKernel<T>, NormReluPoolBackward>,
+    entry<NormReluMeanKernel<T>, NormReluMean>,
+    ForwardKernel<T, P>::packing(),
 };
 
 }  // namespace fused_densenet::FD_ISA

@@ -30,6 +30,14 @@ struct Entry {
   size_t (*run)(const Problem&, const Memory& workspace, const Parallel&);
 };
 
+// How a kernel reads a convolution's weight: which of the layouts of a weight it takes, of how many bytes, and what
+// makes it.
+struct Packing {
+  int (*layout)(const Forward&);
+  size_t (*bytes)(const Forward&);
+  void (*pack)(const Forward&, void* out, const Parallel&);
+};
+
 // One instruction set's kernels for one data type.
 struct Kernels {
   Entry<Forward> forward;
@@ -38,6 +46,8 @@ struct Kernels {
   Entry<PlaceBackward> place_backward;
   Entry<NormReluPool> norm_relu_pool;
   Entry<NormReluPoolBackward> norm_relu_pool_backward;
+  Entry<NormReluMean> norm_relu_mean;
+  Packing packing;
 };
 
 inline const Entry<Forward>& entry(const Kernels& k, const Forward&) { return k.forward; }
@@ -48,6 +58,7 @@ inline const Entry<NormReluPool>& entry(const Kernels& k, const NormReluPool&) {
 inline const Entry<NormReluPoolBackward>& entry(const Kernels& k, const NormReluPoolBackward&) {
   return k.norm_relu_pool_backward;
 }
+inline const Entry<NormReluMean>& entry(const Kernels& k, const NormReluMean&) { return k.norm_relu_mean; }
 
 // The kernels for a data type where torch uses an instruction set (as it names them: "AVX512", "AVX2", anything else is
 // the least), and their name.

@@ -104,6 +104,53 @@ class NormReluPoolKernel {
   Maxima image_;
 };
 
+// Sums of at most kChain pixels are added to those of an image's pixels before them.
+template <class T>
+class NormReluMeanKernel {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+
+ public:
+  NormReluMeanKernel(const NormReluMean& f, void* workspace, int)
+      : f_(f), arena_(workspace), norm_(f.norm, f.shape.in, arena_) {}
+  size_t workspace() const { return arena_.used(); }
+
+  void run(const Parallel& parallel) const {
+    norm_.make();
+    const int64_t blocks = ceil_div(f_.shape.in, kBlock);
+    with_activation<T>(f_.x, norm_, [&](const auto& activation) {
+      parallel_for(parallel, f_.shape.n * blocks, [&](int64_t i) {
+        const int64_t begin = i % blocks * kBlock, end = least(begin + kBlock, f_.shape.in);
+        for (int64_t c = begin; c < end; c += V::size) {
+          mean(activation, i / blocks, c, static_cast<int>(least(V::size, end - c)));
+        }
+      });
+    });
+  }
+
+ private:
+  static constexpr int64_t kChain = 64;
+
+  template <class Pixel>
+  void mean(const Pixel& activation, int64_t n, int64_t c, int lanes) const {
+    const int64_t pixels = f_.shape.d * f_.shape.h * f_.shape.w;
+    const auto column = activation.column(c, lanes);
+    V sum = V::zero();
+    for (int64_t begin = 0; begin < pixels; begin += kChain) {
+      V chain = V::zero();
+      const int64_t end = least(begin + kChain, pixels);
+      for (int64_t i = begin; i < end; ++i) chain += column.at(n * pixels + i, lanes);
+      sum += chain;
+    }
+    const V share = V::all(A(1) / static_cast<A>(pixels));
+    store(static_cast<T*>(f_.out.data) + n * f_.out.ld + c, sum * share, lanes);
+  }
+
+  const NormReluMean& f_;
+  Arena arena_;
+  NormVectors<T> norm_;
+};
+
 // Windows overlap: all pixels of an image, for some channels, are one task. A pixel's gradients are added in scratch
 // memory, in the accumulation type, in a ring of three rows (planes of a volume): a row of windows reads three, and the
 // next one the last of them again.

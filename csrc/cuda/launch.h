@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <stdexcept>
 
 #include "../problem.h"
 
@@ -112,6 +113,9 @@ inline PreparedLauncher<Forward> launcher(const Forward&) { return {forward_need
 inline Launcher<PlaceBackward> launcher(const PlaceBackward&) { return {place_backward_workspace, place_backward}; }
 inline Launcher<Backward> launcher(const Backward&) { return {backward_workspace, backward}; }
 inline Launcher<NormReluPool> launcher(const NormReluPool&) { return {norm_relu_pool_workspace, norm_relu_pool}; }
+inline Launcher<NormReluMean> launcher(const NormReluMean&) {
+  throw std::invalid_argument("norm_relu_mean: there is no kernel for CUDA");
+}
 inline Launcher<NormReluPoolBackward> launcher(const NormReluPoolBackward&) {
   return {norm_relu_pool_backward_workspace, norm_relu_pool_backward};
 }

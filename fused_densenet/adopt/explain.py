@@ -1,6 +1,7 @@
 """``explain``: what would run for each dense block of a network, and what keeps it from something faster."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from ..fallback.anatomy import own_class
 from ..fallback.reasons import quiet, uses_batch_stats
 from ..nn.block import FusedDenseBlock
 from ..nn.residual import FusedResidualDenseBlock
+from ..nn.serving import Snapshot
 from ..nn.stem import FusedFeatures
 from ..nn.transition import FusedTransition
 from .recognition import Finding, survey
 from .swapping import OTHER_ARGUMENTS, only_argument
 
-_KINDS = {
+KINDS = {
     FusedDenseBlock: "dense block",
     FusedResidualDenseBlock: "dense block",
     FusedTransition: "transition",
@@ -33,7 +35,8 @@ class Report:
 
     Attributes:
         name: of the module in the network; "" for the network itself.
-        kind: "dense block", "transition" or "stem", which is a sequence with BN, ReLU and max pooling in it.
+        kind: "dense block", "transition" or "stem", which is a sequence with BN, ReLU and max pooling in it; in a snapshot
+            "other" for what it leaves to the network's own modules and functions.
         fused: whether the module runs, or would run, fused.
         backend: name of the backend that would run; None where nothing runs fused or no input was given.
         mode: what it would keep and which statistics it would use, in words; None as ``backend``.
@@ -59,16 +62,21 @@ class Report:
 
 @dataclass
 class Explanation:
-    """The reports of a network's dense blocks, transitions and stems, each in order; printed, a paragraph for each."""
+    """The reports of a network's dense blocks, transitions and stems, each in order; printed, a paragraph for each.
+
+    And of a snapshot what is left as it is; its stem, last norm and classifier are told of where they are no part of a
+    program.
+    """
 
     blocks: list[Report]
     transitions: list[Report]
     stems: list[Report]
+    others: list[Report] = field(default_factory=list)
 
     def __str__(self) -> str:
         groups = {"dense blocks": self.blocks, "transitions": self.transitions, "stems": self.stems}
         counts = [f"{sum(r.fused for r in reports)} of {len(reports)} {name}" for name, reports in groups.items()]
-        reports = [str(report) for group in groups.values() for report in group]
+        reports = [str(report) for group in (*groups.values(), self.others) for report in group]
         return "\n".join([f"{', '.join(counts)} run fused", *reports])
 
 
@@ -81,7 +89,8 @@ def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     quantise operators see one for each module that runs fused: give them :func:`unfuse` of the model.
 
     Args:
-        module: a network or a block, before or after :func:`fuse`.
+        module: a network or a block, before or after :func:`fuse`; or a snapshot, of which is told what is part of a
+            program and what is not, and why.
         inputs, options: what ``module`` would be called with.
 
     Raises:
@@ -90,7 +99,9 @@ def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    groups: dict[str, list[Report]] = {kind: [] for kind in _KINDS.values()}
+    groups: dict[str, list[Report]] = {kind: [] for kind in KINDS.values()}
+    if isinstance(module, Snapshot):
+        return _of_snapshot(module, inputs, options)
     with contextlib.ExitStack() as stack:
         for finding in survey(module):
             report = _standing_report(finding)
@@ -106,9 +117,22 @@ def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     return Explanation(*groups.values())
 
 
+def _of_snapshot(snapshot: Snapshot, inputs: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+    """What was found out when it was made; with inputs, with the backend that ran."""
+    reports = [dataclasses.replace(report) for report in snapshot.notes]
+    if inputs or options:
+        with _without_traces((*inputs, *options.values())):
+            snapshot(*inputs, **options)
+        backend = choose(snapshot.device, snapshot.dtype)
+        for report in reports:
+            report.backend = backend if report.fused else None
+    kinds = (*KINDS.values(), "other")
+    return Explanation(*[[r for r in reports if r.kind == kind] for kind in dict.fromkeys(kinds)])
+
+
 def _standing_report(finding: Finding) -> Report:
     """What is known without an input."""
-    kind = _KINDS[finding.fused_class]
+    kind = KINDS[finding.fused_class]
     if finding.fused:
         reasons = finding.module.fallback_reasons()
         return Report(finding.name, kind, not reasons, reasons=reasons)

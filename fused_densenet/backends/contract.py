@@ -38,6 +38,11 @@ Two more serve a network's stem; the norm's ``negative_slope`` is 0 there:
     ``dx = scale * dz`` and its sums, as above, for the gradient ``grad`` of ``out``, a plain tensor. A maximum's gradient
     goes to the first of its window's pixels that has it.
 
+One more serves a network's end, in inference; a backend may have none:
+
+``norm_relu_mean(x, norm, out)``
+    ``out`` of one pixel, the means of the activations ``a`` over all pixels of each image.
+
 ``unavailable(device, dtype)`` says why the backend cannot run there, or None.
 """
 

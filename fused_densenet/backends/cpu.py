@@ -77,6 +77,10 @@ def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
     torch.ops.fused_densenet.norm_relu_pool(x, *norm, out)
 
 
+def norm_relu_mean(x: Tensor, norm: Norm, out: Tensor) -> None:
+    torch.ops.fused_densenet.norm_relu_mean(x, *norm, out)
+
+
 def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
     torch.ops.fused_densenet.norm_relu_pool_backward(grad, x, *norm, dx, *owed)
 
@@ -91,14 +95,14 @@ def runs_program(
     return True
 
 
-def bind(tensors: list[Tensor]) -> Tensor | None:
+def bind(tensors: list[Tensor], constant: bool = False) -> Tensor | None:
     """What :func:`run_program` and :func:`update_running` take in place of tensors, without a Python object for each.
 
-    None where something looks at single operators, or where tensors may have no data of their own: transforms of torch.func.
+    Where their values are ``constant``, :func:`run_program` packs each weight once. None where something looks at single operators, or where tensors may have no data of their own: transforms of torch.func.
     """
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return None
-    return torch.ops.fused_densenet.bind.default(tensors)
+    return torch.ops.fused_densenet.bind.default(tensors, constant)
 
 
 def bind_like(bound: Tensor) -> Tensor:

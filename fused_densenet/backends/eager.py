@@ -101,6 +101,10 @@ def norm_relu_pool(x: Tensor, norm: Norm, out: Tensor) -> None:
         maxima.copy_(a if out.shape == x.shape else _channels_last(_max_pool(_channels_first(a))[0]))
 
 
+def norm_relu_mean(x: Tensor, norm: Norm, out: Tensor) -> None:
+    out.copy_(_activation(x, norm).mean((1, 2, 3), keepdim=True))
+
+
 def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
     scale = _scale(norm)
     sum_dz, sum_dz_centered = torch.zeros_like(scale), torch.zeros_like(scale)

@@ -36,6 +36,7 @@ PRIMITIVES = (
     f"Tensor(b!)? dweight, {_OWED}, Tensor(g!)? dbias=None, bool tf32=False) -> ()",
     f"norm_relu_pool(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
     f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
+    f"norm_relu_mean(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
 )
 """The primitives (:mod:`fused_densenet.backends.contract`) as operators.
 ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes ignore it."""
@@ -45,14 +46,14 @@ SCHEMAS = (
     "run_program(Tensor program, Tensor(a!)[] operands, bool tf32, Tensor[] bound) -> ()",
     "update_running(Tensor[] stats, Tensor[] inside, int[] groups, Tensor(a!)[] buffers, float[] momenta, "
     "float[] unbiased, Tensor? bound=None) -> ()",
-    "bind(Tensor[] tensors) -> Tensor",
+    "bind(Tensor[] tensors, bool constant=False) -> Tensor",
     "bind_like(Tensor bound) -> Tensor",
     "bound_tensors(Tensor bound) -> Tensor[]",
     "stand_ins(Tensor[] bound) -> Tensor[]",
     "empty_like(Tensor[] tensors) -> Tensor[]",
 )
 """The operators of every compiled library, defined below, once, so that the libraries load alone or together in any order.
-What is bound, the CPU's library keeps from call to call; it alone has the last five."""
+What is bound, the CPU's library keeps from call to call; it alone has the last five, and ``norm_relu_mean``."""
 
 
 FUNCTIONS = tuple(schema.partition("(")[0] for schema in PRIMITIVES)

@@ -203,11 +203,11 @@ def run_at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Run | None:
         end += 1
     if activation is None or norm_relu_reasons(norm, [activation], "norm", "relu", leaky=False):
         return None
-    pool = end < len(modules) and _is_stems_pooling(modules[end][1])
+    pool = end < len(modules) and is_stems_pooling(modules[end][1])
     return Run(list(modules[i : end + pool]), norm, pool, RunningStatistics([norm]))
 
 
-def _is_stems_pooling(pool: Any) -> bool:
+def is_stems_pooling(pool: Any) -> bool:
     if type(pool) not in MAX_POOLS or pool.ceil_mode or pool.return_indices:
         return False
     settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)

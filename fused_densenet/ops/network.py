@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
@@ -22,13 +21,17 @@ from .schedule import PARAMETERS, Before, Names, Structure, fill
 
 
 class NormReluPool(NamedTuple):
-    """``act(bn(x))`` of so many channels, or where it ``pools`` of ReLU the maxima over windows of 3, stride 2, padding 1."""
+    """``act(bn(x))`` of so many channels, or where it ``pools`` of ReLU the maxima over windows of 3, stride 2, padding 1.
+
+    Or, where it ``means``, of each image the mean over all pixels.
+    """
 
     channels: int
     eps: float
     pools: bool
     batch_stats: bool = False
     slope: float = 0.0
+    means: bool = False
 
 
 class Reduction(NamedTuple):
@@ -42,8 +45,23 @@ class Reduction(NamedTuple):
     batch_stats: bool = False
 
 
+class Convolution(NamedTuple):
+    """One of stride 1 and "same" padding of an image as it is, perhaps with an activation behind it.
+
+    Of an image of one pixel it is a linear layer.
+    """
+
+    weight: tuple[int, ...]
+    biased: bool
+    slope: float = 1.0
+
+    @property
+    def batch_stats(self) -> bool:
+        return False
+
+
 Moments = tuple[Vector, Vector]
-Part = Structure | NormReluPool | Reduction
+Part = Structure | NormReluPool | Reduction | Convolution
 """Of a network; a block is its structure."""
 
 
@@ -78,6 +96,8 @@ def sizes(parts: Parts, spatial: tuple[int, ...]) -> list[tuple[int, ...]] | Non
     for part in parts:
         if isinstance(part, NormReluPool) and part.pools:
             spatial = tuple([(size + 1) // 2 for size in spatial])
+        elif isinstance(part, NormReluPool) and part.means:
+            spatial = (1,) * len(spatial)
         elif isinstance(part, Reduction) and part.pools:
             spatial = tuple([size // 2 for size in spatial])
         result.append(spatial)
@@ -92,18 +112,20 @@ class Network:
         self.program = record(self.parts)
         self._layout_of = functools.lru_cache(maxsize=64)(functools.partial(_layout, self.parts))
 
-    def __call__(self, x: Tensor, parameters: Parameters, backend: str, bound: Bound | None = None) -> Tensor | None:
+    def __call__(
+        self, x: Tensor, parameters: Parameters, backend: str, bound: Bound | None = None, spent: bool = False
+    ) -> Tensor | None:
         """The result of ``x`` ``(N, C, *spatial)``, channels-last; None where an image is too small for a part.
 
-        Parameters are contiguous, running statistics float32 (float64 for float64); ``bound`` are the same.
+        Parameters are contiguous, running statistics float32 (float64 for float64); ``bound`` are the same. Nobody reads
+        an ``x`` again that is ``spent``.
         """
         layout = self._layout_of(x.shape)
         if layout is None:
             return None
-        images = layout.images(x)
-        operands = dict(
-            zip(self.program.operands, [[channels_last(x)], *[[i] for i in images], *parameters], strict=True)
-        )
+        source = channels_last(x)
+        images = layout.images(source, spent or source is not x)
+        operands = dict(zip(self.program.operands, [[source], *[[i] for i in images], *parameters], strict=True))
         with shown("network"), without_autocast(x.device):
             execute(self.program, operands, BACKENDS[backend], layout.context, [] if bound is None else [bound])
         return images[-1]
@@ -113,21 +135,27 @@ class Layout(NamedTuple):
     """Where the images of a program are, for one size of its input.
 
     Attributes:
-        views: shape, strides and place in common memory of each but the result.
-        entries: of the common memory.
+        views: of each but the result its shape, strides, which of two memories it is in, and where.
+        entries: of the two memories. Nothing is written to the first as long as the input is read.
         result: shape, and entries from one pixel to the next.
         context: of the program.
     """
 
-    views: list[tuple[tuple[int, ...], list[int], int]]
-    entries: int
+    views: list[tuple[tuple[int, ...], list[int], int, int]]
+    entries: tuple[int, int]
     result: tuple[tuple[int, ...], int]
     context: Context
 
-    def images(self, like: Tensor) -> list[Tensor]:
-        """Uninitialised: scratches, then owned images."""
-        memory = torch.empty(self.entries, dtype=like.dtype, device=like.device)
-        return [*[memory.as_strided(*view) for view in self.views], empty_channels_last(*self.result, like)]
+    def images(self, x: Tensor, spent: bool) -> list[Tensor]:
+        """Uninitialised: scratches, then owned images; where the input ``x`` is ``spent``, in its memory too."""
+        first, second = self.entries
+        enough = spent and x.untyped_storage().nbytes() >= (x.storage_offset() + first) * x.itemsize
+        memories = [x if enough else x.new_empty(first), x.new_empty(second)]
+        views = [
+            memories[m].as_strided(shape, strides, at + memories[m].storage_offset())
+            for shape, strides, m, at in self.views
+        ]
+        return [*views, empty_channels_last(*self.result, x)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -170,7 +198,7 @@ def record(parts: Parts) -> Program:
 
 def _convolve_or_pool(
     program: Program,
-    part: "NormReluPool | Reduction",
+    part: "NormReluPool | Reduction | Convolution",
     source: Image,
     out: Image,
     before: Before,
@@ -178,16 +206,24 @@ def _convolve_or_pool(
     into: Moments | None,
 ) -> None:
     width = channels(part)[0]
+    if isinstance(part, Convolution):
+        weight, bias = _kernel(part, before)
+        program.norm_relu_conv(source, None, weight, out, *(into or (None, None)), bias, part.slope)
+        return
     running = (Vector("running", before.running + i, 0, width) for i in range(2))
     mean, var = read if part.batch_stats and read is not None else running
     gamma, beta = (Vector(name, before.norm, 0, width) for name in ("gamma", "beta"))
     norm = Norm(mean, var, gamma, beta, part.eps, part.slope)  # type: ignore[arg-type]
     if isinstance(part, NormReluPool):
-        program.norm_relu_pool(source, norm, out)
+        (program.norm_relu_mean if part.means else program.norm_relu_pool)(source, norm, out)
         return
-    weight = Weight("weight", before.weight, part.weight[2:])
-    bias = Vector("bias", before.bias, 0, part.weight[0]) if part.biased else None
+    weight, bias = _kernel(part, before)
     program.norm_relu_conv(source, norm, weight, out, *(into or (None, None)), bias, 1.0, pools=part.pools)
+
+
+def _kernel(part: "Reduction | Convolution", before: Before) -> tuple[Weight, Vector | None]:
+    bias = Vector("bias", before.bias, 0, part.weight[0]) if part.biased else None
+    return Weight("weight", before.weight, part.weight[2:]), bias
 
 
 def _moments(i: int, part: Part) -> Moments:
@@ -223,9 +259,9 @@ def places(parts: Parts) -> list[Before]:
         if isinstance(part, Structure):
             counts = len(part.weights), sum(part.biased), len(part.eps), 2 * part.batch_stats.count(False)
         else:
-            convolves = isinstance(part, Reduction)
-            biased = isinstance(part, Reduction) and part.biased
-            counts = int(convolves), int(biased), 1, 0 if part.batch_stats else 2
+            convolves, normalises = isinstance(part, Reduction | Convolution), not isinstance(part, Convolution)
+            biased = isinstance(part, Reduction | Convolution) and part.biased
+            counts = int(convolves), int(biased), int(normalises), 0 if part.batch_stats or not normalises else 2
         found.append(Before(*[a + b for a, b in zip(found[-1], counts, strict=True)]))
     return found
 
@@ -260,6 +296,8 @@ def _layout(parts: Parts, shape: Sequence[int]) -> Layout | None:
         max([-(-n // 64) * 64 for (p, *_), n in zip(wanted[:-1], entries, strict=False) if p == place], default=0)
         for place in range(3)
     ]
-    views = [(shape, strides_of(shape, stride), sum(places[:place])) for place, shape, stride in wanted[:-1]]
+    scratch, others, alternate = places
+    at = {0: (0, 0), 1: (1, 0), 2: (0, scratch)}
+    views = [(shape, strides_of(shape, stride), *at[place]) for place, shape, stride in wanted[:-1]]
     context = Context(None, batch * math.prod(image), batch * math.prod(spatial[-1]))
-    return Layout(views, sum(places), wanted[-1][1:], context)
+    return Layout(views, (scratch + alternate, others), wanted[-1][1:], context)

@@ -23,6 +23,7 @@ from .block import Arguments as BlockArguments
 from .block import backward_operands, block, gradient_operands
 from .layout import channels_last, empty_channels_last, empty_images, empty_like, pixels_last
 from .network import (
+    Convolution,
     NormReluPool,
     Parts,
     Reduction,
@@ -220,6 +221,8 @@ class NetworkStep(Differentiable):
                 constants: Any = part.eps, part.slope, True, part.pools, "", None
                 lists_of_one = p.weights, p.biases, p.gammas, p.betas
                 x = transition.by_operators(TransitionArguments(x, *lists_of_one, [], None, *constants))
+            elif isinstance(part, Convolution):
+                raise NotImplementedError("a convolution alone has no training step")
             elif part.pools:
                 x = stem.by_operators(StemArguments(x, p.gammas, p.betas, [], None, part.eps, True, True, "", None))
             else:

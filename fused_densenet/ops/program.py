@@ -105,9 +105,10 @@ class Bound(NamedTuple):
     backend: ModuleType
 
     @classmethod
-    def by(cls, backend: ModuleType, lists: Sequence[list[Tensor]]) -> "Bound | None":
-        """None where the backend keeps none."""
-        holder = backend.bind([*itertools.chain(*lists)]) if hasattr(backend, "bind") and any(lists) else None
+    def by(cls, backend: ModuleType, lists: Sequence[list[Tensor]], constant: bool = False) -> "Bound | None":
+        """None where the backend keeps none; of ``constant`` ones it keeps what it makes of their values, too."""
+        tensors = [*itertools.chain(*lists)]
+        holder = backend.bind(tensors, constant) if tensors and hasattr(backend, "bind") else None
         return None if holder is None else cls(holder, tuple(map(len, lists)), backend)
 
     def like(self) -> "Bound":
@@ -233,6 +234,7 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "norm_relu_conv_backward": (Gradient, Image, Norm, Weight, Image, bool, Weight, Owed, Vector),
     "norm_relu_pool": (Image, Norm, Image),
     "norm_relu_pool_backward": (Image, Image, Norm, Image, Owed),
+    "norm_relu_mean": (Image, Norm, Image),
 }
 """Of the arguments of a function."""
 

@@ -48,6 +48,8 @@ class Structure:
         over_ranks: batch statistics are taken over the ranks of a group.
         drops: places in a layer of the convolutions that a dropout follows, and what it multiplies kept values by.
         prepends: new features stand before those that their layer read.
+        folded: the second norm of each layer is part of the first convolution's weight and bias, and its activation stands
+            behind that; ``eps`` and ``batch_stats`` are those of the first norms.
     """
 
     weights: tuple[tuple[int, ...], ...]
@@ -60,6 +62,7 @@ class Structure:
     over_ranks: bool = False
     drops: tuple[tuple[int, float], ...] = ()
     prepends: bool = False
+    folded: bool = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -71,6 +74,11 @@ class Structure:
     @functools.cached_property
     def layers(self) -> int:
         return len(self.weights) // self.per_layer
+
+    @property
+    def per_norm(self) -> int:
+        """Convolutions for each norm."""
+        return 2 if self.folded else 1
 
     @functools.cached_property
     def inputs(self) -> int:
@@ -163,12 +171,13 @@ class Names:
         return Image(kept, first, first + channels[layer]), self._drops[place]
 
     def norm(self, i: int, moments: tuple[Vector, Vector]) -> Norm | None:
-        if not self.structure.eps:
+        s = self.structure
+        if not s.eps or (s.folded and i % 2):
             return None
-        mean, var = self._norms[i] or moments
-        number, channels = self._before.norm + i, self.structure.weights[i][1]
-        gamma, beta = (Vector(name, number, 0, channels) for name in ("gamma", "beta"))
-        return Norm(mean, var, gamma, beta, self.structure.eps[i], self.structure.slopes[i])  # type: ignore[arg-type]
+        place = i // s.per_norm
+        mean, var = self._norms[place] or moments
+        gamma, beta = (Vector(name, self._before.norm + place, 0, s.weights[i][1]) for name in ("gamma", "beta"))
+        return Norm(mean, var, gamma, beta, s.eps[place], s.slopes[i])  # type: ignore[arg-type]
 
     def bias(self, i: int, operand: str = "bias") -> Vector | None:
         s = self.structure
@@ -176,7 +185,10 @@ class Names:
 
     def epilogue(self, i: int) -> tuple[Vector | None, float]:
         """A convolution's bias, and the slope of what follows it."""
-        return self.bias(i), 1.0 if self.structure.eps else self.structure.slopes[i]
+        s = self.structure
+        if s.folded and i % 2 == 0:
+            return self.bias(i), s.slopes[i + 1]
+        return self.bias(i), 1.0 if s.eps else s.slopes[i]
 
     def owed(self, i: int, correction: Vector) -> Owed | None:
         if not self.structure.eps:
@@ -190,7 +202,8 @@ class Names:
     def _constants(self, i: int) -> tuple[Vector, Vector] | None:
         if self.structure.batch_stats[i]:
             return None
-        mean, var = (Vector("running", next(self._running), 0, self.structure.weights[i][1]) for _ in range(2))
+        channels = self.structure.weights[i * self.structure.per_norm][1]
+        mean, var = (Vector("running", next(self._running), 0, channels) for _ in range(2))
         return mean, var
 
 

@@ -1,0 +1,176 @@
+"""A model's ``forward`` as a graph of modules and functions, by torch.fx, and the paths in it along which one feature map goes."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from ..fallback.anatomy import CONVS, interceptions
+from ..nn.gate import Gate
+
+_SIZES: dict[int, list[tuple[int, ...]]] = {
+    1: [(65,), (224,)],
+    2: [(72, 65), (224, 224)],
+    3: [(36, 33, 40), (64, 64, 64)],
+}
+"""Of images on which a graph is compared with what it was made of."""
+
+
+class NotFollowed(Exception):
+    """Why a module's ``forward`` is no graph."""
+
+
+class _Tracer(torch.fx.Tracer):
+    """Looks into modules as far as it can; what has hooks, and torch's own modules, are nodes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, Gate) or interceptions([("", m)]):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        name = self.path_of_module(m)
+        if not self.is_leaf_module(m, name):
+            known = set(self.graph.nodes)
+            try:
+                return forward(*args, **kwargs)
+            except Exception:  # it is somebody else's code: whatever it raises, it is called as it is
+                added = [node for node in self.graph.nodes if node not in known]
+                for node in reversed(added):
+                    self.graph.erase_node(node)
+        return self.create_proxy("call_module", name, args, kwargs)
+
+
+def follow(module: nn.Module) -> GraphModule:
+    """The graph of ``module``, whose modules it shares, and which was seen to compute the same.
+
+    Raises:
+        NotFollowed: there is none.
+    """
+    if reasons := interceptions([("it", module)]):
+        raise NotFollowed(reasons[0])
+    parameters = inspect.signature(module.forward).parameters.values()
+    if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        raise NotFollowed("its forward takes something else than one tensor")
+    try:
+        graph = GraphModule(module, _Tracer().trace(module))
+    except Exception as error:
+        raise NotFollowed(f"its forward cannot be followed: {type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(module, nn.Sequential) and (difference := _differs(module, graph)):
+        raise NotFollowed(difference)
+    return graph.eval()
+
+
+def _differs(module: nn.Module, graph: GraphModule) -> str:
+    """What keeps a graph from standing for ``module``, seen on an image; empty if nothing: what Python code does may depend on more than a graph tells."""
+    conv: Any = next((m for m in module.modules() if isinstance(m, CONVS)), None)
+    if conv is None:
+        return "it has no convolution"
+    error = ""
+    for size in _SIZES[conv.weight.dim() - 2]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, conv.weight.shape[1] * conv.groups, *size, generator=generator).to(conv.weight)
+        try:
+            expected = module(x)
+        except Exception as raised:
+            error = f"its forward could not be tried: {type(raised).__name__}: {_first_line(raised)}"
+            continue
+        return "" if _same(expected, graph(x)) else "its forward does something else than can be followed"
+    return error
+
+
+def _same(expected: Any, found: Any) -> bool:
+    (theirs, as_theirs), (ours, as_ours) = pytree.tree_flatten(expected), pytree.tree_flatten(found)
+    if as_theirs != as_ours:
+        return False
+    for a, b in zip(theirs, ours, strict=True):
+        tensors = isinstance(a, Tensor), isinstance(b, Tensor)
+        if tensors == (True, True):
+            largest = float(a.abs().max()) if a.numel() else 0.0
+            if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=1e-3 * largest, equal_nan=True):
+                return False
+        elif tensors != (False, False) or a != b:
+            return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class Called(NamedTuple):
+    """A node and the module that computes what it does: its own, or one of torch's that stands for a function."""
+
+    node: Node
+    module: nn.Module
+
+
+def paths(graph: GraphModule) -> Iterator[list[Called]]:
+    """Nodes that follow one another, each reading nothing but the one before it, which nobody else reads."""
+    seen = set[Node]()
+    for node in graph.graph.nodes:
+        path = list[Called]()
+        while node not in seen and (module := _module_of(graph, node)) is not None:
+            seen.add(node)
+            path.append(Called(node, module))
+            if len(node.users) != 1:
+                break
+            (node,) = node.users
+        if path:
+            yield path
+
+
+def _module_of(graph: GraphModule, node: Node) -> nn.Module | None:
+    """What computes a node that reads one other."""
+    if len(node.all_input_nodes) != 1:
+        return None
+    if node.op == "call_module":
+        alone = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], Node)
+        return graph.get_submodule(str(node.target)) if alone else None
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], Node):
+        return None
+    make = _STAND_INS.get(node.target)
+    try:
+        return None if make is None else make(*node.args[1:], **node.kwargs)
+    except TypeError:  # called by names that it has not
+        return None
+
+
+def _relu(inplace: bool = False) -> nn.Module:
+    return nn.ReLU()
+
+
+def _flatten(start_dim: int = 0, end_dim: int = -1) -> nn.Module:
+    return nn.Flatten(start_dim, end_dim)
+
+
+class Mean(nn.Module):
+    """Over dimensions of a tensor."""
+
+    def __init__(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> None:
+        super().__init__()
+        self.dims = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        self.keepdim, self.plain = keepdim, dtype is None
+
+    def over(self, dims: Sequence[int], of: int) -> bool:
+        """Whether these are its dimensions, of a tensor that has so many."""
+        found = [dim % of if isinstance(dim, int) else None for dim in self.dims]
+        return self.plain and sorted(found, key=str) == sorted(dims)
+
+
+_STAND_INS: dict[Any, Callable[..., nn.Module]] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
+    **dict.fromkeys((torch.flatten, "flatten"), _flatten),
+    **dict.fromkeys((torch.mean, "mean"), Mean),
+    F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
+    F.dropout: lambda p=0.5, training=True, inplace=False: nn.Dropout(p).train(training),
+}

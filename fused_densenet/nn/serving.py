@@ -1,0 +1,330 @@
+"""A network as it is served: programs that hold constants of their own, and whatever stands around them."""
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..backends import BACKENDS, choose
+from ..fallback.checks import check_image
+from ..fallback.recording import one_call, refuse_script
+from ..ops.block import Parameters
+from ..ops.network import Convolution, Network, NormReluPool, Parts, places
+from ..ops.program import Bound, without_autocast
+from ..ops.subclasses import on_plain
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_KINDS = Parameters._fields
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GRAPHS = 8
+"""Captured graphs that a snapshot keeps, the last ones used."""
+
+
+class Stem(NamedTuple):
+    """How torch's convolution is called that stands before a program."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Frozen(nn.Module):
+    """What has one dtype for good: the constants that it was made with."""
+
+    dtype: torch.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        converted = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if converted != self.dtype:
+            raise RuntimeError(
+                f"a snapshot's weights were rounded to {self.dtype} when it was made: for {converted}, "
+                "call optimize_for_inference(model, dtype=...) of the model"
+            )
+
+        def on_bits(t: Tensor) -> Tensor:  # vectors are wider than the data: a change of dtype does not reach them
+            return fn(t.view(_BITS[t.itemsize])).view(t.dtype) if t.is_floating_point() else fn(t)
+
+        return super()._apply(on_bits, recurse)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script()
+
+
+class Segment(Frozen):
+    """Parts of a network that follow one another as one program, perhaps behind a convolution that torch runs.
+
+    Args:
+        parts: what the program computes.
+        parameters: its constants: weights in the dtype of the data, vectors in that of its sums.
+        stem: the convolution that reads the input, if there is one, and its weight, which has no bias.
+        flat: a result of one pixel is ``(N, C)``.
+    """
+
+    def __init__(
+        self, parts: Parts, parameters: Parameters, stem: tuple[Stem, Tensor] | None = None, flat: bool = False
+    ) -> None:
+        super().__init__()
+        self.parts, self.flat = tuple(parts), flat
+        self.stem = None if stem is None else stem[0]
+        self.register_buffer("stem_weight", None if stem is None else stem[1])
+        for kind, tensors in zip(_KINDS, parameters, strict=True):
+            for i, tensor in enumerate(tensors):
+                self.register_buffer(f"{kind}{i}", tensor)
+        self._counts = [len(tensors) for tensors in parameters]
+        self.dtype = parameters.weights[0].dtype
+        self._held: _Held | None = None
+        super().train(False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, *spatial)``, in the dtype of the constants, to the result of the last part.
+
+        Raises:
+            ValueError, TypeError: the input is none of that, or too small to be pooled as often.
+        """
+        if isinstance(input, torch.fx.Proxy):
+            result: Tensor = one_call(self, input)
+            return result
+        return _outside_of_graphs(self, input)
+
+    def _run(self, x: Tensor) -> Tensor:
+        held = self._held = self._held or _Held(self)
+        first = held.parameters.weights[0] if self.stem is None else self.stem_weight
+        assert isinstance(first, Tensor)
+        self._check(x, first)
+        shape = tuple(x.shape)
+        if self.stem is not None:
+            x = _CONVOLVE[x.dim() - 2](x, first, None, *self.stem)
+        backend = choose(x.device, x.dtype)
+        network, head = held.network(backend)
+        out = network(x, held.parameters_of(network), backend, held.bound(backend, network), self.stem is not None)
+        if out is None:
+            raise ValueError(f"input: expected larger images, got shape {shape}")
+        out = head(out)
+        return out.flatten(1) if self.flat else out
+
+    def _check(self, x: Tensor, first: Tensor) -> None:
+        groups = 1 if self.stem is None else self.stem.groups
+        check_image(x, "input", first.shape[1] * groups, first.dim() - 2)
+        if x.dtype != self.dtype:
+            raise TypeError(f"input: expected {self.dtype}, the snapshot's, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(
+                f"input: expected a tensor on {first.device}, where the snapshot is, got one on {x.device}"
+            )
+
+    def constants(self) -> Parameters:
+        """What the program reads, by kind."""
+        named = dict(self.named_buffers())
+        counts = zip(_KINDS, self._counts, strict=True)
+        return Parameters(*[[named[f"{kind}{i}"] for i in range(count)] for kind, count in counts])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._held = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_of_graphs(segment: Segment, x: Tensor) -> Tensor:
+    """A compiler has nothing to gain from what is one call, with memory of its own."""
+    return on_plain(x, segment._run)
+
+
+class _Held:
+    """What a segment's constants are made into at the first call, for all later ones."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.parameters = segment.constants()
+        self._parts = Parts(segment.parts)
+        self._networks: dict[bool, tuple[Network, Callable[[Tensor], Tensor]]] = {}
+        self._bound: dict[tuple[str, int], Bound | None] = {}
+
+    def network(self, backend: str) -> tuple[Network, Callable[[Tensor], Tensor]]:
+        """What a backend runs as one, and what torch does behind it: the end of the network, where it has no primitive for that."""
+        whole = hasattr(BACKENDS[backend], "norm_relu_mean")
+        if whole not in self._networks:
+            self._networks[whole] = self._divided(whole)
+        return self._networks[whole]
+
+    def _divided(self, whole: bool) -> tuple[Network, Callable[[Tensor], Tensor]]:
+        parts = self._parts
+        cut = next((i for i, part in enumerate(parts) if isinstance(part, NormReluPool) and part.means), None)
+        if whole or cut is None:
+            return Network(parts), lambda x: x
+        norm = parts[cut]
+        assert isinstance(norm, NormReluPool)
+        before = places(parts)[cut + 1]
+        layers = [part for part in parts[cut + 1 :] if isinstance(part, Convolution)]
+        assert len(layers) == len(parts) - cut - 1
+        tensors = self.parameters.weights[before.weight :], self.parameters.biases[before.bias :]
+        return Network(Parts([*parts[:cut], norm._replace(means=False)])), functools.partial(_head, layers, *tensors)
+
+    def parameters_of(self, network: Network) -> Parameters:
+        end = places(network.parts)[-1]
+        weights, biases, gammas, betas, running = self.parameters
+        return Parameters(
+            weights[: end.weight], biases[: end.bias], gammas[: end.norm], betas[: end.norm], running[: end.running]
+        )
+
+    def bound(self, backend: str, network: Network) -> Bound | None:
+        key = backend, len(network.parts)
+        if key not in self._bound:
+            self._bound[key] = Bound.by(BACKENDS[backend], self.parameters_of(network), constant=True)
+        return self._bound[key]
+
+
+def _head(layers: list[Convolution], weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
+    """The mean of the pixels, and linear layers of it."""
+    dims, rest = x.dim() - 2, iter(biases)
+    x = x.mean(tuple(range(2, x.dim())))
+    for layer, weight in zip(layers, weights, strict=True):
+        bias = next(rest).to(x.dtype) if layer.biased else None
+        x = F.linear(x, weight.flatten(1), bias)
+        x = x if layer.slope == 1 else F.leaky_relu(x, layer.slope)
+    return x.reshape(*x.shape, *[1] * dims)
+
+
+class Snapshot(Frozen):
+    """What :func:`fused_densenet.optimize_for_inference` returns: a network with the weights that it was made with.
+
+    Called as the network that it was made from. Calls of several threads do not disturb one another.
+
+    Args:
+        inside: the network, :class:`Segment` in place of what runs as one.
+        dtype: of its weights and images.
+        notes: what :func:`fused_densenet.explain` says of its parts.
+        cuda_graphs: replay a captured CUDA graph for each shape of an image.
+    """
+
+    def __init__(self, inside: nn.Module, dtype: torch.dtype, notes: Any, cuda_graphs: bool = False) -> None:
+        super().__init__()
+        self.inside, self.dtype, self.notes, self.cuda_graphs = inside, dtype, notes, cuda_graphs
+        self._graphs: _Graphs | None = None
+        super().train(False)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The network's own result, without gradients, in the snapshot's dtype whatever autocast says.
+
+        Raises:
+            RuntimeError: gradients by an input are asked for.
+        """
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors((inputs, options))):
+            raise RuntimeError(
+                "input: expected a tensor that requires no gradient: a snapshot is for inference, and has none; "
+                "call it in torch.no_grad() or with input.detach()"
+            )
+        with torch.no_grad(), without_autocast(self.device):
+            x = inputs[0] if len(inputs) == 1 and not options else None
+            if (
+                self.cuda_graphs
+                and isinstance(x, Tensor)
+                and x.is_cuda
+                and not torch.cuda.is_current_stream_capturing()
+            ):
+                if self._graphs is None:
+                    self._graphs = _Graphs(self.inside)
+                return self._graphs(x)
+            return self.inside(*inputs, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights."""
+        return next((t.device for t in _held(self)), torch.device("cpu"))
+
+    def train(self, mode: bool = True) -> "Snapshot":
+        """Raises RuntimeError unless ``mode`` is False."""
+        if mode:
+            raise RuntimeError(
+                "a snapshot is for inference, and has no training mode: train the model that it was made from"
+            )
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Snapshot":
+        """Raises RuntimeError unless ``requires_grad`` is False."""
+        if requires_grad:
+            raise RuntimeError("a snapshot's weights are constants: train the model that it was made from")
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> NoReturn:
+        """Raises RuntimeError: weights were folded and packed when the snapshot was made."""
+        raise RuntimeError(
+            "a snapshot keeps the weights that it was made with: load others into the model and call "
+            "optimize_for_inference again; to keep a snapshot, torch.save it whole"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._graphs = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": None}
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+class _Graphs:
+    """CUDA graphs of a function of one image, by its shape, dtype and device; one call at a time, on whichever stream.
+
+    A graph reads and writes memory of its own: an image is copied there, and the result copied out, on the caller's
+    stream, so that it is the caller's. A call waits for the one before it, whose stream may be another.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._captured: OrderedDict[Any, _Captured] = OrderedDict()
+
+    def __call__(self, x: Tensor) -> Any:
+        key = x.shape, x.stride(), x.dtype, x.device
+        with self._lock, torch.cuda.device(x.device):
+            captured = self._captured.pop(key, None) or _Captured(self._function, x)
+            self._captured[key] = captured
+            result = captured.replay(x)
+            if len(self._captured) > _GRAPHS:
+                _, oldest = self._captured.popitem(last=False)
+                oldest.wait()
+            return result
+
+
+class _Captured:
+    def __init__(self, function: Callable[[Tensor], Any], x: Tensor) -> None:
+        self._input = x.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are chosen and compiled, and weights prepared, outside of the graph
+            function(self._input)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._result = function(self._input)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def replay(self, x: Tensor) -> Any:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        self._input.copy_(x)
+        self._graph.replay()
+        result = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._result)
+        self._done.record(stream)
+        return result
+
+    def wait(self) -> None:
+        """Until nothing of it runs."""
+        self._done.synchronize()

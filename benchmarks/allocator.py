@@ -1,4 +1,4 @@
-"""The memory of one training step, exactly, from the allocator."""
+"""The memory of one training step, or of one inference, exactly, from the allocator."""
 
 import contextlib
 import os
@@ -55,31 +55,49 @@ def _cuda(loss_of: Callable[[], Tensor], release: Callable[[], None], device: to
     return StepMemory(saved, peak)
 
 
+def call_memory(call: Callable[[], Tensor]) -> int:
+    """The most bytes that ``call()``, whose result is let go of, has allocated at once on the CPU, beside what it keeps."""
+    call()
+    return _events(lambda: (call(), None)[1])[1]
+
+
 def _cpu(loss_of: Callable[[], Tensor], release: Callable[[], None]) -> StepMemory:
+    loss_bytes = 0
+
+    def step() -> None:
+        nonlocal loss_bytes
+        loss = loss_of()
+        loss_bytes = loss.untyped_storage().nbytes()
+        with record_function(_KEPT):
+            pass
+        loss.backward()
+        del loss
+        release()
+
+    kept, peak = _events(step)
+    return StepMemory(kept - loss_bytes, peak)
+
+
+def _events(run: Callable[[], None]) -> tuple[int, int]:
+    """Bytes allocated where ``run`` notes what is kept, and the most."""
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _silent_stderr():
         profiler.start()
-    loss = loss_of()
-    loss_bytes = loss.untyped_storage().nbytes()
-    with record_function(_KEPT):
-        pass
-    loss.backward()
-    del loss
-    release()
+    run()
     with _silent_stderr():
         profiler.stop()
     result = profiler.profiler.kineto_results if profiler.profiler is not None else None
     assert result is not None
-    allocated = peak = saved = 0
+    allocated = peak = kept = 0
     for event in sorted(result.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             allocated += event.nbytes()
             peak = max(peak, allocated)
         elif event.name() == _KEPT:
-            saved = allocated - loss_bytes
+            kept = allocated
     if allocated != 0:
-        raise RuntimeError(f"allocation events: expected a sum of 0 after the step, got {allocated} bytes")
-    return StepMemory(saved, peak)
+        raise RuntimeError(f"allocation events: expected a sum of 0 at the end, got {allocated} bytes")
+    return kept, peak
 
 
 @contextlib.contextmanager

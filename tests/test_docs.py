@@ -53,7 +53,7 @@ def test_sample(name: str) -> None:
     exec(compile(SAMPLES[name], name, "exec"), {"__name__": "sample"})
 
 
-_GIVING_REASONS = "reason|obstacle|trial|intercept|tried|input_shape|failed|take_apart|patches|find|read|foreign|described|left_over|trace"
+_GIVING_REASONS = "reason|obstacle|trial|intercept|tried|input_shape|failed|take_apart|patches|find|read|foreign|described|left_over|trace|differs|follow$|_report|_graph|network"
 
 
 def _reasons(file: Path) -> Iterator[str]:
@@ -72,7 +72,14 @@ def test_every_reason_is_explained() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     files = [
         *("fallback/reasons", "fallback/anatomy", "fallback/description", "nn/transition", "nn/residual"),
-        *("adopt/recognition", "adopt/trace", "adopt/interpretation", "adopt/trial"),
+        *(
+            "adopt/recognition",
+            "adopt/trace",
+            "adopt/interpretation",
+            "adopt/trial",
+            "adopt/following",
+            "adopt/serving",
+        ),
     ]
     phrases = {phrase for name in files for phrase in _reasons(ROOT / "fused_densenet" / f"{name}.py")}
     assert len(phrases) > 30

@@ -1,5 +1,6 @@
 """A model's ``forward`` as a graph of modules and functions, by torch.fx, and the paths in it along which one feature map goes."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from ..fallback.anatomy import CONVS, interceptions
+from ..fallback.anatomy import CONVS, HOOKS, interceptions, is_batch_norm
+from ..fallback.reasons import quiet
 from ..nn.gate import Gate
+from .trial import undisturbed
 
 _SIZES: dict[int, list[tuple[int, ...]]] = {
     1: [(65,), (224,)],
@@ -29,7 +32,7 @@ class _Tracer(torch.fx.Tracer):
     """Looks into modules as far as it can; what has hooks, and torch's own modules, are nodes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Gate) or interceptions([("", m)]):
+        if isinstance(m, Gate) or is_batch_norm(m) or interceptions([("", m)]):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -51,6 +54,8 @@ class _Tracer(torch.fx.Tracer):
 def follow(module: nn.Module) -> GraphModule:
     """The graph of ``module``, whose modules it shares, and which was seen to compute the same.
 
+    It is a copy that is looked at and called: whatever its code keeps, and whoever its hooks tell, hears nothing of that.
+
     Raises:
         NotFollowed: there is none.
     """
@@ -59,30 +64,39 @@ def follow(module: nn.Module) -> GraphModule:
     parameters = inspect.signature(module.forward).parameters.values()
     if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
         raise NotFollowed("its forward takes something else than one tensor")
+    own = copy.deepcopy(module)
     try:
-        graph = GraphModule(module, _Tracer().trace(module))
+        graph = _Tracer().trace(own)
     except Exception as error:
         raise NotFollowed(f"its forward cannot be followed: {type(error).__name__}: {_first_line(error)}") from error
-    if not isinstance(module, nn.Sequential) and (difference := _differs(module, graph)):
-        raise NotFollowed(difference)
-    return graph.eval()
+    if not isinstance(module, nn.Sequential):
+        for part in own.modules():
+            for name in HOOKS:
+                part.__dict__[name].clear()
+        if difference := _differs(own, GraphModule(own, graph)):
+            raise NotFollowed(difference)
+    return GraphModule(module, graph).eval()
 
 
 def _differs(module: nn.Module, graph: GraphModule) -> str:
-    """What keeps a graph from standing for ``module``, seen on an image; empty if nothing: what Python code does may depend on more than a graph tells."""
-    conv: Any = next((m for m in module.modules() if isinstance(m, CONVS)), None)
+    """What keeps a graph from standing for ``module``, seen on an image; empty if nothing.
+
+    What Python code does may depend on more than a graph tells, ``isinstance`` for one.
+    """
+    called = [graph.get_submodule(str(node.target)) for node in graph.graph.nodes if node.op == "call_module"]
+    conv: Any = next((m for outer in called for m in outer.modules() if isinstance(m, CONVS)), None)
     if conv is None:
         return "it has no convolution"
     error = ""
     for size in _SIZES[conv.weight.dim() - 2]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, conv.weight.shape[1] * conv.groups, *size, generator=generator).to(conv.weight)
-        try:
-            expected = module(x)
-        except Exception as raised:
-            error = f"its forward could not be tried: {type(raised).__name__}: {_first_line(raised)}"
-            continue
-        return "" if _same(expected, graph(x)) else "its forward does something else than can be followed"
+        with undisturbed(), quiet(), torch.no_grad():
+            x = torch.randn(2, conv.weight.shape[1] * conv.groups, *size).to(conv.weight)
+            try:
+                expected = module(x)
+            except Exception as raised:
+                error = f"its forward could not be tried: {type(raised).__name__}: {_first_line(raised)}"
+                continue
+            return "" if _same(expected, graph(x)) else "its forward does something else than can be followed"
     return error
 
 

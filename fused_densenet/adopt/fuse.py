@@ -48,6 +48,12 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     Warns:
         FallbackWarning: what looks like a dense block and cannot be fused, each with its reasons; once for the same text.
     """
+    adopted(model, memory_efficient, strict)
+    return model
+
+
+def adopted(model: nn.Module, memory_efficient: bool | None = None, strict: bool = False) -> list[Finding]:
+    """:func:`fuse`; what it found."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(memory_efficient, bool | None):
@@ -65,7 +71,7 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
     _report(name, findings)
     if left:
         warn_once(_LEFT + "\n".join(left))
-    return model
+    return findings
 
 
 def unfuse(model: Module) -> Module:

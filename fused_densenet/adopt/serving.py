@@ -21,7 +21,8 @@ from ..ops.network import Convolution, NormReluPool, Part, Parts, channels
 from ..ops.schedule import Structure
 from .explain import KINDS, Report
 from .following import Called, Mean, NotFollowed, follow, paths
-from .fuse import fuse
+from .fuse import adopted
+from .recognition import Finding
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -69,28 +70,41 @@ def optimize_for_inference(
     for name, value in {"strict": strict, "cuda_graphs": cuda_graphs}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
-    own = fuse(copy.deepcopy(model).eval().requires_grad_(False), strict=strict)
+    own = copy.deepcopy(model).eval().requires_grad_(False)
+    findings = adopted(own, strict=strict)
+    order = {name: i for i, (name, _) in enumerate(own.named_modules())}
     if dtype is None:
         dtype = next((p.dtype for p in own.parameters() if p.is_floating_point()), torch.float32)
-    freezing = _Freezing(dtype)
+    freezing = _Freezing(dtype, [f for f in findings if f.reasons])
     with torch.no_grad():
-        inside = freezing.module(own, "")
+        inside = freezing.network(own)
     left = [report for report in freezing.reports if report.kind == "dense block" and not report.fused]
     if strict and left:
         raise FallbackError("not every dense block is part of a program: " + "\n".join(map(str, left)))
     for module in inside.modules():
         if not isinstance(module, Segment):
             module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
-    return Snapshot(inside, dtype, freezing.reports, cuda_graphs)
+    reports = sorted(freezing.reports, key=lambda report: order.get(report.name, len(order)))
+    return Snapshot(inside, dtype, reports, cuda_graphs)
 
 
 class _Freezing:
     """Replaces what it can by segments of ``dtype``, and reports on all."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, left: Sequence[Finding]) -> None:
         self.dtype = dtype
-        self.reports: list[Report] = []
+        self.reports = [Report(f.name, KINDS[f.fused_class], False, reasons=f.reasons) for f in left]
         self._segments = 0
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """What stands for all of it."""
+        if _has_gates(model):
+            return self.module(model, "")
+        if not self.reports:
+            self.reports.append(
+                Report("", "other", False, reasons=[f"no dense block was found in {type(model).__name__}"])
+            )
+        return model
 
     def module(self, module: nn.Module, name: str) -> nn.Module:
         """What stands for ``module``, which is called ``name`` in the network."""
@@ -107,7 +121,7 @@ class _Freezing:
 
     def _inside(self, module: nn.Module, name: str) -> None:
         for key, child in module._modules.items():
-            if child is not None and any(isinstance(part, Gate) for part in child.modules()):
+            if child is not None and _has_gates(child):
                 module._modules[key] = self.module(child, _joined(name, key))
 
     def _alone(self, module: Gate, name: str) -> nn.Module:
@@ -140,7 +154,7 @@ class _Freezing:
             if isinstance(module, Gate):
                 self._report(module, full, None)
             elif not isinstance(module, Segment):
-                if any(isinstance(part, Gate) for part in module.modules()):
+                if _has_gates(module):
                     graph.get_submodule(owner)._modules[key] = self.module(module, full)
                 else:
                     reasons = interceptions([(key, module)]) or [f"no program has a {type(module).__name__} there"]
@@ -165,6 +179,10 @@ class _Freezing:
         self.reports.append(
             Report(name, kind, False, reasons=reasons or ["it runs fused, by itself: no program has what it computes"])
         )
+
+
+def _has_gates(module: nn.Module) -> bool:
+    return any(isinstance(part, Gate) for part in module.modules())
 
 
 def _joined(name: str, key: str) -> str:

@@ -31,7 +31,7 @@ def observe(module: nn.Module, channels: int, spatial_dims: int) -> tuple[nn.Mod
     Raises:
         Exception: whatever copying or calling it raises.
     """
-    with _undisturbed():
+    with undisturbed():
         own, size = _copy(module, spatial_dims), _SIZES[spatial_dims][1]
         traces = []
         for training in (True, False):
@@ -60,7 +60,7 @@ def differs(
     Raises:
         Exception: whatever calling one of them raises.
     """
-    with _undisturbed(), use_backend("eager"), strict():
+    with undisturbed(), use_backend("eager"), strict():
         fused = copy.deepcopy(own)
         swap(fused, fused_class, described)
         for batch, size, modes in zip(_BATCHES, _SIZES[spatial_dims], _MODES, strict=True):
@@ -109,7 +109,7 @@ def _same(expected: Tensor | None, actual: Tensor | None) -> bool:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Leaves random numbers alone, and whatever gradients and autocast are set to."""
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), numpy and numpy.random.get_state()

@@ -1,5 +1,6 @@
 """A network as it is served: programs that hold constants of their own, and whatever stands around them."""
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
@@ -222,7 +223,9 @@ class Snapshot(Frozen):
                 "input: expected a tensor that requires no gradient: a snapshot is for inference, and has none; "
                 "call it in torch.no_grad() or with input.detach()"
             )
-        with torch.no_grad(), without_autocast(self.device):
+        device = self.device
+        autocasts = torch.amp.is_autocast_available(device.type)
+        with torch.no_grad(), without_autocast(device) if autocasts else contextlib.nullcontext():
             x = inputs[0] if len(inputs) == 1 and not options else None
             if (
                 self.cuda_graphs

@@ -440,7 +440,7 @@ def test_two_buffers_are_there_at_a_time() -> None:
     assert layout is not None
     pixels = [2 * 32 * 32, 2 * 16 * 16]
     first, second = pixels[0] * (16 + 24), pixels[1] * 48  # 20 + 24, padded
-    assert layout.entries == first + second + pixels[0] * 32
+    assert layout.entries == (pixels[0] * 32 + second, first)
     assert layout.result == ((2, 46, 8, 8), 46)
     assert layout.context == Context(None, 2 * 64 * 64, 2 * 8 * 8)
 

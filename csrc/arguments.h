@@ -264,7 +264,9 @@ inline Weight weight_of(const Argument& w, const Argument& x) {
   for (int i = 2; i < 5; ++i) {
     if (w.sizes[i] % 2 == 0) refuse<WrongValue>(w, "expected odd kernel sizes, got ", List{w.sizes + 2, 3});
   }
-  return {w.data, w.dtype == ScalarType::Float, w.strides[0], w.strides[1], {w.strides[2], w.strides[3], w.strides[4]}};
+  return {w.data,       w.dtype == ScalarType::Float,
+          false,        w.strides[0],
+          w.strides[1], {w.strides[2], w.strides[3], w.strides[4]}};
 }
 
 inline Weight weight_gradient_of(const Argument& dw, const Argument& w, const Argument& x) {

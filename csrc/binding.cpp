@@ -118,11 +118,12 @@ struct Cpu {
   static void prepare(Forward& problem, const Bound& bound, const Kernels& kernels) {
     if (problem.shape.pixels() == 0) return;
     const Packing& packing = kernels.packing;
-    problem.packed = bound.packed(problem.weight.data, packing.layout(problem), [&] {
+    problem.weight.data = bound.packed(problem.weight.data, packing.layout(problem), [&] {
       Tensor memory = at::empty({static_cast<int64_t>(packing.bytes(problem))}, at::kByte);
       packing.pack(problem, memory.data_ptr(), parallel(memory.numel()));
       return memory;
     });
+    problem.weight.packed = true;
   }
 
   class Workspace {

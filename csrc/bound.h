@@ -43,11 +43,11 @@ class Bound {
 
   // What `make` made of a weight, one of these, for the first that asked for it in one of the kernels' layouts.
   template <class F>
-  const void* packed(const void* weight, int layout, F make) const {
+  void* packed(const void* weight, int layout, F make) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     at::Tensor& found = packed_[{weight, layout}];
     if (!found.defined()) found = make();
-    return found.const_data_ptr();
+    return found.data_ptr();
   }
 
   // Whether they have the sizes that they had.

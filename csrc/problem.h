@@ -59,10 +59,11 @@ struct Owed {
   const void* pixels;
 };
 
-// W[out][in][kd][kh][kw], any strides; float32, or the data's type.
+// W[out][in][kd][kh][kw], any strides; float32, or the data's type. Where `packed`, the data are as the CPU's kernels
+// read them.
 struct Weight {
   void* data;
-  bool is_float;
+  bool is_float, packed;
   int64_t stride_out, stride_in, stride_tap[3];
   int64_t tap(const Shape& s, int64_t i) const {
     return i / (s.kh * s.kw) * stride_tap[0] + i / s.kw % s.kh * stride_tap[1] + i % s.kw * stride_tap[2];
@@ -82,8 +83,7 @@ struct Forward {
   Pixels out;
   Moments moments;
   Bias bias;
-  double negative_slope;         // of what is stored, 1 for none
-  const void* packed = nullptr;  // the weight as the CPU's kernels read it, where that was made before
+  double negative_slope;  // of what is stored, 1 for none
 };
 
 struct Backward {

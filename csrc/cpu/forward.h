@@ -23,7 +23,7 @@ class ForwardKernel {
     grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.winograd);
     parts_ = parts_of(grid_, threads);
     Arena& arena = arena_;
-    weight_ = f.packed == nullptr ? arena.take<E>(packed_.bytes() / sizeof(E)) : nullptr;
+    weight_ = f.weight.packed ? static_cast<E*>(f.weight.data) : arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
@@ -48,7 +48,7 @@ class ForwardKernel {
   void run(const Parallel& parallel) const {
     norm_.make();
     if (finishes()) read_bias<T>(f_.bias, f_.shape.out, bias_);
-    if (f_.packed == nullptr) packed_.template pack<T>(f_.shape, f_.weight, weight_, parallel);
+    if (!f_.weight.packed) packed_.template pack<T>(f_.shape, f_.weight, weight_, parallel);
     parallel_for(parallel, parts_, [&](int64_t part) {
       const TileRegisters registers;
       const Range boxes = split(grid_.count(), parts_, part);
@@ -77,7 +77,6 @@ class ForwardKernel {
   }
 
  private:
-  const E* weight() const { return f_.packed == nullptr ? weight_ : static_cast<const E*>(f_.packed); }
   bool pools() const { return windows_.count > 1; }
   bool finishes() const { return f_.bias.data != nullptr || f_.negative_slope != 1; }
 
@@ -171,7 +170,7 @@ class ForwardKernel {
             output.store_rows(tile.data + skipped * tile.ld, tile.ld, first + pixel, count, column);
           });
         };
-        multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight(),
+        multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
                                       packed_.panel_size(), tile, runs.pixels, f_.shape.out, steps, count, false,
                                       prefetch, store_tile);
       }
@@ -183,7 +182,7 @@ class ForwardKernel {
     if constexpr (P::pair == 1) {
       const TilePlane plane{b.size[1], b.size[2]};
       for (int64_t d = 0; d < b.size[0]; ++d) {
-        product_.run(plane, of_part(operand_, part) + d * plane_size, block_size, weight(), packed_.panel_size(),
+        product_.run(plane, of_part(operand_, part) + d * plane_size, block_size, weight_, packed_.panel_size(),
                      of_part(result_, part), ldc_, of_part(patches_, part), of_part(products_, part),
                      of_part(steps_, part), prefetch);
         for (int64_t h = 0; h < b.size[1]; ++h) {

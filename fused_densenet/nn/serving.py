@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,7 +16,7 @@ from ..backends import BACKENDS, choose
 from ..fallback.checks import check_image
 from ..fallback.recording import one_call, refuse_script
 from ..ops.block import Parameters
-from ..ops.network import Convolution, Network, NormReluPool, Parts, places
+from ..ops.network import Network, NormReluPool, Parts, places
 from ..ops.program import Bound, without_autocast
 from ..ops.subclasses import on_plain
 
@@ -68,6 +68,9 @@ class Segment(Frozen):
         flat: a result of one pixel is ``(N, C)``.
     """
 
+    stem_weight: Tensor
+    weights0: Tensor
+
     def __init__(
         self, parts: Parts, parameters: Parameters, stem: tuple[Stem, Tensor] | None = None, flat: bool = False
     ) -> None:
@@ -80,7 +83,7 @@ class Segment(Frozen):
                 self.register_buffer(f"{kind}{i}", tensor)
         self._counts = [len(tensors) for tensors in parameters]
         self.dtype = parameters.weights[0].dtype
-        self._held: _Held | None = None
+        self._plans: dict[str, _Plan] = {}
         super().train(False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -95,19 +98,17 @@ class Segment(Frozen):
         return _outside_of_graphs(self, input)
 
     def _run(self, x: Tensor) -> Tensor:
-        held = self._held = self._held or _Held(self)
-        first = held.parameters.weights[0] if self.stem is None else self.stem_weight
-        assert isinstance(first, Tensor)
+        first = self.weights0 if self.stem is None else self.stem_weight
         self._check(x, first)
-        shape = tuple(x.shape)
-        if self.stem is not None:
-            x = _CONVOLVE[x.dim() - 2](x, first, None, *self.stem)
         backend = choose(x.device, x.dtype)
-        network, head = held.network(backend)
-        out = network(x, held.parameters_of(network), backend, held.bound(backend, network), self.stem is not None)
+        plan = self._plans.get(backend)
+        if plan is None:
+            plan = self._plans[backend] = _Plan.of(Parts(self.parts), self.constants(), backend)
+        image = x if self.stem is None else _CONVOLVE[x.dim() - 2](x, first, None, *self.stem)
+        out = plan.network(image, plan.parameters, backend, plan.bound, image is not x)
         if out is None:
-            raise ValueError(f"input: expected larger images, got shape {shape}")
-        out = head(out)
+            raise ValueError(f"input: expected larger images, got shape {tuple(x.shape)}")
+        out = plan.head(out)
         return out.flatten(1) if self.flat else out
 
     def _check(self, x: Tensor, first: Tensor) -> None:
@@ -127,11 +128,11 @@ class Segment(Frozen):
         return Parameters(*[[named[f"{kind}{i}"] for i in range(count)] for kind, count in counts])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._held = None
+        self._plans = {}
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_plans": {}}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -140,56 +141,41 @@ def _outside_of_graphs(segment: Segment, x: Tensor) -> Tensor:
     return on_plain(x, segment._run)
 
 
-class _Held:
-    """What a segment's constants are made into at the first call, for all later ones."""
+class _Plan(NamedTuple):
+    """What a backend runs of a segment, and what torch does behind it: the network's end, where it has no primitive for that."""
 
-    def __init__(self, segment: Segment) -> None:
-        self.parameters = segment.constants()
-        self._parts = Parts(segment.parts)
-        self._networks: dict[bool, tuple[Network, Callable[[Tensor], Tensor]]] = {}
-        self._bound: dict[tuple[str, int], Bound | None] = {}
+    network: Network
+    parameters: Parameters
+    bound: Bound | None
+    head: Callable[[Tensor], Tensor]
 
-    def network(self, backend: str) -> tuple[Network, Callable[[Tensor], Tensor]]:
-        """What a backend runs as one, and what torch does behind it: the end of the network, where it has no primitive for that."""
-        whole = hasattr(BACKENDS[backend], "norm_relu_mean")
-        if whole not in self._networks:
-            self._networks[whole] = self._divided(whole)
-        return self._networks[whole]
-
-    def _divided(self, whole: bool) -> tuple[Network, Callable[[Tensor], Tensor]]:
-        parts = self._parts
+    @classmethod
+    def of(cls, parts: Parts, constants: Parameters, backend: str) -> "_Plan":
+        kernels, head = BACKENDS[backend], _nothing
         cut = next((i for i, part in enumerate(parts) if isinstance(part, NormReluPool) and part.means), None)
-        if whole or cut is None:
-            return Network(parts), lambda x: x
-        norm = parts[cut]
-        assert isinstance(norm, NormReluPool)
-        before = places(parts)[cut + 1]
-        layers = [part for part in parts[cut + 1 :] if isinstance(part, Convolution)]
-        assert len(layers) == len(parts) - cut - 1
-        tensors = self.parameters.weights[before.weight :], self.parameters.biases[before.bias :]
-        return Network(Parts([*parts[:cut], norm._replace(means=False)])), functools.partial(_head, layers, *tensors)
-
-    def parameters_of(self, network: Network) -> Parameters:
-        end = places(network.parts)[-1]
-        weights, biases, gammas, betas, running = self.parameters
-        return Parameters(
-            weights[: end.weight], biases[: end.bias], gammas[: end.norm], betas[: end.norm], running[: end.running]
-        )
-
-    def bound(self, backend: str, network: Network) -> Bound | None:
-        key = backend, len(network.parts)
-        if key not in self._bound:
-            self._bound[key] = Bound.by(BACKENDS[backend], self.parameters_of(network), constant=True)
-        return self._bound[key]
+        if cut is not None and not hasattr(kernels, "norm_relu_mean"):
+            before, layers = places(parts)[cut + 1], parts[cut + 1 :]
+            weights, biases = constants.weights[before.weight :], constants.biases[before.bias :]
+            head = functools.partial(_mean_and_linear, layers, weights, biases)
+            norm = parts[cut]
+            assert isinstance(norm, NormReluPool)
+            parts = Parts([*parts[:cut], norm._replace(means=False)])
+        end = places(parts)[-1]
+        ends = end.weight, end.bias, end.norm, end.norm, end.running
+        parameters = Parameters(*[kind[:count] for kind, count in zip(constants, ends, strict=True)])
+        return cls(Network(parts), parameters, Bound.by(kernels, parameters, constant=True), head)
 
 
-def _head(layers: list[Convolution], weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
-    """The mean of the pixels, and linear layers of it."""
+def _nothing(x: Tensor) -> Tensor:
+    return x
+
+
+def _mean_and_linear(layers: Sequence[Any], weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
+    """The mean of the pixels, and convolutions of it."""
     dims, rest = x.dim() - 2, iter(biases)
     x = x.mean(tuple(range(2, x.dim())))
     for layer, weight in zip(layers, weights, strict=True):
-        bias = next(rest).to(x.dtype) if layer.biased else None
-        x = F.linear(x, weight.flatten(1), bias)
+        x = F.linear(x, weight.flatten(1), next(rest).to(x.dtype) if layer.biased else None)
         x = x if layer.slope == 1 else F.leaky_relu(x, layer.slope)
     return x.reshape(*x.shape, *[1] * dims)
 
@@ -210,6 +196,7 @@ class Snapshot(Frozen):
         super().__init__()
         self.inside, self.dtype, self.notes, self.cuda_graphs = inside, dtype, notes, cuda_graphs
         self._graphs: _Graphs | None = None
+        self._device: torch.device | None = None
         super().train(False)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -223,7 +210,9 @@ class Snapshot(Frozen):
                 "input: expected a tensor that requires no gradient: a snapshot is for inference, and has none; "
                 "call it in torch.no_grad() or with input.detach()"
             )
-        device = self.device
+        if self._device is None:
+            self._device = self.device
+        device = self._device
         autocasts = torch.amp.is_autocast_available(device.type)
         with torch.no_grad(), without_autocast(device) if autocasts else contextlib.nullcontext():
             x = inputs[0] if len(inputs) == 1 and not options else None
@@ -265,7 +254,7 @@ class Snapshot(Frozen):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._graphs = None
+        self._graphs = self._device = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -182,6 +182,9 @@ HEADS: dict[str, tuple[Callable[[Any, Tensor], Tensor], int]] = {
     "layers": (lambda m, x: m.out(F.relu(m.fc(F.adaptive_avg_pool2d(x, (1, 1)).flatten(1)))), 0),
     "pool alone": (lambda m, x: m.pool(x), 0),
     "mean alone": (lambda m, x: x.mean((2, 3)), 0),
+    "view": (lambda m, x: m.fc(m.pool(x).view(x.size(0), -1)), 0),
+    "view of shape": (lambda m, x: m.fc(m.pool(x).reshape((x.shape[0], -1))), 0),
+    "view of more": (lambda m, x: m.pool(x).view(x.size(0) * 2, -1), 4),
     "maxima": (lambda m, x: m.fc(x.amax((2, 3))), 2),
     "mean of rows": (lambda m, x: x.mean(2), 1),
     "mean of all": (lambda m, x: x.mean((1, 2, 3)), 1),
@@ -247,6 +250,13 @@ def test_weights_packed_once_are_those_packed_at_each_call(dtype: torch.dtype) -
         packed_again = network.Network(network.Parts(segment.parts))(image, segment.constants(), "cpu")
         assert packed_again is not None
         assert torch.equal(ours, packed_again.flatten(1))
+
+
+def test_where_a_backend_has_no_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, torch computes the end of the network."""
+    monkeypatch.delattr(BACKENDS["cpu"], "norm_relu_mean")
+    for name in ("mean", "layers", "pool alone"):
+        assert_served(randomised(Heads(HEADS[name][0])).double(), torch.randn(2, 3, 17, 21, dtype=torch.float64))
 
 
 def test_any_size() -> None:

@@ -2,14 +2,15 @@
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_flatten
 
 from ..fallback.anatomy import CONVS, HOOKS, interceptions, is_batch_norm
 from ..fallback.reasons import quiet
@@ -69,13 +70,36 @@ def follow(module: nn.Module) -> GraphModule:
         graph = _Tracer().trace(own)
     except Exception as error:
         raise NotFollowed(f"its forward cannot be followed: {type(error).__name__}: {_first_line(error)}") from error
-    if not isinstance(module, nn.Sequential):
-        for part in own.modules():
-            for name in HOOKS:
-                part.__dict__[name].clear()
-        if difference := _differs(own, GraphModule(own, graph)):
-            raise NotFollowed(difference)
+    _flatten_views(graph)
+    for part in own.modules():
+        for name in HOOKS:
+            part.__dict__[name].clear()
+    if difference := _differs(own, GraphModule(own, graph)):
+        raise NotFollowed(difference)
     return GraphModule(module, graph).eval()
+
+
+def _flatten_views(graph: Graph) -> None:
+    """``x.view(x.size(0), -1)`` and the like as what they are of any image: ``torch.flatten(x, 1)``."""
+    for node in list(graph.nodes):
+        views = node.target in ("view", "reshape", torch.reshape) and not node.kwargs
+        sizes = tree_flatten(node.args[1:])[0] if views else []
+        if len(sizes) == 2 and _is_batch_size(sizes[0]) and sizes[1] == -1:
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_function(torch.flatten, (node.args[0], 1)))
+            graph.erase_node(node)
+    graph.eliminate_dead_code(lambda node: node.target not in ("size", getattr, operator.getitem))
+
+
+def _is_batch_size(size: Any) -> bool:
+    if not isinstance(size, Node):
+        return False
+    if size.target is operator.getitem and size.args[1] == 0:
+        size = size.args[0]
+        return isinstance(size, Node) and (
+            size.target == "size" or (size.target is getattr and size.args[1] == "shape")
+        )
+    return size.target == "size" and size.args[1:] == (0,)
 
 
 def _differs(module: nn.Module, graph: GraphModule) -> str:
@@ -101,7 +125,7 @@ def _differs(module: nn.Module, graph: GraphModule) -> str:
 
 
 def _same(expected: Any, found: Any) -> bool:
-    (theirs, as_theirs), (ours, as_ours) = pytree.tree_flatten(expected), pytree.tree_flatten(found)
+    (theirs, as_theirs), (ours, as_ours) = tree_flatten(expected), tree_flatten(found)
     if as_theirs != as_ours:
         return False
     for a, b in zip(theirs, ours, strict=True):

@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 from ..backends.contract import accumulate_dtype
 from ..fallback.anatomy import CONVS, convolution_reasons, interceptions, is_batch_norm, is_everywhere, own_activation
 from ..fallback.reasons import FallbackError
+from ..nn.block import FusedDenseBlock
+from ..nn.chain import Link
 from ..nn.gate import Gate
 from ..nn.passage import kind_of
 from ..nn.serving import Segment, Snapshot, Stem
@@ -23,6 +25,7 @@ from .explain import KINDS, Report
 from .following import Called, Mean, NotFollowed, follow, paths
 from .fuse import adopted
 from .recognition import Finding
+from .swapping import around_layers
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -171,6 +174,12 @@ class _Freezing:
         return draft.segment()
 
     def _report(self, module: Gate, name: str, segment: int | None) -> None:
+        """Of a module, and those that it calls around its layers."""
+        before, after = around_layers(module) or ([], [])
+        for key in (*before, *after):
+            child = module._modules[key]
+            if isinstance(child, Gate):
+                self._report(child, _joined(name, key), segment)
         kind = next(word for kind, word in KINDS.items() if isinstance(module, kind))
         if segment is not None:
             self.reports.append(Report(name, kind, True, mode=f"in program {segment} of the snapshot"))
@@ -212,6 +221,17 @@ def _drafts(path: Sequence[Called], dtype: torch.dtype) -> Iterator[tuple["_Draf
         draft = _Draft(dtype)
 
 
+class _Layers(Step):
+    """Of a dense block whose module calls others around them."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__(block, kind_of(block), None)
+        self.look_inside()
+
+    def link(self) -> Link | None:
+        return None if self.plan is None else FusedDenseBlock.link(self.module, self.plan)  # type: ignore[arg-type]
+
+
 class _Draft:
     """A segment in the making: its parts so far, with their tensors as they are, in float64 where something is folded."""
 
@@ -231,6 +251,8 @@ class _Draft:
         if type(module) in CONVS:
             return self._take_convolution(modules, i)
         link = steps[i].link()
+        if link is None and (around := around_layers(module)) is not None:
+            return self._take_around(module, *around)
         if link is not None:
             run = steps[i].run
             fits = self._reads(channels(link.part)[0], link.dims) and link.running is None and not self.flat
@@ -243,6 +265,27 @@ class _Draft:
         if type(module) in (nn.Identity, nn.Dropout) and not (module.training and type(module) is nn.Dropout):
             return 1
         return self._take_activation(module) or self._take_head(modules, i)
+
+    def _take_around(self, block: Any, before: Sequence[str], after: Sequence[str]) -> int:
+        """A dense block with what its module calls before and behind its layers: all of it, or nothing."""
+        names = [*before, "", *after]
+        modules = [(name, block._modules[name] if name else block) for name in names]
+        steps = [
+            _step(module, run_at(modules, i)) if name else _Layers(block) for i, (name, module) in enumerate(modules)
+        ]
+        whole, i = self._copy(), 0
+        while i < len(modules):
+            count = whole.take(modules, steps, i)
+            if not count:
+                return 0
+            i += count
+        self.__dict__.update(whole.__dict__)
+        return 1
+
+    def _copy(self) -> "_Draft":
+        draft = copy.copy(self)
+        draft.parts, draft._parameters = [*self.parts], Parameters(*[[*kind] for kind in self._parameters])
+        return draft
 
     def _take_convolution(self, modules: Sequence[tuple[str, nn.Module]], i: int) -> int:
         conv: Any = modules[i][1]

@@ -119,19 +119,19 @@ def _pass_on(original: Any, fused: Any) -> Callable[..., Tensor]:
     """``fused.pass_on`` between what its description says comes before and after."""
 
     def pass_on(module: Any, x: Tensor, passage: Passage, known: Known | None = None) -> Tensor:
-        description = module.fused_settings.description
         if not _has_units(module):
             return fused.pass_on(module, x, passage, known)
-        children = [name for name, child in module._modules.items() if child is not None]
-        if children != [*description.before, *description.units, *description.after]:
+        around = around_layers(module)
+        if around is None:
             announce(["it has other modules inside than when fuse was called"], fused.__name__)
             return passage.through_operators(functools.partial(original.forward, module), x)
-        if passage.layout is None and description.after and not torch.compiler.is_compiling():
+        before, after = around
+        if passage.layout is None and after and not torch.compiler.is_compiling():
             passage.layout = layout_of(x)  # what comes after may draw random numbers in the order of memory
-        for name in description.before:
+        for name in before:
             x = passage.through(module._modules[name], x)
         x = fused.pass_on(module, x, passage)
-        for name in description.after:
+        for name in after:
             x = passage.through(module._modules[name], x)
         return x
 
@@ -140,6 +140,16 @@ def _pass_on(original: Any, fused: Any) -> Callable[..., Tensor]:
 
 def _link(fused: Any) -> Callable[..., Link | None]:
     return lambda module, plan: None if _has_units(module) else fused.link(module, plan)
+
+
+def around_layers(module: Any) -> tuple[list[str], list[str]] | None:
+    """The children that a block's module calls before and behind its layers; None where there are none, or not those that were."""
+    if not is_swapped(module) or not _has_units(module):
+        return None
+    description = module.fused_settings.description
+    before, after = list(description.before), list(description.after)
+    children = [name for name, child in module._modules.items() if child is not None]
+    return (before, after) if children == [*before, *description.units, *after] else None
 
 
 def _has_units(module: Any) -> bool:

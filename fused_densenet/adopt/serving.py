@@ -18,8 +18,9 @@ from ..nn.gate import Gate
 from ..nn.passage import kind_of
 from ..nn.serving import Segment, Snapshot, Stem
 from ..nn.stem import MAX_POOLS, Step, is_stems_pooling, run_at
+from ..nn.transition import AVG_POOL, halves
 from ..ops.block import Parameters
-from ..ops.network import Convolution, NormReluPool, Part, Parts, channels
+from ..ops.network import Convolution, NormReluPool, Part, Parts, Reduction, channels
 from ..ops.schedule import Structure
 from .explain import KINDS, Report
 from .following import Called, Mean, NotFollowed, follow, paths
@@ -299,7 +300,12 @@ class _Draft:
             weight, bias = _with_norm(weight, bias, constants, norm.eps)
             count, slope = 2, _slope(own_activation(norm))
         if not convolution_reasons(conv, ""):
-            self._add(Convolution(tuple(weight.shape), bias is not None, slope), _only(weights=[weight], biases=[bias]))
+            last: Any = self.parts[-1] if self.parts else None
+            part: Part = Convolution(tuple(weight.shape), bias is not None, slope)
+            if _is_plain_norm(last) and slope == 1 and not any(size > 1 for size in conv.kernel_size):
+                part = Reduction(tuple(weight.shape), bias is not None, last.eps, last.slope, False)
+                self.parts.pop()
+            self._add(part, _only(weights=[weight], biases=[bias]))
             return count
         if self.parts or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return 0
@@ -323,11 +329,14 @@ class _Draft:
         return 1
 
     def _take_head(self, modules: Sequence[tuple[str, nn.Module]], i: int) -> int:
-        """A mean over all pixels, what makes ``(N, C)`` of one pixel, a linear layer."""
+        """A transition's pooling, a mean over all pixels, what makes ``(N, C)`` of one pixel, a linear layer."""
         module, last, dims = modules[i][1], self.parts[-1], self._dims
         following = modules[i + 1][1] if i + 1 < len(modules) else None
         at_one_pixel = any(isinstance(part, NormReluPool) and part.means for part in self.parts)
-        if not at_one_pixel and isinstance(last, NormReluPool) and not last.pools and dims is not None:
+        if isinstance(last, Reduction) and not last.pools and halves(module) and type(module) is AVG_POOL[dims or 0]:
+            self.parts[-1] = last._replace(pools=True)
+            return 1
+        if isinstance(last, NormReluPool) and _is_plain_norm(last) and dims is not None:
             count = 0
             if type(module) in _ADAPTIVE:
                 count = int(_ADAPTIVE.index(type(module)) + 1 == dims and is_everywhere(module.output_size, 1))
@@ -371,6 +380,11 @@ class _Draft:
             layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(stem[1].dim(), torch.contiguous_format)
             stem = stem[0], _own(stem[1], dtype).contiguous(memory_format=layout)
         return Segment(Parts(self.parts), constants, stem, self.flat)
+
+
+def _is_plain_norm(part: Part | None) -> bool:
+    """Whether it is a norm, perhaps with an activation, and no more."""
+    return isinstance(part, NormReluPool) and not part.pools and not part.means
 
 
 def _own(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,7 +59,7 @@ class TransitionParts(NamedTuple):
                 reasons.append(f"{conv_name} is no 1x1 convolution")
             for width in widths_of(norm) - {conv.weight.shape[1]}:
                 reasons.append(f"{norm_name} has {width} channels and {conv_name} reads {conv.weight.shape[1]}")
-        if self.pool is not None and not _halves(self.pool):
+        if self.pool is not None and not halves(self.pool):
             reasons.append(f"pool is no average pooling of window and stride 2: {self.pool}")
         return reasons
 
@@ -231,7 +231,7 @@ def _dropped(out: Tensor, parts: TransitionParts, layout: torch.memory_format) -
     return out * kept * (1 / (1 - rate) if rate < 1 else 0.0)
 
 
-def _halves(pool: Any) -> bool:
+def halves(pool: Any) -> bool:
     """Whether a module averages windows of two with stride two, like ``nn.AvgPool2d(2)``."""
     if type(pool) not in AVG_POOL.values():
         return False

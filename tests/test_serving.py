@@ -328,6 +328,8 @@ def test_what_a_snapshot_refuses() -> None:
         served(x[0].bfloat16())
     with pytest.raises(RuntimeError, match=r"torch\.jit\.script"):
         torch.jit.script(served)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record a snapshot"):
+        torch.jit.trace(served, x.bfloat16(), check_trace=False)
 
 
 def test_bad_arguments() -> None:
@@ -400,6 +402,72 @@ def test_hooks_are_called() -> None:
     assert any("features" in r.name and "has hooks" in r.reasons[0] for r in report.others)
     with pytest.raises(FallbackError, match="has hooks"):
         optimize_for_inference(model, strict=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["features.conv0", "features.norm0", "features.relu0", "features.pool0", "features.norm5"]
+)
+def test_a_hook_around_the_blocks_is_called(name: str) -> None:
+    """Of each module that would be taken with the one before it."""
+    model: Any = randomised(torchvisions())
+    model.get_submodule(name).register_forward_hook(lambda module, inputs, out: out * 2)
+    served = assert_served(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    (report,) = [r for r in explain(served).others if r.name == name]
+    assert "has hooks" in report.reasons[0]
+
+
+def odd_slopes(model: Any) -> None:
+    model.act.negative_slope = 1.5
+
+
+def other_strides(model: Any) -> None:
+    model.second[0] = nn.Conv2d(8, 8, 3, 2, padding=1, groups=2)
+
+
+def reflected(model: Any) -> None:
+    model.conv = nn.Conv2d(3, 8, 3, 2, padding=1, padding_mode="reflect")
+
+
+def frozen_without_statistics(model: Any) -> None:
+    model.bn = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+def without_affine(model: Any) -> None:
+    model.bn, model.second[1] = nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, affine=False)
+
+
+def identities(model: Any) -> None:
+    model.bn, model.act, model.second[2] = nn.Identity(), nn.Dropout2d(0.5), nn.Identity()
+
+
+def other_eps(model: Any) -> None:
+    model.norm.eps = 0.5
+
+
+def pointwise(model: Any) -> None:
+    model.second = nn.Sequential(
+        nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.AvgPool2d(2), nn.Conv2d(8, 8, (1, 3), padding="same")
+    )
+
+
+def other_windows(model: Any) -> None:
+    model.second = nn.Sequential(
+        nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.AvgPool2d(2, padding=1), nn.MaxPool2d(3, 2, 1)
+    )
+
+
+CHANGES = [
+    *(odd_slopes, other_strides, reflected, frozen_without_statistics, without_affine, identities, other_eps),
+    *(pointwise, other_windows),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_stems(change: Callable[[Any], None]) -> None:
+    model = Heads(HEADS["mean"][0])
+    change(model)
+    served = assert_served(randomised(model).double(), torch.randn(2, 3, 21, 25, dtype=torch.float64))
+    assert any(isinstance(part, network.Structure) for segment in segments(served) for part in segment.parts)
 
 
 class Branching(nn.Module):

@@ -114,7 +114,7 @@ inline Launcher<PlaceBackward> launcher(const PlaceBackward&) { return {place_ba
 inline Launcher<Backward> launcher(const Backward&) { return {backward_workspace, backward}; }
 inline Launcher<NormReluPool> launcher(const NormReluPool&) { return {norm_relu_pool_workspace, norm_relu_pool}; }
 inline Launcher<NormReluMean> launcher(const NormReluMean&) {
-  throw std::invalid_argument("norm_relu_mean: there is no kernel for CUDA");
+  throw std::runtime_error("norm_relu_mean: there is no kernel for CUDA");
 }
 inline Launcher<NormReluPoolBackward> launcher(const NormReluPoolBackward&) {
   return {norm_relu_pool_backward_workspace, norm_relu_pool_backward};

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.contract import accumulate_dtype
-from ..fallback.anatomy import CONVS, convolution_reasons, interceptions, is_batch_norm, is_everywhere, own_activation
+from ..fallback.anatomy import (
+    CHANNEL_DROPOUTS,
+    CONVS,
+    convolution_reasons,
+    is_batch_norm,
+    is_everywhere,
+    own_activation,
+    replacements,
+    widths_of,
+)
 from ..nn.block import FusedDenseBlock
 from ..nn.chain import Link
 from ..nn.gate import Gate
@@ -24,6 +33,7 @@ from .following import Called, Mean
 from .swapping import around_layers
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
+_DROPOUTS = (nn.Dropout, *CHANNEL_DROPOUTS)
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
@@ -81,7 +91,7 @@ class Draft:
     def take(self, modules: Sequence[tuple[str, nn.Module]], steps: Sequence[Step], i: int) -> int:
         """How many modules from place ``i`` on it takes as what follows; 0 where it cannot."""
         module = modules[i][1]
-        if not isinstance(module, Gate) and interceptions([("", module)]):
+        if not isinstance(module, Gate) and _at(modules, i) is None:
             return 0
         if type(module) in CONVS:
             return self._take_convolution(modules, i)
@@ -97,7 +107,7 @@ class Draft:
             return 0 if not fits else 1 if run is None else len(run.modules)
         if not self.parts:
             return 0
-        if type(module) in (nn.Identity, nn.Dropout) and not (module.training and type(module) is nn.Dropout):
+        if type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training):
             return 1
         return self._take_activation(module) or self._take_head(modules, i)
 
@@ -128,7 +138,7 @@ class Draft:
             return 0
         weight, bias = conv.weight, conv.bias
         count, slope = 1, 1.0
-        norm: Any = modules[i + 1][1] if i + 1 < len(modules) else None
+        norm: Any = _at(modules, i + 1)
         if norm is not None and _folds(norm, conv.out_channels):
             constants = norm.weight, norm.bias, norm.running_mean, norm.running_var
             weight, bias = _with_norm(weight, bias, constants, norm.eps)
@@ -143,12 +153,12 @@ class Draft:
             return count
         if self.parts or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return 0
-        if slope == 1 and i + count < len(modules) and type(modules[i + count][1]) in _ACTIVATIONS:
-            slope = _slope(modules[i + count][1])
+        if slope == 1 and _is_activation(following := _at(modules, i + count)):
+            slope = _slope(following)
             count += 1
         self.stem = Stem(conv.stride, conv.padding, conv.dilation, conv.groups), weight
         self._dims = weight.dim() - 2
-        pool: Any = modules[i + count][1] if i + count < len(modules) else None
+        pool: Any = _at(modules, i + count)
         pools = slope == 0 and type(pool) is MAX_POOLS[self._dims - 1] and is_stems_pooling(pool)
         zeros = weight.new_zeros(conv.out_channels)
         norm_of_bias = _only(gammas=[zeros + 1], betas=[zeros if bias is None else bias], running=[zeros, zeros + 1])
@@ -157,7 +167,7 @@ class Draft:
 
     def _take_activation(self, module: nn.Module) -> int:
         last = self.parts[-1]
-        if type(module) not in _ACTIVATIONS or not isinstance(last, Convolution) or last.slope != 1:
+        if not _is_activation(module) or not isinstance(last, Convolution) or last.slope != 1:
             return 0
         self.parts[-1] = last._replace(slope=_slope(module))
         return 1
@@ -165,7 +175,7 @@ class Draft:
     def _take_head(self, modules: Sequence[tuple[str, nn.Module]], i: int) -> int:
         """A transition's pooling, a mean over all pixels, what makes ``(N, C)`` of one pixel, a linear layer."""
         module, last, dims = modules[i][1], self.parts[-1], self._dims
-        following = modules[i + 1][1] if i + 1 < len(modules) else None
+        following = _at(modules, i + 1)
         at_one_pixel = any(isinstance(part, NormReluPool) and part.means for part in self.parts)
         if isinstance(last, Reduction) and not last.pools and halves(module) and type(module) is AVG_POOL[dims or 0]:
             self.parts[-1] = last._replace(pools=True)
@@ -225,6 +235,15 @@ def _own(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.detach().to(dtype, copy=True).contiguous()
 
 
+def _at(modules: Sequence[tuple[str, nn.Module]], i: int) -> Any:
+    """The module there, if nothing follows or replaces what it does."""
+    return None if i >= len(modules) or replacements(modules[i : i + 1]) else modules[i][1]
+
+
+def _is_activation(module: nn.Module | None) -> bool:
+    return type(module) in _ACTIVATIONS and 0 <= _slope(module) <= 1
+
+
 def _slope(activation: nn.Module | None) -> float:
     """Of an activation for negative numbers, 1 where there is none."""
     if activation is None or type(activation) is nn.Identity:
@@ -234,11 +253,12 @@ def _slope(activation: nn.Module | None) -> float:
 
 def _folds(norm: Any, width: int) -> bool:
     """Whether a norm behind a convolution of so many channels is an affine map of them, perhaps with an activation that has a slope."""
-    if not is_batch_norm(norm) or interceptions([("", norm)]) or norm.running_mean is None or norm.running_var is None:
+    if not is_batch_norm(norm) or norm.running_mean is None or norm.running_var is None:
         return False
     activation = own_activation(norm)
-    known = activation is None or type(activation) in (nn.Identity, *_ACTIVATIONS)
-    return bool(known and 0 <= _slope(activation) <= 1 and norm.running_mean.shape[0] == width)
+    known = activation is None or type(activation) is nn.Identity or _is_activation(activation)
+    drop = norm._modules.get("drop")
+    return known and (drop is None or type(drop) is nn.Identity) and widths_of(norm) == {width}
 
 
 def _only(

@@ -63,6 +63,7 @@ def optimize_for_inference(
     for name, value in {"strict": strict, "cuda_graphs": cuda_graphs}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    converts = dtype is not None
     own = copy.deepcopy(model).eval().requires_grad_(False)
     findings = adopted(own, strict=strict)
     order = {name: i for i, (name, _) in enumerate(own.named_modules())}
@@ -74,7 +75,7 @@ def optimize_for_inference(
     left = [report for report in freezing.reports if report.kind == "dense block" and not report.fused]
     if strict and left:
         raise FallbackError("not every dense block is part of a program: " + "\n".join(map(str, left)))
-    for module in inside.modules():
+    for module in inside.modules() if converts else ():
         if not isinstance(module, Segment):
             module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
     reports = sorted(freezing.reports, key=lambda report: order.get(report.name, len(order)))

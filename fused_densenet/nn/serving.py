@@ -95,6 +95,8 @@ class Segment(Frozen):
         if isinstance(input, torch.fx.Proxy):
             result: Tensor = one_call(self, input)
             return result
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace cannot record a snapshot: trace the model that it was made from")
         return _outside_of_graphs(self, input)
 
     def _run(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from primitives import (
@@ -32,6 +33,9 @@ from tolerances import assert_entries, assert_error_ratio, tolerance, ulp
 
 from fused_densenet.backends import BACKENDS
 from fused_densenet.backends.contract import Gradient, Norm, Owed, accumulate_dtype
+from fused_densenet.ops.block import Parameters
+from fused_densenet.ops.network import Convolution, Network, Parts
+from fused_densenet.ops.program import Bound
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["float64", "float32", "bfloat16", "float16"]
@@ -306,6 +310,57 @@ def test_halves_are_rounded_to_even(backend: str, dtype: torch.dtype) -> None:
     out = torch.empty_like(x)
     BACKENDS[backend].norm_relu_pool(x, Norm(torch.zeros(48), torch.ones(48), torch.ones(48), half, 0.0), out)
     assert torch.equal(out, (x.float() + half).to(dtype))
+
+
+@all_backends
+@all_dtypes
+@pytest.mark.parametrize("shape", [(2, 1, 3, 5, 21), (1, 1, 1, 1, 130), (3, 2, 9, 11, 8), (1, 1, 40, 70, 65)])
+def test_norm_relu_mean(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """From a slice of channels to a slice of channels; what lies beside is not touched."""
+    channels, wide = shape[-1], accumulate_dtype(dtype)
+    whole = torch.randn(*shape[:-1], channels + 5).to(dtype)
+    x, out = whole[..., 2 : 2 + channels], torch.full((shape[0], 1, 1, 1, channels + 3), 7.0).to(dtype)
+    vectors = torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)
+    norm = Norm(*(t.to(wide) for t in vectors), 1e-5, 0.1)
+    BACKENDS[backend].norm_relu_mean(x, norm, out[..., 1 : 1 + channels])
+    mean, var, gamma, beta = (t.double() for t in norm[:4])
+    a = F.leaky_relu((x.double() - mean) / (var + norm.eps).sqrt() * gamma + beta, norm.negative_slope)
+    exact, magnitude = a.mean((1, 2, 3), keepdim=True), a.abs().mean((1, 2, 3), keepdim=True)
+    assert_entries(out[..., 1 : 1 + channels], exact, magnitude, dtype, "means")
+    assert (out[..., 0] == 7).all() and (out[..., 1 + channels :] == 7).all()
+
+
+def test_long_means_round_seldom() -> None:
+    """40,000 equal terms, which one chain of additions would round the same way over and over."""
+    x, ones, out = torch.full((1, 1, 200, 200, 16), 0.9), torch.ones(16), torch.empty(1, 1, 1, 1, 16)
+    BACKENDS["cpu"].norm_relu_mean(x, Norm(torch.zeros(16), ones, ones, torch.zeros(16), 0.0), out)
+    exact = torch.full_like(out, x[0, 0, 0, 0, 0].double().item(), dtype=torch.float64)
+    assert_entries(out, exact, exact, torch.float32, "means")
+
+
+def test_means_refuse_other_sizes() -> None:
+    x, vector = torch.randn(2, 1, 3, 4, 5), torch.ones(5)
+    with pytest.raises(ValueError, match="out: expected sizes"):
+        BACKENDS["cpu"].norm_relu_mean(x, Norm(*[vector] * 4, 0.0), torch.empty(2, 1, 2, 2, 5))
+
+
+@all_dtypes
+@pytest.mark.parametrize("shape", [shape for shape in WIDE if not shape.pool], ids=str)
+def test_a_constant_weight_is_packed_once(shape: Shape, dtype: torch.dtype) -> None:
+    """With the bits that it has when it is packed at each call, for images of several sizes; no change of it is seen."""
+    channels, kernel = (shape.out_channels, shape.channels), [k for k in shape.kernel if k > 1] or [1]
+    weight = torch.randn(*channels, *kernel).to(dtype)
+    run = Network(Parts([Convolution(tuple(weight.shape), False)]))
+    parameters = Parameters([weight], [], [], [], [])
+    bound, spatial = Bound.by(BACKENDS["cpu"], parameters, constant=True), shape.pixels[4 - len(kernel) :]
+    images = [torch.randn(n, shape.channels, *spatial).to(dtype) for n in (1, shape.pixels[0], 4, 1)]
+    expected = [run(x, parameters, "cpu") for x in images]
+    for begin in (0, 1):
+        for x, out in zip(images, expected, strict=True):
+            found = run(x, parameters, "cpu", bound)
+            assert found is not None and out is not None and torch.equal(found, out)
+        if not begin:
+            weight.zero_()
 
 
 def test_long_sums_round_seldom() -> None:

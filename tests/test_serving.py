@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from networks import torchvisions
 from report import sections
-from tolerances import assert_entries, assert_error_ratio, assert_largest, tolerance
+from tolerances import assert_error_ratio, assert_largest, tolerance
 from torch import Tensor, nn
 
 import fused_densenet
@@ -37,7 +37,6 @@ from fused_densenet import (
     use_backend,
 )
 from fused_densenet.backends import BACKENDS
-from fused_densenet.backends.contract import Norm, accumulate_dtype
 from fused_densenet.nn import serving
 from fused_densenet.nn.serving import Segment
 from fused_densenet.ops import network
@@ -541,31 +540,6 @@ def test_blocks_and_transitions_by_themselves() -> None:
     for model in (FusedDenseBlock(2, 8, 2, 4), FusedTransition(8, 3), FusedDenseBlock(2, 8, None, 4, bias=True)):
         served = assert_served(randomised(model).double(), x)
         assert len(segments(served)) == 1
-
-
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1, 3, 5, 21), (1, 1, 1, 1, 130), (3, 2, 9, 11, 8), (1, 1, 40, 70, 65)])
-def test_means_of_activations(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
-    """Against float64, from a slice of channels to a slice of channels; what lies beside is not touched."""
-    channels, wide = shape[-1], accumulate_dtype(dtype)
-    whole = torch.randn(*shape[:-1], channels + 5).to(dtype)
-    x, out = whole[..., 2 : 2 + channels], torch.full((shape[0], 1, 1, 1, channels + 3), 7.0).to(dtype)
-    vectors = torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)
-    norm = Norm(*(t.to(wide) for t in vectors), 1e-5, 0.1)
-    BACKENDS[backend].norm_relu_mean(x, norm, out[..., 1 : 1 + channels])
-    mean, var, gamma, beta = (t.double() for t in norm[:4])
-    a = F.leaky_relu((x.double() - mean) / (var + norm.eps).sqrt() * gamma + beta, norm.negative_slope)
-    exact, magnitude = a.mean((1, 2, 3), keepdim=True), a.abs().mean((1, 2, 3), keepdim=True)
-    assert_entries(out[..., 1 : 1 + channels], exact, magnitude, dtype, "means")
-    assert (out[..., 0] == 7).all() and (out[..., 1 + channels :] == 7).all()
-
-
-def test_means_refuse_other_sizes() -> None:
-    x, vector = torch.randn(2, 1, 3, 4, 5), torch.ones(5)
-    norm = Norm(vector, vector, vector, vector, 0.0)
-    with pytest.raises(ValueError, match="out: expected sizes"):
-        BACKENDS["cpu"].norm_relu_mean(x, norm, torch.empty(2, 1, 2, 2, 5))
 
 
 class _FakeGraphs:

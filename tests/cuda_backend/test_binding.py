@@ -13,12 +13,12 @@ import report
 import torch
 from blocks import bimodal, keep_clear_of_zero, step
 from emulated import Emulated
-from networks import pooled, sequence
+from networks import pooled, sequence, torchvisions
 from primitives import Shape, draw_norm, loaded_gradient, make_weight, source
-from tolerances import assert_no_worse, assert_same
+from tolerances import assert_error_ratio, assert_no_worse, assert_same
 from torch import Tensor
 
-from fused_densenet import FusedDenseBlock, FusedTransition, reference, use_backend
+from fused_densenet import FusedDenseBlock, FusedTransition, optimize_for_inference, reference, use_backend
 from fused_densenet.backends import choice, cuda
 from fused_densenet.backends.choice import ShapeClass
 from fused_densenet.backends.contract import Gradient, Norm, Owed
@@ -161,6 +161,24 @@ def test_a_network_as_one(backend: Any, training: bool, monkeypatch: pytest.Monk
     assert len(runs) == (5 if training else 1)  # forward, and the backward pass of each part
     with use_backend("eager"):
         assert_same(mine, result(model.double(), x.double()), "float32 whole block")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_snapshot_as_one(backend: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program from the stem to the last norm; behind it torch's mean and classifier."""
+    x, model = torch.randn(2, 3, 33, 34), torchvisions().eval()
+    served = optimize_for_inference(model, dtype=dtype)
+    runs: list[int] = []
+    whole = backend.run_program
+    monkeypatch.setattr(backend, "run_program", lambda code, operands: runs.append(1) or whole(code, operands))
+    ours = served(x.to(dtype))
+    assert len(runs) == 1
+    with use_backend("eager"), torch.no_grad():
+        exact, theirs = model(x.double()), copy.deepcopy(model).to(dtype)(x.to(dtype))
+    if dtype == torch.float32:
+        assert_same({"output": ours}, {"output": exact}, "float32 whole block")
+    else:
+        assert_error_ratio(ours, theirs, exact, dtype, "output", exact)
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True], ids=["kept", "recomputed"])

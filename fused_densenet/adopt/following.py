@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_flatten
 
+from ..backends import use_backend
 from ..fallback.anatomy import CONVS, HOOKS, interceptions, is_batch_norm
 from ..fallback.reasons import quiet
 from ..nn.gate import Gate
@@ -113,7 +114,7 @@ def _differs(module: nn.Module, graph: GraphModule) -> str:
         return "it has no convolution"
     error = ""
     for size in _SIZES[conv.weight.dim() - 2]:
-        with undisturbed(), quiet(), torch.no_grad():
+        with undisturbed(), quiet(), use_backend("eager"), torch.no_grad():
             x = torch.randn(2, conv.weight.shape[1] * conv.groups, *size).to(conv.weight)
             try:
                 same = _same(module(x), graph(x))

@@ -33,6 +33,7 @@ from fused_densenet import (
     FusedDenseBlock,
     FusedTransition,
     explain,
+    fuse,
     optimize_for_inference,
     use_backend,
 )
@@ -533,6 +534,16 @@ def test_a_network_without_dense_blocks() -> None:
     assert explain(served).others[0].reasons == ["no dense block was found in Sequential"]
     with pytest.raises(FallbackError, match="no dense block was found"):
         optimize_for_inference(model, strict=True)
+
+
+def test_a_fused_network() -> None:
+    """With or without ``memory_efficient``; a snapshot is that of the network before it was fused."""
+    model, x = randomised(torchvisions()), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = optimize_for_inference(model)(x)
+    for memory_efficient in (False, True):
+        served = assert_served(fuse(copy.deepcopy(model), memory_efficient=memory_efficient), x)
+        assert torch.equal(served(x), expected)
+        assert len(segments(served)) == 1 and not explain(served).others
 
 
 def test_blocks_and_transitions_by_themselves() -> None:

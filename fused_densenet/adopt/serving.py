@@ -33,7 +33,7 @@ def optimize_for_inference(
     of the snapshot lists with the reasons: whatever has hooks, other heads, a ``forward`` that is no sequence of calls.
 
     ``model`` is not changed, nor is the snapshot by what happens to it. Images of any batch and size may come, in the
-    snapshot's dtype; several threads may call at once; results do not depend on either. A snapshot can be copied,
+    snapshot's dtype; several threads may call at once, and get the bits that one would get. A snapshot can be copied,
     pickled and moved to another device. It has no gradients, no training mode, takes no other weights and no other
     dtype: each is a RuntimeError.
 

@@ -123,6 +123,10 @@ class Segment(Frozen):
                 f"input: expected a tensor on {first.device}, where the snapshot is, got one on {x.device}"
             )
 
+    def extra_repr(self) -> str:
+        stem = "" if self.stem is None else "a convolution, then "
+        return f"{stem}{len(self.parts)} parts as one program, {self.dtype}"
+
     def constants(self) -> Parameters:
         """What the program reads, by kind."""
         named = dict(self.named_buffers())

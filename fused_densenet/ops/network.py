@@ -1,7 +1,8 @@
 """Parts of a network that follow one another as one program, and what runs it where nothing is differentiated.
 
-A part that comes before a block writes into the block's buffer, so that nothing is placed there; the buffers alternate
-between two places in memory, so that two of them, the largest ones at most, are there at a time.
+A part that comes before a block writes into the block's buffer, so that nothing is placed there. The buffers alternate
+between two places in memory, so that two of them, the largest ones at most, are there at a time; a block's scratch stands
+where the buffer before it was, and the next one will be.
 """
 
 import functools
@@ -135,13 +136,13 @@ class Layout(NamedTuple):
     """Where the images of a program are, for one size of its input.
 
     Attributes:
-        views: of each but the result its shape, strides, which of two memories it is in, and where.
-        entries: of the two memories. Nothing is written to the first as long as the input is read.
+        views: of each but the result its shape, strides, and at the beginning of which of two places it is.
+        entries: of the two places. Nothing is written to the first as long as the input is read.
         result: shape, and entries from one pixel to the next.
         context: of the program.
     """
 
-    views: list[tuple[tuple[int, ...], list[int], int, int]]
+    views: list[tuple[tuple[int, ...], list[int], int]]
     entries: tuple[int, int]
     result: tuple[tuple[int, ...], int]
     context: Context
@@ -150,11 +151,8 @@ class Layout(NamedTuple):
         """Uninitialised: scratches, then owned images; where the input ``x`` is ``spent``, in its memory too."""
         first, second = self.entries
         enough = spent and x.untyped_storage().nbytes() >= (x.storage_offset() + first) * x.itemsize
-        memories = [x if enough else x.new_empty(first), x.new_empty(second)]
-        views = [
-            memories[m].as_strided(shape, strides, at + memories[m].storage_offset())
-            for shape, strides, m, at in self.views
-        ]
+        memory = [x if enough else x.new_empty(first), x.new_empty(second)]
+        views = [memory[place].as_strided(shape, strides) for shape, strides, place in self.views]
         return [*views, empty_channels_last(*self.result, x)]
 
 
@@ -280,24 +278,22 @@ def scratches(parts: Parts) -> list[int]:
 
 
 def _layout(parts: Parts, shape: Sequence[int]) -> Layout | None:
-    """All scratches stand in one place, and the owned images in two in turn; None where an image is too small."""
+    """The owned images stand in two places in turn, a block's scratch in the other; None where an image is too small."""
     batch, _, *image = shape
     spatial = sizes(parts, tuple(image))
     if spatial is None:
         return None
+    places = {i: 1 - number % 2 for number, i in enumerate(owned(parts))}
     wanted: list[tuple[int, tuple[int, ...], int]] = []  # place, shape, entries of a pixel
     for i in scratches(parts):
         width = parts[i].width  # type: ignore[union-attr]
-        wanted.append((0, (batch, width, *spatial[i]), width))
-    for number, i in enumerate(owned(parts)):
-        wanted.append((1 + number % 2, (batch, channels(parts[i])[1], *spatial[i]), pixel_stride(parts[i])))
-    entries = [shape[0] * math.prod(shape[2:]) * stride for _, shape, stride in wanted]
-    places = [
-        max([-(-n // 64) * 64 for (p, *_), n in zip(wanted[:-1], entries, strict=False) if p == place], default=0)
-        for place in range(3)
-    ]
-    scratch, others, alternate = places
-    at = {0: (0, 0), 1: (1, 0), 2: (0, scratch)}
-    views = [(shape, strides_of(shape, stride), *at[place]) for place, shape, stride in wanted[:-1]]
+        wanted.append((1 - places[i], (batch, width, *spatial[i]), width))
+    for i, place in places.items():
+        wanted.append((place, (batch, channels(parts[i])[1], *spatial[i]), pixel_stride(parts[i])))
+    inside, result = wanted[:-1], wanted[-1][1:]
+    entries = [0, 0]
+    for place, (_, _, *sizes_of_one), stride in inside:
+        entries[place] = max(entries[place], batch * math.prod(sizes_of_one) * stride)
+    views = [(shape, strides_of(shape, stride), place) for place, shape, stride in inside]
     context = Context(None, batch * math.prod(image), batch * math.prod(spatial[-1]))
-    return Layout(views, (scratch + alternate, others), wanted[-1][1:], context)
+    return Layout(views, (entries[0], entries[1]), result, context)

@@ -514,6 +514,24 @@ def test_a_forward_that_cannot_be_followed_stays(kind: type[nn.Module]) -> None:
     assert len(explain(served).others) == 1
 
 
+class Scaled(Branching):
+    """By a parameter of its own, and by numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(1, 3, 1, 1))
+
+    def forward(self, x: Any) -> Tensor:
+        return self.features((x - torch.tensor([0.4, 0.5, 0.6], dtype=torch.float64).view(1, 3, 1, 1)) * self.scale)
+
+
+def test_tensors_of_the_code() -> None:
+    model, x = randomised(Scaled()).double(), torch.randn(2, 3, 33, 34, dtype=torch.float64)
+    served = assert_served(model, x)
+    assert {r.name for r in explain(served).others} == {"sub", "mul"}
+    assert torch.equal(pickle.loads(pickle.dumps(served))(x), served(x))
+
+
 def test_batch_statistics_are_left_to_the_modules() -> None:
     """A norm without running statistics takes those of the batch in evaluation, too."""
     model: Any = torchvisions()

@@ -77,6 +77,9 @@ def follow(module: nn.Module) -> GraphModule:
             part.__dict__[name].clear()
     if difference := _differs(own, GraphModule(own, graph)):
         raise NotFollowed(difference)
+    for node in graph.nodes:  # tensors that the code made of numbers are the copy's attributes
+        if node.op == "get_attr" and hasattr(own, node.target) and not hasattr(module, node.target):
+            setattr(module, node.target, getattr(own, node.target))
     return GraphModule(module, graph).eval()
 
 

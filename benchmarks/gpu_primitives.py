@@ -29,6 +29,7 @@ MOST_COPIES = 64
 FORWARD, BACKWARD = "norm_relu_conv", "norm_relu_conv_backward"
 PLACE, PLACE_BACKWARD = "place", "place_backward"
 COPY, MOMENTS = "place without moments", "place of moments alone"
+"""Of ``place`` each half; predicted, not measured on their own."""
 POOL, POOL_BACKWARD = "norm_relu_pool", "norm_relu_pool_backward"
 
 

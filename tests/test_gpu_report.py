@@ -25,7 +25,7 @@ import gpu_primitives  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_small  # noqa: E402
 import gpu_text  # noqa: E402
-from gpu_primitives import BLOCKS, block_problems, chosen_problems, copies  # noqa: E402
+from gpu_primitives import BLOCKS, COPY, block_problems, chosen_problems, copies  # noqa: E402
 from gpu_run import POISONED, Process, Run, latest, read_rows  # noqa: E402
 from gpu_timing import Rates  # noqa: E402
 
@@ -287,7 +287,7 @@ def test_floor_of_the_dense_blocks() -> None:
     assert first[3].moved(2, 4) == 56 * 56 * (2 * 128 + 2 * 32) * 2 + 2 * 128 * 32 * 9 * 4
     assert first[4].moved(2, 4) == 56 * 56 * (3 * 64 + 2 * 128) * 2 + 2 * 64 * 128 * 4
     assert len(problems) == 4 * 58 + 3 * 4
-    assert {p.primitive for p in chosen_problems(64, 224)} == {p.primitive for p in problems}
+    assert {p.primitive for p in chosen_problems(64, 224)} == {p.primitive for p in problems} - {COPY}
 
 
 def test_a_floor_is_the_longer_of_bytes_and_multiplications() -> None:
@@ -438,7 +438,7 @@ def test_the_sanitizers_run_the_cuda_kernels_alone(tmp_path: pathlib.Path, monke
         ("cpu", "torch.float32"),
         ("cpu", "torch.bfloat16"),
     }
-    assert {p.primitive for p in gpu_small.SMALL} == {p.primitive for p in block_problems(1, 4, 1, 8)}
+    assert {p.primitive for p in gpu_small.SMALL} == {p.primitive for p in block_problems(1, 4, 1, 8)} - {COPY}
     with pytest.raises(SystemExit, match="backend 'cuda' cannot run"):
         gpu_small.items(Run(tmp_path / "rows", 9.0, smoke=False))
     monkeypatch.setattr(gpu_checks, "sanitizer", lambda: "/bin/compute-sanitizer")

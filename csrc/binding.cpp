@@ -72,8 +72,10 @@ struct Cpu {
     call.run(Workspace(call.bytes()).memory());
   }
 
-  // One workspace for all calls, looked for where a small one does not do. Behind `tensors` come those that are bound.
-  static void run_program(const Tensor& program, at::TensorList tensors, bool, at::TensorList bound) {
+  // One workspace for all calls: a small one, where that does not do `spare` memory, which the first call may still
+  // read, or memory of its own. Behind `tensors` come those that are bound.
+  static void run_program(const Tensor& program, at::TensorList tensors, bool, at::TensorList bound,
+                          const std::optional<Tensor>& spare) {
     size_t count = tensors.size();
     for (const Tensor& holder : bound) count += Bound::of(holder).tensors().size();
     std::vector<Argument> operands;
@@ -97,18 +99,20 @@ struct Cpu {
         }
       }
     }
+    const auto bytes_of = [&](const Problem& problem) {
+      return std::visit([&](const auto& p) { return Call(p, kernels).bytes(); }, problem);
+    };
     constexpr size_t small = 64 << 10;
-    Workspace workspace(small);
+    Workspace workspace(spare && !problems.empty() ? bytes_of(problems[0]) : small);
     const auto run = [&](const Problem& problem) {
       return std::visit([&](const auto& p) { return Call(p, kernels).run(workspace.memory()); }, problem);
     };
     for (auto problem = problems.begin(); problem != problems.end(); ++problem) {
       if (run(*problem) <= workspace.memory().bytes) continue;
       size_t bytes = 0;
-      for (auto next = problem; next != problems.end(); ++next) {
-        std::visit([&](const auto& p) { bytes = std::max(bytes, Call(p, kernels).bytes()); }, *next);
-      }
-      workspace = Workspace(bytes);
+      for (auto next = problem; next != problems.end(); ++next) bytes = std::max(bytes, bytes_of(*next));
+      const bool lent = spare && problem != problems.begin() && Workspace(*spare).memory().bytes >= bytes;
+      workspace = lent ? Workspace(*spare) : Workspace(bytes);
       run(*problem);
     }
   }
@@ -130,6 +134,8 @@ struct Cpu {
    public:
     explicit Workspace(size_t bytes)
         : bytes_(bytes), memory_(at::empty({static_cast<int64_t>(bytes) + kAlignment}, at::kByte)) {}
+    explicit Workspace(const Tensor& memory)
+        : bytes_(std::max<size_t>(memory.nbytes(), kAlignment) - kAlignment), memory_(memory) {}
     Memory memory() const {
       constexpr uintptr_t alignment = kAlignment;
       return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + alignment - 1) / alignment *

@@ -123,12 +123,14 @@ def stand_ins(bound: list[Tensor]) -> list[Tensor]:
     return torch.ops.fused_densenet.stand_ins.default(bound)
 
 
-def run_program(code: Tensor, operands: list[Tensor], bound: Sequence[Tensor] = ()) -> None:
+def run_program(
+    code: Tensor, operands: list[Tensor], bound: Sequence[Tensor] = (), spare: Tensor | None = None
+) -> None:
     """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them.
 
-    The last operands are those that are ``bound``.
+    The last operands are those that are ``bound``. All calls but the first may work in ``spare`` memory.
     """
-    torch.ops.fused_densenet.run_program.default(code, operands, False, bound)
+    torch.ops.fused_densenet.run_program.default(code, operands, False, bound, spare)
 
 
 def update_running(

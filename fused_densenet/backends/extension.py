@@ -43,7 +43,7 @@ PRIMITIVES = (
 
 SCHEMAS = (
     *PRIMITIVES,
-    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32, Tensor[] bound) -> ()",
+    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32, Tensor[] bound, Tensor(b!)? spare=None) -> ()",
     "update_running(Tensor[] stats, Tensor[] inside, int[] groups, Tensor(a!)[] buffers, float[] momenta, "
     "float[] unbiased, Tensor? bound=None) -> ()",
     "bind(Tensor[] tensors, bool constant=False) -> Tensor",

@@ -111,6 +111,8 @@ class Network:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.program = record(self.parts)
+        reads = [Image("x", 0, channels(self.parts[0])[0]) in call.arguments for call in self.program.calls]
+        self._reads_once = not any(reads[1:])
         self._layout_of = functools.lru_cache(maxsize=64)(functools.partial(_layout, self.parts))
 
     def __call__(
@@ -125,10 +127,11 @@ class Network:
         if layout is None:
             return None
         source = channels_last(x)
-        images = layout.images(source, spent or source is not x)
+        images, spare = layout.images(source, spent or source is not x)
         operands = dict(zip(self.program.operands, [[source], *[[i] for i in images], *parameters], strict=True))
         with shown("network"), without_autocast(x.device):
-            execute(self.program, operands, BACKENDS[backend], layout.context, [] if bound is None else [bound])
+            held, spare = [] if bound is None else [bound], spare if self._reads_once else None
+            execute(self.program, operands, BACKENDS[backend], layout.context, held, spare)
         return images[-1]
 
 
@@ -147,13 +150,15 @@ class Layout(NamedTuple):
     result: tuple[tuple[int, ...], int]
     context: Context
 
-    def images(self, x: Tensor, spent: bool) -> list[Tensor]:
-        """Uninitialised: scratches, then owned images; where the input ``x`` is ``spent``, in its memory too."""
+    def images(self, x: Tensor, spent: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Uninitialised: scratches, then owned images; where the input ``x`` is ``spent``, in its memory too, and what of
+        that is left."""
         first, second = self.entries
-        enough = spent and x.untyped_storage().nbytes() >= (x.storage_offset() + first) * x.itemsize
-        memory = [x if enough else x.new_empty(first), x.new_empty(second)]
+        left = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() - first if spent else -1
+        memory = [x if left >= 0 else x.new_empty(first), x.new_empty(second)]
         views = [memory[place].as_strided(shape, strides) for shape, strides, place in self.views]
-        return [*views, empty_channels_last(*self.result, x)]
+        spare = x.as_strided((left,), (1,), x.storage_offset() + first) if left > 0 else None
+        return [*views, empty_channels_last(*self.result, x)], spare
 
 
 @functools.lru_cache(maxsize=256)

@@ -121,11 +121,17 @@ class Bound(NamedTuple):
 
 
 def execute(
-    program: Program, operands: Operands, backend: ModuleType, context: "Context", bound: Sequence[Bound] = ()
+    program: Program,
+    operands: Operands,
+    backend: ModuleType,
+    context: "Context",
+    bound: Sequence[Bound] = (),
+    spare: Tensor | None = None,
 ) -> None:
     """Runs ``program`` on tensors: whole where the backend can and no profiler wants to see the calls, else one by one.
 
-    The program's last operands are those that are ``bound``.
+    The program's last operands are those that are ``bound``: a backend that keeps tensors may work in ``spare`` memory,
+    which the first call may read.
     """
     lengths = [length for one in bound for length in one.lengths]
     given = len(program.operands) - len(lengths)
@@ -134,7 +140,7 @@ def execute(
         x, code = lists[0][0], program.code((*map(len, lists), *lengths))
         sizes = (context.fewest or context.pixels, context.pixels)
         if code is not None and backend.runs_program(x.device, x.dtype, sizes, program.kinds):
-            held = ([one.holder for one in bound],) if bound else ()
+            held = ([one.holder for one in bound], spare) if bound else ()
             backend.run_program(code, [*itertools.chain(*lists)], *held)
             return
     looked_up = [tensors for one in bound for tensors in one.lists()]

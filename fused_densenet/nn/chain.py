@@ -14,7 +14,8 @@ from ..backends.contract import accumulate_dtype
 from ..fallback.reasons import autocasts, meets
 from ..ops.block import Parameters
 from ..ops.network import Network, Part, Parts, channels, sizes
-from ..ops.network_step import Arguments, Held, network_step
+from ..ops.network_parameters import Held
+from ..ops.network_step import Arguments, network_step
 from ..ops.operator import is_plain
 from ..ops.program import Bound
 from .passage import Passage

@@ -8,9 +8,7 @@ and what was kept for a part is let go of as soon as it has run.
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +18,8 @@ from ..backends import BACKENDS
 from ..backends.contract import Gradient, Norm, Owed, accumulate_dtype
 from . import schedule
 from .block import Arguments as BlockArguments
-from .block import backward_operands, block, gradient_operands
-from .layout import channels_last, empty_channels_last, empty_images, empty_like, pixels_last
+from .block import backward_operands, block
+from .layout import channels_last, empty_channels_last, empty_images, pixels_last
 from .network import (
     Convolution,
     NormReluPool,
@@ -30,14 +28,14 @@ from .network import (
     channels,
     owned,
     pixel_stride,
-    places,
     record,
     scratches,
     sizes,
     statistics,
 )
+from .network_parameters import GivenPart, Held, HeldPart, lists_by_part
 from .operator import Differentiable, Outputs, is_batched, is_plain, norm_act, shown
-from .program import Bound, Context, Image, Operands, Program, Vector, Weight, execute, without_autocast
+from .program import Context, Image, Program, Vector, Weight, execute, without_autocast
 from .schedule import PARAMETERS, Structure
 from .statistics import BatchMoments
 from .stem import Arguments as StemArguments
@@ -47,49 +45,6 @@ from .transition import transition
 
 _INPUT = -1
 """As the number of the part that owns the network's input."""
-
-
-class Held(NamedTuple):
-    """Parameters as a backend keeps them: all, and those of each part; lists of weights, biases, gammas and betas."""
-
-    all: Bound
-    by_part: list[Bound]
-
-    @classmethod
-    def by(cls, backend: ModuleType, parameters: Sequence[list[Tensor]], parts: Parts) -> "Held | None":
-        """None where the backend keeps none."""
-        whole = Bound.by(backend, parameters)
-        if whole is None:
-            return None
-        of_parts = [_lists_of(parameters, *ends) for ends in itertools.pairwise(places(parts))]
-        by_part = [bound for lists in of_parts if (bound := Bound.by(backend, lists)) is not None]
-        return cls(whole, by_part)
-
-    def stand_ins(self) -> list[Tensor]:
-        """A tensor to differentiate by for each part, whose gradient is the holder of its parameters' gradients.
-
-        None where autograd has to see the parameters: those that need no gradient, saved tensors that hooks pack, backward
-        passes that are compiled.
-        """
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or _compiles_backward():
-            return []
-        stand_ins: list[Tensor] = self.all.backend.stand_ins([bound.holder for bound in self.by_part])
-        return stand_ins
-
-
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-"""Weights, biases, gammas and betas."""
-
-
-def _lists_of(parameters: Sequence[list[Tensor]], begin: schedule.Before, end: schedule.Before) -> Lists:
-    weights, biases, gammas, betas, *_ = parameters
-    norms = slice(begin.norm, end.norm)
-    return weights[begin.weight : end.weight], biases[begin.bias : end.bias], gammas[norms], betas[norms]
-
-
-def _compiles_backward() -> bool:
-    compiler: Any = sys.modules.get("torch._dynamo.compiled_autograd")
-    return compiler is not None and (compiler.compiled_autograd_enabled or torch._dynamo.config.compiled_autograd)
 
 
 class Arguments(NamedTuple):
@@ -173,13 +128,10 @@ class NetworkStep(Differentiable):
         dx, found = self._by_part(dout, a, kept, constants, self._parameters(a, needed))
         return [dx, *itertools.chain(*[of_part[kind] for kind in range(4) for of_part in found])]
 
-    def _parameters(self, a: Arguments, needed: list[bool]) -> "Sequence[_Given | _Kept]":
-        before = places(a.parts)
-        parameters = a.weights, a.biases, a.gammas, a.betas
-        return [
-            _Given(*_lists_of(parameters, begin, end), needed[begin.weight : end.weight])
-            for begin, end in itertools.pairwise(before)
-        ]
+    def _parameters(self, a: Arguments, needed: Sequence[bool]) -> list[GivenPart]:
+        of_weights = iter(needed)
+        lists = lists_by_part((a.weights, a.biases, a.gammas, a.betas), a.parts)
+        return [GivenPart(*one, list(itertools.islice(of_weights, len(one[0])))) for one in lists]
 
     def _by_part(
         self,
@@ -187,9 +139,9 @@ class NetworkStep(Differentiable):
         a: Arguments,
         kept: list[Tensor],
         constants: list[Tensor],
-        parameters: "Sequence[_Given | _Kept]",
+        parameters: Sequence[GivenPart | HeldPart],
     ) -> tuple[Tensor, list[Any]]:
-        """The gradient by ``x``, and what :meth:`_Given.backward` or :meth:`_Kept.backward` leaves of each part."""
+        """The gradient by ``x``, and what :meth:`GivenPart.backward` or :meth:`HeldPart.backward` leaves of each part."""
         made = _Made(a, kept, constants)
         kept.clear()  # the caller's list: an image is let go of when nothing here holds it
         debts: dict[int, Debt] = {}
@@ -211,7 +163,6 @@ class NetworkStep(Differentiable):
     def by_operators(self, a: Arguments) -> Tensor:
         x = a.x
         for part, p in zip(a.parts, self._parameters(a, []), strict=True):
-            assert isinstance(p, _Given)
             if isinstance(part, Structure):
                 parameters: Any = p.weights, p.biases, p.gammas, p.betas, [], None, None
                 form: Any = (list(of) for of in (part.biased, part.slopes, part.eps, part.batch_stats))
@@ -245,9 +196,9 @@ class _HeldStep(NetworkStep):
             weights, gammas, betas, biases = (
                 list(itertools.islice(gradients, len(kind))) for kind in (a.weights, a.gammas, a.betas, a.biases)
             )
-            lists = [_lists_of((weights, biases, gammas, betas), *ends) for ends in itertools.pairwise(places(a.parts))]
-            return [dx, *[torch.ops.fused_densenet.bind.default([*itertools.chain(*of_part)]) for of_part in lists]]
-        parameters = [_Kept(bound) for bound in a.held.by_part]
+            lists = lists_by_part((weights, biases, gammas, betas), a.parts)
+            return [dx, *[torch.ops.fused_densenet.bind.default([*itertools.chain(*one)]) for one in lists]]
+        parameters = [HeldPart(bound) for bound in a.held.by_part]
         with shown(f"{self.name}_backward"):
             dx, found = self._by_part(dout, a, kept, constants, parameters)
         return [dx, *found]
@@ -260,44 +211,6 @@ network_step, _held_step = NetworkStep(), _HeldStep()
 def _kept(parts: Parts) -> list[int]:
     """The parts whose images backward reads: all that are :func:`owned` but a result that no block reads again."""
     return owned(parts) if isinstance(parts[-1], Structure) else owned(parts)[:-1]
-
-
-class _Given(NamedTuple):
-    """A part's parameters, and which of the weights need a gradient."""
-
-    weights: list[Tensor]
-    biases: list[Tensor]
-    gammas: list[Tensor]
-    betas: list[Tensor]
-    needed: list[bool]
-
-    def backward(self, program: Program, operands: Operands, backend: ModuleType, context: Context) -> Any:
-        """Runs a program; the gradients by weights (empty where not needed), gammas, betas and biases."""
-        weights, biases, gammas, betas, needed = self
-        if not all(needed):
-            weights = [w if n else w.new_empty(0) for w, n in zip(weights, needed, strict=True)]
-        kinds = weights, gammas, betas, biases
-        made = iter(empty_like([*itertools.chain(*kinds)]))
-        gradients = [list(itertools.islice(made, len(kind))) for kind in kinds]
-        parameters = dict(zip(PARAMETERS, self[:4], strict=True))
-        execute(program, {**operands, **parameters, **gradient_operands(gradients, needed)}, backend, context)
-        return gradients
-
-
-class _Kept(NamedTuple):
-    """A part's parameters, all of which need a gradient, as a backend keeps them."""
-
-    bound: Bound
-
-    @property
-    def needed(self) -> list[bool]:
-        return [True] * self.bound.lengths[0]
-
-    def backward(self, program: Program, operands: Operands, backend: ModuleType, context: Context) -> Any:
-        """Runs a program; the holder of the gradients."""
-        gradients = self.bound.like()
-        execute(program, operands, backend, context, [self.bound, gradients])
-        return gradients.holder
 
 
 class _Arrangement(NamedTuple):
@@ -363,7 +276,7 @@ class _Made:
 
 
 def _block_backward(
-    i: int, a: Arguments, made: _Made, parameters: _Given | _Kept, debts: dict[int, Debt], dout: Tensor
+    i: int, a: Arguments, made: _Made, parameters: GivenPart | HeldPart, debts: dict[int, Debt], dout: Tensor
 ) -> Any:
     s, buffer, reads = a.parts[i], made.image(i), made.reads(i)
     assert isinstance(s, Structure)
@@ -388,7 +301,7 @@ def _block_backward(
 
 
 def _other_backward(
-    i: int, a: Arguments, made: _Made, parameters: _Given | _Kept, debts: dict[int, Debt], dout: Tensor
+    i: int, a: Arguments, made: _Made, parameters: GivenPart | HeldPart, debts: dict[int, Debt], dout: Tensor
 ) -> Any:
     part, source, moments = a.parts[i], made.source(i), made.read(i)
     assert not isinstance(part, Structure)

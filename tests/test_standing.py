@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from fused_densenet import DenseNet, FusedDenseBlock, fuse, strict
 from fused_densenet.backends import extension
+from fused_densenet.fallback import standing
 from fused_densenet.fallback.standing import Standing
 
 
@@ -167,43 +169,66 @@ def _frozen(layer: Any) -> None:
     layer.requires_grad_(False)
 
 
+@pytest.fixture(params=["by versions", "compiled", "python"])
+def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """At dicts: at their versions, where Python has any; at what is in them, in C++ or in Python."""
+    if request.param == "compiled":
+        monkeypatch.setattr(standing, "_VERSIONS_AT", 0)
+    elif request.param == "python":
+        monkeypatch.setattr(extension, "cpu", None)
+    name: str = request.param
+    return name
+
+
 NOT_SEEN = [_other_values, _other_parameter, _other_buffer, _frozen]
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
 @pytest.mark.parametrize("change", [*SEEN, *NOT_SEEN])
-def test_what_is_seen(change: Callable[[Any], None], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiled:
-        monkeypatch.setattr(extension, "cpu", None)
+def test_what_is_seen(change: Callable[[Any], None], look: str) -> None:
     block = FusedDenseBlock(2, 4, 2, 3)
-    standing: Standing[None] = Standing(None, block, list(block.modules())[1:])
-    assert standing.holds()
+    known: Standing[None] = Standing(None, block, list(block.modules())[1:])
+    assert known.holds()
     change(block["denselayer2"])
-    assert standing.holds() == (change in NOT_SEEN)
-    assert standing.one_device
+    assert known.holds() == (change in NOT_SEEN)
+    assert known.one_device
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_replaced_method_of_a_class_is_seen(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiled:
-        monkeypatch.setattr(extension, "cpu", None)
+def test_replaced_method_of_a_class_is_seen(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block = FusedDenseBlock(2, 4, 2, 3)
-    standing: Standing[None] = Standing(None, block, list(block.modules())[1:])
+    known: Standing[None] = Standing(None, block, list(block.modules())[1:])
     with monkeypatch.context() as patch:
         patch.setattr(nn.ReLU, "forward", lambda self, x: x)
-        assert not standing.holds()
-    assert standing.holds()
+        assert not known.holds()
+    assert known.holds()
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_tensor_on_another_device_is_seen(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiled:
-        monkeypatch.setattr(extension, "cpu", None)
+def test_tensor_on_another_device_is_seen(look: str) -> None:
     block: Any = FusedDenseBlock(2, 4, 2, 3)
-    standing: Standing[None] = Standing(None, block, list(block.modules())[1:])
+    known: Standing[None] = Standing(None, block, list(block.modules())[1:])
     block["denselayer1"].norm1.running_mean = torch.zeros(4, device="meta")
-    assert standing.holds()
-    assert not standing.one_device
+    assert known.holds()
+    assert not known.one_device
+
+
+def test_what_is_changed_and_changed_back(look: str) -> None:
+    block: Any = FusedDenseBlock(2, 4, 2, 3)
+    known: Standing[None] = Standing(None, block, list(block.modules())[1:])
+    norm = block["denselayer2"].norm1
+    eps = norm.eps
+    for _ in range(2):
+        norm.eps = 0.5
+        assert not known.holds()
+        norm.eps = eps
+        assert known.holds()
+    hook = norm.register_forward_hook(lambda *_: None)
+    assert not known.holds()
+    hook.remove()
+    assert known.holds()
+
+
+def test_versions_are_read_where_python_has_them() -> None:
+    has = sys.implementation.name == "cpython" and sys.version_info < (3, 13) and not hasattr(sys, "getobjects")
+    assert (standing._VERSIONS_AT > 0) == has
 
 
 def test_what_is_looked_at_outlives_nothing() -> None:

@@ -5,6 +5,7 @@ looks, at every attribute of the module and of all inside; in C++ (``csrc/watch.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -116,7 +117,7 @@ class _Functions:
         self.begin, self.holds, self.end, self.bound_holds = (
             getattr(python, f"fused_densenet_{name}") for name in ("watch", "watch_holds", "watch_end", "bound_holds")
         )
-        self.begin.restype, self.begin.argtypes = ctypes.c_void_p, [ctypes.py_object] * 6
+        self.begin.restype, self.begin.argtypes = ctypes.c_void_p, [*[ctypes.py_object] * 6, ctypes.c_size_t]
         self.end.restype, self.end.argtypes = None, [ctypes.c_void_p]
         for look in (self.holds, self.bound_holds):
             look.restype, look.argtypes = ctypes.c_bool, [ctypes.c_void_p]
@@ -125,13 +126,29 @@ class _Functions:
 _compiled: Any = None if extension.cpu is None else _Functions(extension.cpu)
 
 
+def _versions_at() -> int:
+    """Behind how many bytes of a dict CPython keeps its version (PEP 509, until Python 3.12); 0 where it keeps none."""
+    tracing = hasattr(sys, "getobjects")  # such builds have longer objects
+    if sys.implementation.name != "cpython" or sys.version_info >= (3, 13) or sys.maxsize < 2**32 or tracing:
+        return 0
+    place, watched, versions = 24, dict[str, int](), set[int]()
+    for change in (lambda: None, lambda: watched.update(a=1), lambda: watched.update(a=2), watched.clear):
+        change()
+        versions.add(ctypes.c_uint64.from_address(id(watched) + place).value)
+    return place if len(versions) == 4 else 0
+
+
+_VERSIONS_AT = _versions_at()
+
+
 class _Watch:
     """The same in C++."""
 
     def __init__(self, *watched: list[Any]) -> None:
         held, tensors, objects, methods = watched
         owners, names = ([pair[i] for pair in methods] for i in range(2))
-        self._watch, self._end = _compiled.begin(held, tensors, objects, owners, names, None), _compiled.end
+        self._watch = _compiled.begin(held, tensors, objects, owners, names, None, _VERSIONS_AT)
+        self._end = _compiled.end
 
     def __del__(self) -> None:
         self._end(self._watch)  # of a library that outlives this module

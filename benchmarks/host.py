@@ -29,7 +29,7 @@ import fused_densenet
 from fused_densenet.backends import BACKENDS
 from fused_densenet.fallback import standing
 from fused_densenet.nn import stem
-from fused_densenet.ops import network, network_step, operator
+from fused_densenet.ops import network, network_parameters, network_step, operator
 
 GROWTH_RATE, BLOCKS, STEM = 4, (6, 12, 24, 16), 8
 MODES = ("training step", "inference")
@@ -84,6 +84,7 @@ def timed_parts(spent: dict[str, float]) -> Iterator[None]:
         ("backward", operator._Function, "backward"),
         ("execute", network, "execute"),
         ("execute", network_step, "execute"),
+        ("execute", network_parameters, "execute"),
         ("kernels", BACKENDS["cpu"], "run_program"),
         ("statistics", BACKENDS["cpu"], "update_running"),
         ("look", standing.Standing, "holds"),

@@ -57,9 +57,12 @@ struct Cpu {
   using Tensor = at::Tensor;
 
   static Argument argument(const Tensor& t, const char* name) {
-    return {name,    t.scalar_type(),  t.device().type(),  t.device().index(),
-            t.dim(), t.sizes().data(), t.strides().data(), t.data_ptr(),
-            true};
+    const Argument result{name,    t.scalar_type(),  t.device().type(),  t.device().index(),
+                          t.dim(), t.sizes().data(), t.strides().data(), t.data_ptr(),
+                          true};
+    if (result.data == nullptr && t.numel() != 0)
+      refuse<WrongValue>(result, "expected data, got a storage without any");
+    return result;
   }
 
   static void check(const Argument& data) {
@@ -239,7 +242,10 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("bound_tensors", bound_tensors);
 }
 
-TORCH_LIBRARY_IMPL(fused_densenet, AutogradCPU, m) { m.impl("stand_ins", stand_ins); }
+TORCH_LIBRARY_IMPL(fused_densenet, AutogradCPU, m) {
+  m.impl("stand_ins", stand_ins);
+  m.impl("check_unchanged", check_unchanged);
+}
 
 // Of gradients that are batched.
 TORCH_LIBRARY_IMPL(fused_densenet, FuncTorchBatched, m) { m.impl("bind", Bound::bind); }

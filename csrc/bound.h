@@ -28,13 +28,16 @@ class Bound {
  public:
   static at::Tensor hold(std::vector<at::Tensor> tensors, bool constant = false) {
     auto* const bound = new Bound(std::move(tensors), constant);
-    return at::for_blob(bound, {1})
-        .deleter([](void* own) { delete static_cast<Bound*>(own); })
-        .options(at::kDouble)
-        .make_tensor();
+    return at::for_blob(bound, {1}).context(bound, destroy).options(at::kDouble).make_tensor();
   }
   static at::Tensor bind(at::TensorList given, bool constant) { return hold(given.vec(), constant); }
-  static const Bound& of(const at::Tensor& holder) { return *static_cast<const Bound*>(holder.const_data_ptr()); }
+  static const Bound& of(const at::Tensor& holder) {
+    TORCH_CHECK(holder.has_storage() && holder.storage().data_ptr().get_deleter() == destroy,
+                "fused_densenet: expected a list of tensors that was bound, got another tensor; a hook of a network's "
+                "node in autograd's graph may pass its gradients on or look at them: to change the gradient of a "
+                "parameter, register the hook on the parameter");
+    return *static_cast<const Bound*>(holder.const_data_ptr());
+  }
 
   const std::vector<at::Tensor>& tensors() const { return tensors_; }
 
@@ -62,6 +65,8 @@ class Bound {
   }
 
  private:
+  static void destroy(void* bound) { delete static_cast<Bound*>(bound); }
+
   Bound(std::vector<at::Tensor> tensors, bool constant) : tensors_(std::move(tensors)), constant_(constant) {
     for (const at::Tensor& t : tensors_) sizes_.insert(sizes_.end(), t.sizes().begin(), t.sizes().end());
   }
@@ -115,17 +120,24 @@ class Distribute : public torch::autograd::Node {
     torch::autograd::variable_list result;
     result.reserve(versions_.size());
     for (size_t i = 0; i < holders_.size(); ++i) {
-      const auto& given = Bound::of(holders_[i]).tensors();
-      for (const at::Tensor& t : given) check(t, versions_[result.size() + static_cast<size_t>(&t - given.data())]);
+      const size_t count = Bound::of(holders_[i]).tensors().size();
       if (gradients[i].defined()) {
         const auto& found = Bound::of(gradients[i]).tensors();
-        TORCH_INTERNAL_ASSERT(found.size() == given.size());
+        TORCH_INTERNAL_ASSERT(found.size() == count);
         result.insert(result.end(), found.begin(), found.end());
       } else {
-        result.resize(result.size() + given.size());
+        result.resize(result.size() + count);
       }
     }
     return result;
+  }
+
+  // Refuses parameters that were changed in place since the forward pass.
+  void check() const {
+    auto expected = versions_.begin();
+    for (const at::Tensor& holder : holders_) {
+      for (const at::Tensor& t : Bound::of(holder).tensors()) check(t, *expected++);
+    }
   }
 
  private:
@@ -164,6 +176,13 @@ inline std::vector<at::Tensor> stand_ins(at::TensorList holders) {
     torch::autograd::impl::set_gradient_edge(result.back(), {node, node->add_input_metadata(result.back())});
   }
   return result;
+}
+
+inline void check_unchanged(const at::Tensor& stand_in) {
+  const auto& node = stand_in.grad_fn();
+  const auto* const parameters = dynamic_cast<const Distribute*>(node.get());
+  TORCH_CHECK(parameters != nullptr, "stand_in: expected one of stand_ins");
+  parameters->check();
 }
 
 }  // namespace fused_densenet

@@ -137,6 +137,43 @@ def test_a_change_in_place_before_the_backward_pass_is_noticed(model: Any, x: Te
         out.backward()
 
 
+def test_a_change_in_place_is_noticed_whatever_is_asked_for(model: Any, x: Tensor) -> None:
+    out = model(x.requires_grad_()).sum()
+    with torch.no_grad():
+        model.features.denseblock1.denselayer1.conv2.weight.mul_(2)
+    for wanted in (x, model.features.conv0.weight):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out, [wanted], retain_graph=True)
+
+
+def test_hooks_of_nodes_may_look_and_change_nothing(model: Any, x: Tensor) -> None:
+    def node_of(out: Tensor) -> Any:
+        waiting = [out.grad_fn]
+        while STAND_IN not in [following.name() for following, _ in waiting[0].next_functions if following is not None]:
+            node = waiting.pop(0)
+            waiting += [following for following, _ in node.next_functions if following is not None]
+        return waiting[0]
+
+    expected = step(model, x)
+    out = model(x).square().sum()
+    node_of(out).register_hook(lambda inputs, _: tuple(t if t is None else t.detach() for t in inputs))
+    model.zero_grad()
+    out.backward()
+    assert_same(gradients(model), expected)
+    out = model(x).square().sum()
+    node_of(out).register_hook(lambda inputs, _: tuple(t if t is None else t * 2 for t in inputs))
+    with pytest.raises(RuntimeError, match="register the hook on the parameter"):
+        out.backward()
+
+
+def test_freed_storage_is_an_error(model: Any, x: Tensor) -> None:
+    out = model(x).sum()
+    model.features.denseblock2.denselayer1.conv1.weight.untyped_storage().resize_(0)
+    for run in (out.backward, lambda: model(x)):
+        with pytest.raises((ValueError, RuntimeError), match="data"):
+            run()
+
+
 def second_order(model: Any, x: Tensor) -> list[Tensor]:
     parameters = list(model.parameters())
     first = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)

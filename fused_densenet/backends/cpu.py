@@ -123,6 +123,11 @@ def stand_ins(bound: list[Tensor]) -> list[Tensor]:
     return torch.ops.fused_densenet.stand_ins.default(bound)
 
 
+def check_unchanged(stand_in: Tensor) -> None:
+    """Raises RuntimeError where any tensor that was bound was changed in place since :func:`stand_ins` was called."""
+    torch.ops.fused_densenet.check_unchanged.default(stand_in)
+
+
 def run_program(
     code: Tensor, operands: list[Tensor], bound: Sequence[Tensor] = (), spare: Tensor | None = None
 ) -> None:

@@ -50,10 +50,11 @@ SCHEMAS = (
     "bind_like(Tensor bound) -> Tensor",
     "bound_tensors(Tensor bound) -> Tensor[]",
     "stand_ins(Tensor[] bound) -> Tensor[]",
+    "check_unchanged(Tensor stand_in) -> ()",
     "empty_like(Tensor[] tensors) -> Tensor[]",
 )
 """The operators of every compiled library, defined below, once, so that the libraries load alone or together in any order.
-What is bound, the CPU's library keeps from call to call; it alone has the last five, and ``norm_relu_mean``."""
+What is bound, the CPU's library keeps from call to call; it alone has the last six, and ``norm_relu_mean``."""
 
 
 FUNCTIONS = tuple(schema.partition("(")[0] for schema in PRIMITIVES)

@@ -50,7 +50,7 @@ _INPUT = -1
 class Arguments(NamedTuple):
     """``parts`` have all their norms in training; the lists have the parameters of all, in the order of execution.
 
-    ``held`` are the same parameters.
+    ``held`` are the same parameters, ``stand_in`` one of those by which it is differentiated instead.
     """
 
     x: Tensor
@@ -61,6 +61,7 @@ class Arguments(NamedTuple):
     parts: Parts
     backend: str
     held: Held | None = None
+    stand_in: Tensor | None = None
     group: None = None
 
 
@@ -79,7 +80,7 @@ class NetworkStep(Differentiable):
 
     def _run(self, a: Arguments) -> Outputs:
         if a.held is not None and torch.is_grad_enabled() and (stand_ins := a.held.stand_ins()):
-            return _held_step.applied(a, [a.x, *stand_ins])
+            return _held_step.applied(a._replace(stand_in=stand_ins[0]), [a.x, *stand_ins])
         return super()._run(a)
 
     def __call__(self, a: Arguments) -> tuple[Tensor, list[tuple[BatchMoments, Tensor]]]:
@@ -184,12 +185,13 @@ class NetworkStep(Differentiable):
 class _HeldStep(NetworkStep):
     """The same, differentiated by stand-ins for the parameters of its parts."""
 
-    constants = ("weights", "biases", "gammas", "betas")
+    constants = ("weights", "biases", "gammas", "betas", "stand_in")
 
     def gradients(
         self, dout: Tensor, a: Arguments, kept: list[Tensor], constants: list[Tensor], needed: Sequence[bool]
     ) -> list[Tensor]:
-        assert a.held is not None
+        assert a.held is not None and a.stand_in is not None
+        BACKENDS[a.backend].check_unchanged(a.stand_in)
         if torch.is_grad_enabled() or not is_plain(dout) or is_batched(dout):
             dx, *rest = self._batched(dout, a)
             gradients = iter(rest)

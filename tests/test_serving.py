@@ -37,6 +37,7 @@ from fused_densenet import (
     optimize_for_inference,
     use_backend,
 )
+from fused_densenet.adopt import drafts
 from fused_densenet.backends import BACKENDS
 from fused_densenet.nn import serving
 from fused_densenet.nn.serving import Segment
@@ -512,6 +513,117 @@ def test_a_forward_that_cannot_be_followed_stays(kind: type[nn.Module]) -> None:
     assert [len(s.parts) for s in segments(served)] == [5]
     assert explain(served).others[0].name == ""
     assert len(explain(served).others) == 1
+
+
+class Looking(nn.Module):
+    """Whose code cannot be followed, and looks into its sequence of features."""
+
+    def __init__(self, look: str) -> None:
+        super().__init__()
+        self.features: Any = torchvisions().features
+        self.look = look
+
+    def forward(self, x: Any, unused: Any = None) -> Any:
+        assert x.shape[1] == 3
+        return LOOKS[self.look](self.features, x)
+
+
+def taps(features: Any, x: Tensor) -> dict[str, Tensor]:
+    found = {}
+    for name, layer in features.named_children():
+        x = layer(x)
+        found[name] = x.mean((2, 3))
+    return found
+
+
+LOOKS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "named_children": taps,
+    "iteration": lambda features, x: functools.reduce(lambda y, layer: layer(y), features, x),
+    "indexing": lambda features, x: [features[: len(features) - 1](x), features[-1].weight],
+    "attributes": lambda features, x: features.denseblock1(features.pool0(features.norm0(features.conv0(x)))),
+    "class": lambda features, x: features(x) if isinstance(features, nn.Sequential) else -x,
+    "call and attribute": lambda features, x: (features(x), features.conv0(x)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_code_that_looks_into_a_module_finds_its_children(name: str) -> None:
+    model, x = randomised(Looking(name)).double(), torch.randn(2, 3, 33, 34, dtype=torch.float64)
+    served = assert_served(model, x)
+    assert [len(s.parts) for s in segments(served)] == [5]
+    with torch.no_grad():
+        expected = leaves(served(x))
+        for one in (copy.deepcopy(served), pickle.loads(pickle.dumps(served)), served.to("cpu", torch.float64)):
+            assert all(map(torch.equal, map(torch.as_tensor, leaves(one(x))), map(torch.as_tensor, expected)))
+
+
+def changed_behind_a_program(model: Any, x: Tensor) -> Any:
+    x = x * 1.0
+    out = model.block(model.second(model.act(model.bn(model.conv(x)))))
+    return model.norm(out), x.sub_(x.mean())
+
+
+def changed_before_its_end(model: Any, x: Tensor) -> Any:
+    h = model.conv(x)
+    normed = model.bn(h)
+    other = F.relu(h, inplace=True)
+    return model.norm(model.block(model.act(normed))), other
+
+
+def added_to(model: Any, x: Tensor) -> Any:
+    h = model.conv(x)
+    normed = model.bn(h)
+    h.add_(1)
+    return model.norm(model.block(model.act(normed))), h
+
+
+class Changing(Heads):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self, x)
+
+
+@pytest.mark.parametrize("head", [changed_behind_a_program, changed_before_its_end, added_to])
+def test_a_program_reads_its_input_before_it_is_changed(head: Callable[[Any, Tensor], Any]) -> None:
+    served = assert_served(randomised(Changing(head)).double(), torch.randn(2, 3, 17, 21, dtype=torch.float64))
+    assert len(segments(served)) == 1
+
+
+class Masked(Branching):
+    """Whose result is another at each call, beside very large numbers."""
+
+    calls, fill = 0, 0.0
+
+    def forward(self, x: Any) -> Tensor:
+        self.calls += 1
+        return torch.cat([self.features(x).mean((2, 3)) * self.calls, torch.full((2, 1), self.fill).to(x)], 1)
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, float("-inf")])
+def test_large_numbers_hide_no_difference(fill: float) -> None:
+    model: Any = randomised(Masked()).double()
+    model.fill, model.calls = fill, 5
+    served, x = optimize_for_inference(model), torch.randn(2, 3, 33, 34, dtype=torch.float64)
+    found, expected = served(x)[:, :-1], model(x)[:, :-1]
+    assert_largest(found, expected, "float64 whole block", "output")
+
+
+def test_an_image_that_is_normalised_in_place() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), torchvisions())
+    x = torch.randn(2, 3, 33, 34, dtype=torch.float64)
+    served = optimize_for_inference(randomised(model))
+    assert len(segments(served)) == 1
+    with torch.no_grad():
+        assert_largest(served(x.clone()), model(x.clone()), "float64 whole block", "output")
+
+
+def test_a_program_that_is_seen_to_be_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    fold = drafts._with_norm
+    monkeypatch.setattr(drafts, "_with_norm", lambda w, *rest: (fold(w, *rest)[0] * 1.001, fold(w, *rest)[1]))
+    model, x = torchvisions(), torch.randn(2, 3, 33, 34, dtype=torch.float64)
+    served = assert_served(randomised(model), x)
+    assert any("its program computes something else than it" in r.reasons for r in explain(served).others)
+    with pytest.raises(FallbackError, match="its program computes something else than it"):
+        optimize_for_inference(model, strict=True)
 
 
 class Scaled(Branching):

@@ -43,12 +43,12 @@ def _step(module: nn.Module, run: Any) -> Step:
     return step
 
 
-def drafts(path: Sequence[Called], dtype: torch.dtype) -> Iterator[tuple["Draft", Sequence[Called]]]:
+def drafts(path: Sequence[Called]) -> Iterator[tuple["Draft", Sequence[Called]]]:
     """What stands on a path that can be a segment, with what it takes the place of."""
     modules = [(called.node.name, called.module) for called in path]
     steps = [_step(module, run_at(modules, i)) for i, (_, module) in enumerate(modules)]
     begin = i = 0
-    draft = Draft(dtype)
+    draft = Draft()
     while i <= len(modules):
         count = draft.take(modules, steps, i) if i < len(modules) else 0
         if count:
@@ -57,12 +57,12 @@ def drafts(path: Sequence[Called], dtype: torch.dtype) -> Iterator[tuple["Draft"
         if draft.has_gates:
             yield draft, path[begin:i]
         begin, i = (i, i) if draft.parts or draft.stem else (i + 1, i + 1)
-        draft = Draft(dtype)
+        draft = Draft()
 
 
-def alone(module: Gate, dtype: torch.dtype) -> "Draft | None":
+def alone(module: Gate) -> "Draft | None":
     """A module by itself as a segment."""
-    draft = Draft(dtype)
+    draft = Draft()
     return draft if draft.take([("", module)], [_step(module, None)], 0) and draft.has_gates else None
 
 
@@ -80,8 +80,7 @@ class _Layers(Step):
 class Draft:
     """A segment in the making: its parts so far, with their tensors as they are, in float64 where something is folded."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self) -> None:
         self.parts: list[Part] = []
         self.stem: tuple[Stem, Tensor] | None = None
         self.has_gates = self.flat = False
@@ -214,9 +213,9 @@ class Draft:
         if parameters.weights:
             self._dims = parameters.weights[0].dim() - 2
 
-    def segment(self) -> Segment:
+    def segment(self, dtype: torch.dtype) -> Segment:
         """In float64 until here, each constant is rounded once."""
-        dtype, wide = self.dtype, accumulate_dtype(self.dtype)
+        wide = accumulate_dtype(dtype)
         weights, *vectors = self._parameters
         constants = Parameters([_own(w, dtype) for w in weights], *[[_own(v, wide) for v in kind] for kind in vectors])
         stem = self.stem

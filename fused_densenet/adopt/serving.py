@@ -1,10 +1,10 @@
 """``optimize_for_inference``: a snapshot of a network in which what ``fuse`` knows, and what stands around it, are programs."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..fallback.anatomy import interceptions
@@ -13,12 +13,13 @@ from ..nn.gate import Gate
 from ..nn.serving import Segment, Snapshot
 from .drafts import Draft, alone, drafts
 from .explain import KINDS, Report
-from .following import NotFollowed, follow, paths
+from .following import Called, NotFollowed, are_close, follow, images, paths, tried, without_hooks
 from .fuse import adopted
 from .recognition import Finding
 from .swapping import around_layers
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DIFFERS = "its program computes something else than it"
 
 
 def optimize_for_inference(
@@ -73,82 +74,108 @@ def optimize_for_inference(
     with torch.no_grad():
         inside = freezing.network(own)
     left = [report for report in freezing.reports if report.kind == "dense block" and not report.fused]
-    if strict and left:
-        raise FallbackError("not every dense block is part of a program: " + "\n".join(map(str, left)))
-    for module in inside.modules() if converts else ():
-        if not isinstance(module, Segment):
-            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+    if strict and (left or freezing.differing):
+        reasons = [*map(str, left), *freezing.differing]
+        raise FallbackError("not every dense block is part of a program: " + "\n".join(reasons))
+    for part in (inside, *freezing.programs) if converts else ():
+        _convert(part, dtype)
     reports = sorted(freezing.reports, key=lambda report: order.get(report.name, len(order)))
-    return Snapshot(inside, dtype, reports, cuda_graphs)
+    return Snapshot(inside, dtype, reports, cuda_graphs, freezing.programs)
 
 
 class _Freezing:
-    """Replaces what it can by segments of ``dtype``, and reports on all."""
+    """Replaces what it can by segments of ``dtype``, and reports on all.
+
+    A module that is called by code which is not known stays, with all of its children, and only its ``forward`` is one of
+    ``programs``: the code may ask it for anything.
+    """
 
     def __init__(self, dtype: torch.dtype, left: Sequence[Finding]) -> None:
         self.dtype = dtype
         self.reports = [Report(f.name, KINDS[f.fused_class], False, reasons=f.reasons) for f in left]
+        self.programs: list[nn.Module] = []
+        self.differing: list[str] = []
         self._segments = 0
+        self._seen = set[nn.Module]()
 
     def network(self, model: nn.Module) -> nn.Module:
         """What stands for all of it."""
         if _has_gates(model):
-            return self.module(model, "")
+            return self._program(model, "") or model
         if not self.reports:
             self.reports.append(
                 Report("", "other", False, reasons=[f"no dense block was found in {type(model).__name__}"])
             )
         return model
 
-    def module(self, module: nn.Module, name: str) -> nn.Module:
-        """What stands for ``module``, which is called ``name`` in the network."""
+    def _program(self, module: nn.Module, name: str) -> nn.Module | None:
+        """What computes what ``module`` does, which is called ``name`` in the network; None where it stays as it is, but for what is inside."""
         if isinstance(module, Gate):
             return self._alone(module, name)
         try:
-            graph = follow(module)
+            return self._graph(module, name)
         except NotFollowed as reason:
             if type(module).forward is not nn.Module.forward:  # else it is only a container
                 self.reports.append(Report(name, "other", False, reasons=[str(reason)]))
-            self._inside(module, name)
-            return module
-        return self._graph(graph, name)
-
-    def _inside(self, module: nn.Module, name: str) -> None:
         for key, child in module._modules.items():
             if child is not None and _has_gates(child):
-                module._modules[key] = self.module(child, _joined(name, key))
+                self._called_by_code(child, _joined(name, key))
+        return None
 
-    def _alone(self, module: Gate, name: str) -> nn.Module:
-        draft = alone(module, self.dtype)
+    def _called_by_code(self, module: nn.Module, name: str) -> None:
+        if module in self._seen:
+            return
+        self._seen.add(module)
+        if (program := self._program(module, name)) is not None:
+            self.programs.append(program)
+            module.__dict__["forward"] = program
+
+    def _alone(self, module: Gate, name: str) -> nn.Module | None:
+        draft = alone(module)
+        if draft is not None and self._differs(module, draft.segment, images(module), name):
+            draft = None
         self._report(module, name, None if draft is None else self._segments + 1)
-        return module if draft is None else self._segment(draft)
+        return None if draft is None else self._segment(draft)
 
-    def _graph(self, graph: GraphModule, name: str) -> nn.Module:
+    def _graph(self, module: nn.Module, name: str) -> GraphModule:
+        graph = follow(module)
+        found, trials = dict[str, tuple[Draft, Sequence[Called]]](), images(graph)
         for path in list(paths(graph)):
-            for draft, taken in drafts(path, self.dtype):
-                segment = self._segment(draft)
-                for called in taken:
-                    if isinstance(called.module, Gate):
-                        self._report(called.module, _joined(name, str(called.node.target)), self._segments)
-                key = f"segment{self._segments}"
-                graph.add_submodule(key, segment)
-                with graph.graph.inserting_after(taken[-1].node):
+            for draft, taken in drafts(path):
+                key = f"segment{self._segments + len(found) + 1}"
+                found[key] = draft, taken
+                graph.add_submodule(key, nn.Identity())
+                with graph.graph.inserting_before(taken[0].node):  # what comes later may change its input in place
                     node = graph.graph.call_module(key, (taken[0].node.args[0],))
                 taken[-1].node.replace_all_uses_with(node)
                 for called in reversed(taken):
                     graph.graph.erase_node(called.node)
         graph.delete_all_unused_submodules()
         graph.recompile()
+
+        def built(dtype: torch.dtype, graph: GraphModule = graph) -> GraphModule:
+            for key, (draft, _) in found.items():
+                graph._modules[key] = draft.segment(dtype)
+            return graph
+
+        if self._differs(module, lambda dtype: built(dtype, copy.deepcopy(graph)), trials, name):
+            raise NotFollowed(_DIFFERS)
+        for _, taken in found.values():
+            self._segments += 1
+            for called in taken:
+                if isinstance(called.module, Gate):
+                    self._report(called.module, _joined(name, str(called.node.target)), self._segments)
+        built(self.dtype)
         for target in dict.fromkeys(node.target for node in graph.graph.nodes if node.op == "call_module"):
-            owner, _, key = str(target).rpartition(".")
-            module, full = graph.get_submodule(str(target)), _joined(name, str(target))
-            if isinstance(module, Gate):
-                self._report(module, full, None)
-            elif not isinstance(module, Segment):
-                if _has_gates(module):
-                    graph.get_submodule(owner)._modules[key] = self.module(module, full)
+            inner, full = graph.get_submodule(str(target)), _joined(name, str(target))
+            if isinstance(inner, Gate):
+                self._report(inner, full, None)
+            elif not isinstance(inner, Segment):
+                if _has_gates(inner):
+                    self._called_by_code(inner, full)
                 else:
-                    reasons = interceptions([(key, module)]) or [f"no program has a {type(module).__name__} there"]
+                    key = str(target).rpartition(".")[2]
+                    reasons = interceptions([(key, inner)]) or [f"no program has a {type(inner).__name__} there"]
                     self.reports.append(Report(full, "other", False, reasons=reasons))
         for node in graph.graph.nodes:
             if node.op in ("call_function", "call_method"):
@@ -157,9 +184,30 @@ class _Freezing:
                 self.reports.append(Report(_joined(name, node.name), "other", False, reasons=reasons))
         return graph
 
-    def _segment(self, draft: "Draft") -> Segment:
+    def _differs(
+        self, module: nn.Module, build: Callable[[torch.dtype], nn.Module], trials: Iterator[Tensor], name: str
+    ) -> bool:
+        """Whether what is built for ``module`` was seen to compute something else.
+
+        Both are copies in float64, where a difference is none of rounding; where code of the module cannot be called with
+        that, in the dtype that it has, or float32.
+        """
+        for x in trials:
+            for dtype in (torch.float64, x.dtype if x.dtype.itemsize > 2 else torch.float32):
+                own, other = copy.deepcopy(module), build(dtype)
+                for whole in (own, other):
+                    without_hooks(whole)
+                    _convert(whole, dtype)
+                same, _ = tried(own, other, [x.to(dtype)], are_close)
+                if same is False:
+                    self.differing.append(f"{name or '(the module itself)'}: {_DIFFERS}")
+                if same is not None:
+                    return not same
+        return False
+
+    def _segment(self, draft: Draft) -> Segment:
         self._segments += 1
-        return draft.segment()
+        return draft.segment(self.dtype)
 
     def _report(self, module: Gate, name: str, segment: int | None) -> None:
         """Of a module, and those that it calls around its layers."""
@@ -176,6 +224,13 @@ class _Freezing:
         self.reports.append(
             Report(name, kind, False, reasons=reasons or ["it runs fused, by itself: no program has what it computes"])
         )
+
+
+def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+    """To ``dtype``, but for segments, which have one."""
+    for part in module.modules():
+        if not isinstance(part, Segment):
+            part._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
 
 
 def _has_gates(module: nn.Module) -> bool:

@@ -196,11 +196,20 @@ class Snapshot(Frozen):
         dtype: of its weights and images.
         notes: what :func:`fused_densenet.explain` says of its parts.
         cuda_graphs: replay a captured CUDA graph for each shape of an image.
+        programs: what is the ``forward`` of modules inside.
     """
 
-    def __init__(self, inside: nn.Module, dtype: torch.dtype, notes: Any, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        inside: nn.Module,
+        dtype: torch.dtype,
+        notes: Any,
+        cuda_graphs: bool = False,
+        programs: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.inside, self.dtype, self.notes, self.cuda_graphs = inside, dtype, notes, cuda_graphs
+        self.programs = nn.ModuleList(programs)  # of which the modules inside do not tell
         self._graphs: _Graphs | None = None
         self._device: torch.device | None = None
         super().train(False)

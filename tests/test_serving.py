@@ -333,6 +333,49 @@ def test_what_a_snapshot_refuses() -> None:
         torch.jit.trace(served, x.bfloat16(), check_trace=False)
 
 
+def test_a_module_around_it_loads_no_other_weights() -> None:
+    around, others = (nn.Sequential(optimize_for_inference(randomised(torchvisions()))) for _ in range(2))
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected = around(x)
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match="keeps the weights that it was made with"):
+            around.load_state_dict(others.state_dict(), assign=assign)
+    with pytest.raises(RuntimeError, match="keeps the weights that it was made with"):
+        around.load_state_dict({}, strict=False)
+    around.load_state_dict(copy.deepcopy(around.state_dict()))
+    assert torch.equal(around(x), expected)
+
+
+def test_it_has_no_forward_mode_derivative() -> None:
+    served, x = optimize_for_inference(torchvisions()), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="expected a tensor without a tangent"):
+        torch.func.jvp(served, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(served(x), served(x))
+        with pytest.raises(RuntimeError, match="expected a tensor without a tangent"):
+            served(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_hooks_on_all_modules_are_not_passed_over() -> None:
+    served, x = optimize_for_inference(torchvisions()), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(RuntimeError, match="hooks on all modules are registered"):
+            served(x)
+    finally:
+        handle.remove()
+    served(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Flatten, nn.AdaptiveAvgPool2d])
+def test_a_class_whose_forward_was_replaced_is_called(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = kind.forward
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)
+    model = randomised(nn.Sequential(torchvisions().features, nn.ReLU(), *head)).double()
+    monkeypatch.setattr(kind, "forward", lambda module, x: forward(module, x) * 2)
+    assert_served(model, torch.randn(2, 3, 17, 21, dtype=torch.float64))
+
+
 def test_bad_arguments() -> None:
     model = torchvisions()
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got int"):
@@ -349,6 +392,7 @@ def test_bad_arguments() -> None:
 def test_copies(dtype: torch.dtype) -> None:
     served, x = optimize_for_inference(torchvisions(), dtype=dtype), torch.randn(2, 3, 33, 32).to(dtype)
     expected = served(x)
+    assert served._device is not None and pickle.loads(pickle.dumps(served))._device is None
     file = io.BytesIO()
     torch.save(served, file)
     file.seek(0)
@@ -605,6 +649,21 @@ def test_large_numbers_hide_no_difference(fill: float) -> None:
     served, x = optimize_for_inference(model), torch.randn(2, 3, 33, 34, dtype=torch.float64)
     found, expected = served(x)[:, :-1], model(x)[:, :-1]
     assert_largest(found, expected, "float64 whole block", "output")
+
+
+class Crops(Branching):
+    """Several of each image."""
+
+    def forward(self, x: Any) -> Tensor:
+        images = self.features(x.reshape(-1, 3, x.size(-2), x.size(-1)))
+        return F.adaptive_avg_pool2d(images, 1).view(x.size(0), -1)
+
+
+def test_crops_of_an_image_stay_together() -> None:
+    model, x = randomised(Crops()).double(), torch.randn(2, 4, 3, 33, 34, dtype=torch.float64)
+    served = assert_served(model, x)
+    assert_served(model, x[:, 0])
+    assert served(x).shape == (2, 4 * 16)
 
 
 def test_an_image_that_is_normalised_in_place() -> None:

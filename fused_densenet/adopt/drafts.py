@@ -16,6 +16,7 @@ from ..fallback.anatomy import (
     is_batch_norm,
     is_everywhere,
     own_activation,
+    remember_methods,
     replacements,
     widths_of,
 )
@@ -35,6 +36,8 @@ from .swapping import around_layers
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
 _DROPOUTS = (nn.Dropout, *CHANNEL_DROPOUTS)
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+for _kind in (nn.Linear, nn.Flatten, *_ADAPTIVE):
+    remember_methods(_kind)
 
 
 def _step(module: nn.Module, run: Any) -> Step:

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_flatten
 
 from ..backends import use_backend
-from ..fallback.anatomy import CONVS, HOOKS, interceptions, is_batch_norm
+from ..fallback.anatomy import CHANNEL_DROPOUTS, CONVS, HOOKS, interceptions, is_batch_norm
 from ..fallback.reasons import quiet
 from ..nn.gate import Gate
 from .trial import undisturbed
@@ -72,7 +72,7 @@ def follow(module: nn.Module) -> GraphModule:
         graph = _Tracer().trace(own)
     except Exception as error:
         raise NotFollowed(f"its forward cannot be followed: {type(error).__name__}: {_first_line(error)}") from error
-    _flatten_views(graph)
+    _flatten_views(graph, own)
     without_hooks(own)
     found = GraphModule(own, graph)
     if difference := _differs(own, found):
@@ -90,27 +90,36 @@ def without_hooks(module: nn.Module) -> None:
             part.__dict__[name].clear()
 
 
-def _flatten_views(graph: Graph) -> None:
+def _flatten_views(graph: Graph, modules: nn.Module) -> None:
     """``x.view(x.size(0), -1)`` and the like as what they are of any image: ``torch.flatten(x, 1)``."""
     for node in list(graph.nodes):
         views = node.target in ("view", "reshape", torch.reshape) and not node.kwargs
         sizes = tree_flatten(node.args[1:])[0] if views else []
-        if len(sizes) == 2 and _is_batch_size(sizes[0]) and sizes[1] == -1:
+        if len(sizes) == 2 and sizes[1] == -1 and _is_batch_size(sizes[0], node.args[0], modules):
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.call_function(torch.flatten, (node.args[0], 1)))
             graph.erase_node(node)
     graph.eliminate_dead_code(lambda node: node.target not in ("size", getattr, operator.getitem))
 
 
-def _is_batch_size(size: Any) -> bool:
+def _is_batch_size(size: Any, of: Any, modules: nn.Module) -> bool:
+    """Whether it is the first size of ``of``, or of a tensor that is as many images as that."""
     if not isinstance(size, Node):
         return False
     if size.target is operator.getitem and size.args[1] == 0:
         size = size.args[0]
-        return isinstance(size, Node) and (
+        known = isinstance(size, Node) and (
             size.target == "size" or (size.target is getattr and size.args[1] == "shape")
         )
-    return size.target == "size" and size.args[1:] == (0,)
+    else:
+        known = size.target == "size" and size.args[1:] == (0,)
+    while known and isinstance(of, Node) and of is not size.args[0]:
+        called = modules.get_submodule(str(of.target)) if of.op == "call_module" else None
+        keeps = of.target in _OF_EACH_IMAGE if called is None else isinstance(called, _PARTS_OF_EACH_IMAGE)
+        if not keeps and not (called is not None and is_batch_norm(called)):
+            return False
+        of = of.args[0] if of.args else None
+    return known and isinstance(of, Node)
 
 
 def _differs(module: nn.Module, graph: GraphModule) -> str:
@@ -266,6 +275,17 @@ class Mean(nn.Module):
         return self.plain and sorted(found, key=str) == sorted(dims)
 
 
+_OF_EACH_IMAGE = (
+    *(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", F.leaky_relu, F.dropout),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
+)
+_PARTS_OF_EACH_IMAGE = (
+    *(Gate, *CONVS, *CHANNEL_DROPOUTS, nn.ReLU, nn.LeakyReLU, nn.Dropout, nn.Identity),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+)
+"""What gives as many images as it reads."""
 _STAND_INS: dict[Any, Callable[..., nn.Module]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),

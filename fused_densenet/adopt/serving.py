@@ -75,8 +75,8 @@ def optimize_for_inference(
         inside = freezing.network(own)
     left = [report for report in freezing.reports if report.kind == "dense block" and not report.fused]
     if strict and (left or freezing.differing):
-        reasons = [*map(str, left), *freezing.differing]
-        raise FallbackError("not every dense block is part of a program: " + "\n".join(reasons))
+        lines = map(str, (*left, *freezing.differing))
+        raise FallbackError("not every dense block is part of a program: " + "\n".join(lines))
     for part in (inside, *freezing.programs) if converts else ():
         _convert(part, dtype)
     reports = sorted(freezing.reports, key=lambda report: order.get(report.name, len(order)))
@@ -94,7 +94,7 @@ class _Freezing:
         self.dtype = dtype
         self.reports = [Report(f.name, KINDS[f.fused_class], False, reasons=f.reasons) for f in left]
         self.programs: list[nn.Module] = []
-        self.differing: list[str] = []
+        self.differing: list[Report] = []
         self._segments = 0
         self._seen = set[nn.Module]()
 
@@ -200,7 +200,7 @@ class _Freezing:
                     _convert(whole, dtype)
                 same, _ = tried(own, other, [x.to(dtype)], are_close)
                 if same is False:
-                    self.differing.append(f"{name or '(the module itself)'}: {_DIFFERS}")
+                    self.differing.append(Report(name, "other", False, reasons=[_DIFFERS]))
                 if same is not None:
                     return not same
         return False

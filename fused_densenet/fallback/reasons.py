@@ -158,7 +158,7 @@ def is_calm() -> bool:
 def surroundings_reasons() -> list[str]:
     """Why nothing can run fused where it is called, whatever the input."""
     reasons = [] if torch.compiler.is_compiling() else transform_reasons()
-    if _global_hooks():
+    if has_global_hooks():
         reasons.append("hooks on all modules are registered")
     return reasons
 
@@ -186,7 +186,7 @@ def structure_and_hook_reasons(layers: Sequence[LayerParts], layer_class: type |
     return reasons + patches(kinds_of(module for parts in layers for module in (parts.layer, *parts.modules.values())))
 
 
-def _global_hooks() -> bool:
+def has_global_hooks() -> bool:
     # Torch's own (its FLOP counter's module tracker) only follow the names of modules.
     registered = (
         module_hooks._global_forward_hooks,

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 
 from ..backends import BACKENDS, choose
 from ..fallback.checks import check_image
+from ..fallback.reasons import has_global_hooks
 from ..fallback.recording import one_call, refuse_script
 from ..ops.block import Parameters
 from ..ops.network import Network, NormReluPool, Parts, places
@@ -23,6 +26,10 @@ from ..ops.subclasses import on_plain
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _KINDS = Parameters._fields
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KEEPS = (
+    "a snapshot keeps the weights that it was made with: load others into the model and call "
+    "optimize_for_inference again; to keep a snapshot, torch.save it whole"
+)
 _GRAPHS = 8
 """Captured graphs that a snapshot keeps, the last ones used."""
 
@@ -53,6 +60,14 @@ class Frozen(nn.Module):
             return fn(t.view(_BITS[t.itemsize])).view(t.dtype) if t.is_floating_point() else fn(t)
 
         return super()._apply(on_bits, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """What a module around a snapshot loads: nothing but the weights that are there."""
+        if not all(
+            name in state_dict and _equal(t, state_dict[name]) for name, t in self.state_dict(prefix=prefix).items()
+        ):
+            raise RuntimeError(_KEEPS)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script()
@@ -218,8 +233,18 @@ class Snapshot(Frozen):
         """The network's own result, without gradients, in the snapshot's dtype whatever autocast says.
 
         Raises:
-            RuntimeError: gradients by an input are asked for.
+            RuntimeError: gradients by an input are asked for, or hooks on all modules are registered.
         """
+        if module_hooks._has_any_global_hook() and has_global_hooks():
+            raise RuntimeError(
+                "hooks on all modules are registered, which a snapshot's programs do not call: "
+                "call the model that it was made from"
+            )
+        if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in _tensors((inputs, options))):
+            raise RuntimeError(
+                "input: expected a tensor without a tangent: a snapshot is for inference, and has no forward-mode "
+                "derivative; call the model that it was made from"
+            )
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors((inputs, options))):
             raise RuntimeError(
                 "input: expected a tensor that requires no gradient: a snapshot is for inference, and has none; "
@@ -263,21 +288,33 @@ class Snapshot(Frozen):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> NoReturn:
         """Raises RuntimeError: weights were folded and packed when the snapshot was made."""
-        raise RuntimeError(
-            "a snapshot keeps the weights that it was made with: load others into the model and call "
-            "optimize_for_inference again; to keep a snapshot, torch.save it whole"
-        )
+        raise RuntimeError(_KEEPS)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._graphs = self._device = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": None}
+        return {**self.__dict__, "_graphs": None, "_device": None}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and "meta" not in (a.device.type, b.device.type)
+        and torch.equal(a, b.to(a.device))
+    )
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def _held(module: nn.Module) -> Iterator[Tensor]:

@@ -370,7 +370,7 @@ def test_hooks_on_all_modules_are_not_passed_over() -> None:
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Flatten, nn.AdaptiveAvgPool2d])
 def test_a_class_whose_forward_was_replaced_is_called(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = kind.forward
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)
     model = randomised(nn.Sequential(torchvisions().features, nn.ReLU(), *head)).double()
     monkeypatch.setattr(kind, "forward", lambda module, x: forward(module, x) * 2)
     assert_served(model, torch.randn(2, 3, 17, 21, dtype=torch.float64))
@@ -663,7 +663,7 @@ def test_crops_of_an_image_stay_together() -> None:
     model, x = randomised(Crops()).double(), torch.randn(2, 4, 3, 33, 34, dtype=torch.float64)
     served = assert_served(model, x)
     assert_served(model, x[:, 0])
-    assert served(x).shape == (2, 4 * 16)
+    assert served(x).shape == (2, 4 * 32)
 
 
 def test_an_image_that_is_normalised_in_place() -> None:

@@ -96,10 +96,9 @@ struct Cpu {
     const Kernels& kernels = kernels_for(dtype_of(operands[0]), capability().c_str());
     for (const Tensor& holder : bound) {
       const Bound& one = Bound::of(holder);
+      if (!one.constant()) continue;
       for (Problem& problem : problems) {
-        if (auto* forward = std::get_if<Forward>(&problem); forward != nullptr && one.constant()) {
-          prepare(*forward, one, kernels);
-        }
+        if (auto* forward = std::get_if<Forward>(&problem)) prepare(*forward, one, kernels);
       }
     }
     const auto bytes_of = [&](const Problem& problem) {

@@ -129,8 +129,6 @@ class NormReluMeanKernel {
   }
 
  private:
-  static constexpr int64_t kChain = 64;
-
   template <class Pixel>
   void mean(const Pixel& activation, int64_t n, int64_t c, int lanes) const {
     const int64_t pixels = f_.shape.d * f_.shape.h * f_.shape.w;

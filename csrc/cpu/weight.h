@@ -25,8 +25,8 @@ Vec<Accumulate<T>> rounded(const W* p, int n) {
 }
 
 // A weight in panels [panel][tap][row element][panel columns]. Forward multiplies by W[in][out]; the data gradient by
-// W[out][in] with the taps reversed. Winograd's 16 matrices take the place of 9 taps. Rows and columns beyond the
-// weight are zero.
+// W[out][in] with the taps reversed. Winograd's 16 matrices take the place of 9 taps. Rows beyond the weight
+// are zero, and columns up to a whole vector; what is behind those no tile reads.
 template <class P>
 struct PackedWeight {
   using E = typename P::Element;

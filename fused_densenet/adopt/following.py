@@ -129,7 +129,7 @@ def _differs(module: nn.Module, graph: GraphModule) -> str:
     if convolution_of(graph) is None:
         return "it has no convolution"
     with use_backend("eager"):
-        same, error = tried(module, graph, images(graph), are_close)
+        same, error = tried(module, graph, images(graph))
     if same is None:
         return f"its forward could not be tried: {error}"
     return "" if same else "its forward does something else than can be followed"
@@ -156,12 +156,10 @@ def _images(conv: Any) -> Iterator[Tensor]:
         yield x
 
 
-def tried(
-    module: nn.Module, other: nn.Module, images: Iterable[Tensor], alike: Callable[[Tensor, Tensor], bool]
-) -> tuple[bool | None, str]:
+def tried(module: nn.Module, other: nn.Module, images: Iterable[Tensor]) -> tuple[bool | None, str]:
     """Whether ``other`` gives what ``module`` does of the first image that that can be called with; None and the error if of none.
 
-    All tensors must be ``alike``, and all else equal.
+    All tensors must be close, and all else equal.
     """
     error = ""
     for x in images:
@@ -173,19 +171,19 @@ def tried(
                 error = f"{type(raised).__name__}: {_first_line(raised)}"
                 continue
             try:
-                return _same(expected, other(x.clone()), alike), ""
+                return _same(expected, other(x.clone())), ""
             except Exception:
                 return False, ""
     return None, error
 
 
-def _same(expected: Any, found: Any, alike: Callable[[Tensor, Tensor], bool]) -> bool:
+def _same(expected: Any, found: Any) -> bool:
     (theirs, as_theirs), (ours, as_ours) = tree_flatten(expected), tree_flatten(found)
     if as_theirs != as_ours:
         return False
     for a, b in zip(theirs, ours, strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape != b.shape or a.dtype != b.dtype or not alike(a, b):
+            if a.shape != b.shape or a.dtype != b.dtype or not _are_close(a, b):
                 return False
         elif isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
             return False
@@ -196,7 +194,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def are_close(a: Tensor, b: Tensor) -> bool:
+def _are_close(a: Tensor, b: Tensor) -> bool:
     """Each entry, up to rounding, beside itself or a usual one: a few very large ones hide no others."""
     finite = a.isfinite()
     if not (a.is_floating_point() or a.is_complex()) or not _equal(a[~finite], b[~finite]):

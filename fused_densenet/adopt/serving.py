@@ -13,7 +13,7 @@ from ..nn.gate import Gate
 from ..nn.serving import Segment, Snapshot
 from .drafts import Draft, alone, drafts
 from .explain import KINDS, Report
-from .following import Called, NotFollowed, are_close, follow, images, paths, tried, without_hooks
+from .following import Called, NotFollowed, follow, images, paths, tried, without_hooks
 from .fuse import adopted
 from .recognition import Finding
 from .swapping import around_layers
@@ -198,7 +198,7 @@ class _Freezing:
                 for whole in (own, other):
                     without_hooks(whole)
                     _convert(whole, dtype)
-                same, _ = tried(own, other, [x.to(dtype)], are_close)
+                same, _ = tried(own, other, [x.to(dtype)])
                 if same is False:
                     self.differing.append(Report(name, "other", False, reasons=[_DIFFERS]))
                 if same is not None:

@@ -86,7 +86,7 @@ class Held(NamedTuple):
     def stand_ins(self) -> list[Tensor]:
         """A tensor to differentiate by for each part, whose gradient is the holder of its parameters' gradients.
 
-        None where autograd has to see the parameters: those that need no gradient, saved tensors that hooks pack, backward
+        None of them where autograd has to see the parameters: those that need no gradient, saved tensors that hooks pack, backward
         passes that are compiled.
         """
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or _compiles_backward():

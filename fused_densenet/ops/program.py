@@ -107,8 +107,9 @@ class Bound(NamedTuple):
     @classmethod
     def by(cls, backend: ModuleType, lists: Sequence[list[Tensor]], constant: bool = False) -> "Bound | None":
         """None where the backend keeps none; of ``constant`` ones it keeps what it makes of their values, too."""
-        tensors = [*itertools.chain(*lists)]
-        holder = backend.bind(tensors, constant) if tensors and hasattr(backend, "bind") else None
+        if not hasattr(backend, "bind") or not any(lists):
+            return None
+        holder = backend.bind([*itertools.chain(*lists)], constant)
         return None if holder is None else cls(holder, tuple(map(len, lists)), backend)
 
     def like(self) -> "Bound":

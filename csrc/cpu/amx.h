@@ -78,31 +78,19 @@ void amx_tile(const uint32_t* a0, TileStrides as, const uint32_t* b0, TileStride
 #undef FD_TILE_STORE
 #undef FD_TILE_MULTIPLY
 
-inline void multiply_in_registers(const uint32_t* a, TileStrides as, const uint32_t* b, TileStrides bs, float* c,
-                                  int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count,
-                                  bool accumulate, Prefetch& prefetch) {
+// One tile, in one chain: in float32 the sums of products of 8 bits round far less than what is stored. `a_stride`
+// elements of A from row to row; where pixels are reduced, A is transposed: [block of 16 channels][16 pairs of
+// pixels][channel][pair], each of these one register.
+template <Reduce R>
+void multiply_registers(const uint32_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t ldc, int64_t rows,
+                        int64_t columns, const Step* steps, int64_t count, bool accumulate, Prefetch& prefetch) {
+  constexpr bool channels = R == Reduce::channels;
+  const TileStrides as = channels ? TileStrides{a_stride, 16 * a_stride, 16} : TileStrides{16, 16 * a_stride, 16 * 16};
+  const TileStrides bs = channels ? TileStrides{32, 16, 16 * 32} : TileStrides{2 * kBlock, 16, 16 * 2 * kBlock};
   const bool below = rows > kWhole, right = columns > 16;
   const auto function = below ? (right ? amx_tile<true, true> : amx_tile<true, false>)
                               : (right ? amx_tile<false, true> : amx_tile<false, false>);
   function(a, as, b, bs, c, ldc, steps, count, accumulate, prefetch);
-}
-
-// In one chain: in float32 the sums of products of 8 bits round far less than what is stored.
-template <>
-inline void multiply_tile<Paired, Reduce::channels>(const uint32_t* a, int64_t a_stride, const uint32_t* b, float* c,
-                                                    int64_t ldc, int64_t rows, int64_t columns, const Step* steps,
-                                                    int64_t count, bool accumulate, Prefetch& prefetch) {
-  multiply_in_registers(a, {a_stride, 16 * a_stride, 16}, b, {32, 16, 16 * 32}, c, ldc, rows, columns, steps, count,
-                        accumulate, prefetch);
-}
-
-// A is transposed: [block of 16 channels][16 pairs of pixels][channel][pair], each of these one register.
-template <>
-inline void multiply_tile<Paired, Reduce::pixels>(const uint32_t* a, int64_t a_stride, const uint32_t* b, float* c,
-                                                  int64_t ldc, int64_t rows, int64_t columns, const Step* steps,
-                                                  int64_t count, bool accumulate, Prefetch& prefetch) {
-  multiply_in_registers(a, {16, 16 * a_stride, 16 * 16}, b, {2 * kBlock, 16, 16 * 2 * kBlock}, c, ldc, rows, columns,
-                        steps, count, accumulate, prefetch);
 }
 
 #else

@@ -18,8 +18,9 @@ class ForwardKernel {
         packed_(f.shape, false),
         windows_(f.shape),
         blocks_(ceil_div(packed_.row_elements(), kBlock)),
+        chunk_(f.shape.taps() == 1 ? least(blocks_, kChunk) : blocks_),
         ldc_(packed_.panels() * packed_.width) {
-    const int64_t bytes_per_pixel = blocks_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
+    const int64_t bytes_per_pixel = chunk_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
     grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.winograd);
     parts_ = parts_of(grid_, threads);
     Arena& arena = arena_;
@@ -28,11 +29,11 @@ class ForwardKernel {
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
     const bool pointwise = f.shape.taps() == 1;
-    strip_ = pointwise
-                 ? most(kStripBytes / (blocks_ * kBlock * static_cast<int64_t>(sizeof(E))) / kTileRows, 1) * kTileRows
-                 : grid_.box[2];
-    operand_ = arena.take<E>((blocks_ * (pointwise ? strip_ : grid_.padded_pixels()) + kWhole - 1) * kBlock);
-    result_ = arena.take<A>(packed_.winograd ? grid_.box[1] * grid_.box[2] * ldc_ : kTileRows * packed_.width);
+    strip_ = pointwise ? most(kStripBytes / (chunk_ * kBlockBytes) / kTileRows, 1) * kTileRows : grid_.box[2];
+    operand_ = arena.take<E>((chunk_ * (pointwise ? strip_ : grid_.padded_pixels()) + kWhole - 1) * kBlock);
+    result_ = arena.take<A>(packed_.winograd   ? grid_.box[1] * grid_.box[2] * ldc_
+                            : chunk_ < blocks_ ? strip_ * ldc_
+                                               : kTileRows * packed_.width);
     rest_ = arena.take<A>(ldc_);
     seen_ = arena.take<int64_t>(ceil_div(f.shape.out, Output<T>::columns));
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
@@ -77,6 +78,11 @@ class ForwardKernel {
   }
 
  private:
+  static constexpr int64_t kBlockBytes = kBlock * sizeof(E);
+  // Blocks of channels of a 1x1 convolution that are multiplied at once: a tile of their activations stays in the
+  // first-level cache. (AMX's registers keep their sums over all.)
+  static constexpr int64_t kChunk = kWhole > 1 ? int64_t{1} << 30 : most(kStripBytes / (kTileRows * kBlockBytes), 1);
+
   bool pools() const { return windows_.count > 1; }
   bool finishes() const { return f_.bias.data != nullptr || f_.negative_slope != 1; }
 
@@ -107,25 +113,29 @@ class ForwardKernel {
       Box strip = b;
       strip.begin[2] += range.begin;
       strip.size[2] = range.size();
-      convolve(strip, b.begin[2], part, output, prefetch);
+      for (int64_t k = 0; k < blocks_; k += chunk_) {
+        convolve(strip, b.begin[2], {k, least(blocks_, k + chunk_)}, part, output, prefetch);
+      }
     }
   }
 
-  void convolve(const Box& b, int64_t begin, int64_t part, const Output<T>& output, Prefetch& prefetch) const {
+  // What the blocks of channels in `blocks` add to a box; its last ones store it.
+  void convolve(const Box& b, int64_t begin, Range blocks, int64_t part, const Output<T>& output,
+                Prefetch& prefetch) const {
     const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
     with_activation<T>(f_.x, norm_, [&](const auto& activation) {
       if (pools()) {
         const int64_t* first_pixels = of_part(first_pixels_, part);
-        load_operand(PooledActivation(activation, windows_, first_pixels, begin), b, part, width, block_size);
+        load_operand(PooledActivation(activation, windows_, first_pixels, begin), b, blocks, part, width, block_size);
       } else {
-        load_operand(activation, b, part, width, block_size);
+        load_operand(activation, b, blocks, part, width, block_size);
       }
     });
     if (packed_.winograd)
       by_patches(b, part, height * width * kBlock, block_size, output, prefetch);
     else
-      tap_by_tap(b, part, height, width, block_size, output, prefetch);
+      tap_by_tap(b, blocks, part, height, width, block_size, output, prefetch);
   }
 
   int64_t work(const Box& b) const {
@@ -136,27 +146,51 @@ class ForwardKernel {
   }
 
   template <class S>
-  void load_operand(const S& source, const Box& b, int64_t part, int64_t width, int64_t block_size) const {
+  void load_operand(const S& source, const Box& b, Range blocks, int64_t part, int64_t width,
+                    int64_t block_size) const {
     E* operand = of_part(operand_, part);
     constexpr int64_t block_channels = kBlock * P::pair;
     for_each_row(grid_, b, true, [&](int64_t row, int64_t first, int64_t low, int64_t high) {
-      for (int64_t k = 0; k < blocks_; ++k) {
+      for (int64_t k = blocks.begin; k < blocks.end; ++k) {
         const int64_t c = k * block_channels;
         Fill<P, S>::by_channel(source, first, low, high, width, c, least(block_channels, f_.shape.in - c),
-                               operand + k * block_size + row * width * kBlock);
+                               operand + (k - blocks.begin) * block_size + row * width * kBlock);
       }
     });
   }
 
-  void tap_by_tap(const Box& b, int64_t part, int64_t height, int64_t width, int64_t block_size,
+  // Where a run's tiles go: out of the registers, or, where they are no whole tiles of one row of pixels, from memory.
+  struct Finish {
+    using To = typename Output<T>::FromRegisters;
+    const Output<T>& output;
+    const Runs& runs;
+    Result<A> result;
+    int64_t first;  // of its pixels
+    bool last;
+
+    bool takes(int64_t column) const { return last && output.takes_registers(column); }
+    To at(int64_t row, int64_t column, const A* before, int64_t ld) const {
+      return {output, first + row, column, before, ld};
+    }
+    void done(int64_t row, int64_t rows, int64_t column) const {
+      if (!last) return;
+      runs.pieces(row, rows, [&](int64_t skipped, int64_t pixel, int64_t count) {
+        output.store_rows(result.at(row, column / Output<T>::columns) + skipped * result.ld, result.ld, first + pixel, count, column);
+      });
+    }
+  };
+
+  void tap_by_tap(const Box& b, Range blocks, int64_t part, int64_t height, int64_t width, int64_t block_size,
                   const Output<T>& output, Prefetch& prefetch) const {
     const E* operand = of_part(operand_, part);
-    const Result<A> tile{of_part(result_, part), packed_.width, true};
+    const bool in_chunks = chunk_ < blocks_;
+    const int64_t panel = in_chunks ? strip_ * packed_.width : 0;
+    const Result<A> result{of_part(result_, part), packed_.width, in_chunks ? packed_.width : 0, panel};
     Step* steps = of_part(steps_, part);
     int64_t count = 0;
     for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
-      for (int64_t k = 0; k < blocks_; ++k) {
-        steps[count++] = {k * block_size + tap_pixel(f_.shape, tap, height, width) * kBlock,
+      for (int64_t k = blocks.begin; k < blocks.end; ++k) {
+        steps[count++] = {(k - blocks.begin) * block_size + tap_pixel(f_.shape, tap, height, width) * kBlock,
                           (tap * packed_.row_elements() + k * kBlock) * packed_.width,
                           least(kBlock, packed_.row_elements() - k * kBlock)};
       }
@@ -164,15 +198,10 @@ class ForwardKernel {
     const Runs runs(grid_, b);
     for (int64_t d = 0; d < b.size[0]; ++d) {
       for (int64_t h = 0; h < runs.count; ++h) {
-        const int64_t first = grid_.pixel(b, d, h, 0);
-        const auto store_tile = [&](int64_t row, int64_t rows, int64_t column) {
-          runs.pieces(row, rows, [&](int64_t skipped, int64_t pixel, int64_t count) {
-            output.store_rows(tile.data + skipped * tile.ld, tile.ld, first + pixel, count, column);
-          });
-        };
+        const Finish finish{output, runs, result, grid_.pixel(b, d, h, 0), blocks.end == blocks_};
         multiply<P, Reduce::channels>(operand + (d * height + h) * width * kBlock, kBlock, weight_,
-                                      packed_.panel_size(), tile, runs.pixels, f_.shape.out, steps, count, false,
-                                      prefetch, store_tile);
+                                      packed_.panel_size(), result, runs.pixels, f_.shape.out, steps, count,
+                                      blocks.begin > 0, prefetch, finish);
       }
     }
   }
@@ -200,7 +229,7 @@ class ForwardKernel {
   NormVectors<T> norm_;
   PackedWeight<P> packed_;
   Windows windows_;
-  int64_t blocks_, ldc_, parts_, strip_;
+  int64_t blocks_, chunk_, ldc_, parts_, strip_;
   Grid grid_;
   WinogradProduct<P> product_;
   E *weight_, *operand_, *patches_;

@@ -5,7 +5,9 @@
 // vec.h comes first: everything below is written in its vectors.
 #include "tile.h"
 // clang-format off
+#include "prefetch.h"
 #include "amx.h"
+#include "multiply.h"
 #include "transpose.h"
 #include "arena.h"
 #include "norm.h"

@@ -71,6 +71,31 @@ class Output {
     }
   }
 
+  // A tile out of the registers (tile.h), as neighbouring pixels from `pixel`.
+  struct FromRegisters {
+    const Output& output;
+    int64_t pixel, channel;
+    const A* before;
+    int64_t ld;
+
+    template <int rows, int vectors>
+    void operator()(V (&acc)[rows][vectors]) const {
+      if constexpr (vectors == 2) {
+        if (before != nullptr) {
+#pragma GCC unroll 16
+          for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) acc[r][v] = load(before + r * ld + v * V::size) + acc[r][v];
+          }
+        }
+        T* out = output.out_ + pixel * output.ld_ + channel;
+        output.streams_ ? output.template store_registers<true>(acc, out, channel)
+                        : output.template store_registers<false>(acc, out, channel);
+      }
+    }
+  };
+  bool takes_registers(int64_t channel) const { return channel + columns <= channels_; }
+
  private:
   static constexpr int64_t kRows = 32, kFirstRows = 16;
   static constexpr int64_t kStreamBytes = 3 << 20;  // more than a core's second-level cache of 1 or 2 MiB
@@ -108,13 +133,46 @@ class Output {
                        : store_each<vectors, whole, streams, false, true>(r, lanes);
   }
 
+  // One vector of channels, while some rows of it are seen.
+  struct Tally {
+    V pivot, sum[2] = {V::zero(), V::zero()}, squares[2] = {V::zero(), V::zero()};
+    void see(V x, int chain) {
+      const V d = x - pivot;
+      sum[chain] += d;
+      squares[chain] = fma(d, d, squares[chain]);
+    }
+  };
+
+  // `first` is the mean of the first few rows, where none were seen.
+  template <class First>
+  Tally tally(int64_t channel, int lanes, int64_t seen, First first) const {
+    return {as_pivot(seen > 0 ? load(mean_ + channel, lanes) : first())};
+  }
+
+  void settle(const Tally& t, int64_t channel, int lanes, int64_t seen, int64_t count) const {
+    const A all = static_cast<A>(seen + count);
+    V total = t.sum[0] + t.sum[1], m2 = t.squares[0] + t.squares[1];
+    if (seen > 0) {
+      V rest = load(rest_ + channel, lanes);
+      if constexpr (sizeof(T) == 2) {
+        rest = fma(load(mean_ + channel, lanes) - t.pivot, V::all(static_cast<A>(seen)), rest);
+      }
+      total += rest;
+      m2 += fma(rest * V::all(A(1) / static_cast<A>(seen)), rest, load(m2_ + channel, lanes));
+    }
+    const V shift = total * V::all(A(1) / all), mean = t.pivot + shift;
+    store(mean_ + channel, mean, lanes);
+    store(m2_ + channel, m2 - total * shift, lanes);
+    store(rest_ + channel, total - (mean - t.pivot) * V::all(all), lanes);
+  }
+
   template <int vectors, bool whole, bool streams, bool finishes, bool moments>
   void store_each(const Rows& rows, int last_lanes) const {
     const auto [c, ldc, out, count, channel] = rows;
     const int64_t ld = ld_;
     const auto lanes = [&](int v) { return whole || v + 1 < vectors ? V::size : last_lanes; };
     typename Epilogue<A>::Column finish[vectors];
-    V pivot[vectors], sum[2][vectors], squares[2][vectors];
+    Tally tallies[vectors];
     const auto number = [&](int64_t i, int v) {
       const V x = load(c + i * ldc + v * V::size);
       return finishes ? finish[v](x) : x;
@@ -122,54 +180,64 @@ class Output {
     int64_t seen = 0;
     if constexpr (moments) seen = seen_[channel / columns];
     for (int v = 0; v < vectors; ++v) {
-      const int64_t j = channel + v * V::size;
-      if constexpr (finishes) finish[v] = epilogue_.column(j, lanes(v));
+      if constexpr (finishes) finish[v] = epilogue_.column(channel + v * V::size, lanes(v));
       if constexpr (!moments) continue;
-      sum[0][v] = sum[1][v] = squares[0][v] = squares[1][v] = V::zero();
-      if (seen > 0) {
-        pivot[v] = as_pivot(load(mean_ + j, lanes(v)));
-        continue;
-      }
-      const int64_t few = least(count, kFirstRows);
-      V first = V::zero();
-      for (int64_t i = 0; i < few; ++i) first += number(i, v);
-      pivot[v] = as_pivot(first * V::all(A(1) / static_cast<A>(few)));
+      tallies[v] = tally(channel + v * V::size, lanes(v), seen, [&] {
+        const int64_t few = least(count, kFirstRows);
+        V first = V::zero();
+        for (int64_t i = 0; i < few; ++i) first += number(i, v);
+        return first * V::all(A(1) / static_cast<A>(few));
+      });
     }
     const auto store_row = [&](int64_t i, int chain) {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         V x = number(i, v);
         if (out != nullptr) x = put<streams>(out + i * ld + v * V::size, x, lanes(v));
-        if constexpr (moments) {
-          const V d = x - pivot[v];
-          sum[chain][v] += d;
-          squares[chain][v] = fma(d, d, squares[chain][v]);
-        }
+        if constexpr (moments) tallies[v].see(x, chain);
       }
     };
     int64_t i = 0;
     for (; i + 1 < count; i += 2) store_row(i, 0), store_row(i + 1, 1);
     if (i < count) store_row(i, 0);
     if constexpr (moments) {
-      const A all = static_cast<A>(seen + count);
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t j = channel + v * V::size;
-        V total = sum[0][v] + sum[1][v], m2 = squares[0][v] + squares[1][v];
-        if (seen > 0) {
-          V rest = load(rest_ + j, lanes(v));
-          if constexpr (sizeof(T) == 2) {
-            rest = fma(load(mean_ + j, lanes(v)) - pivot[v], V::all(static_cast<A>(seen)), rest);
-          }
-          total += rest;
-          m2 += fma(rest * V::all(A(1) / static_cast<A>(seen)), rest, load(m2_ + j, lanes(v)));
-        }
-        const V shift = total * V::all(A(1) / all), mean = pivot[v] + shift;
-        store(mean_ + j, mean, lanes(v));
-        store(m2_ + j, m2 - total * shift, lanes(v));
-        store(rest_ + j, total - (mean - pivot[v]) * V::all(all), lanes(v));
-      }
+      for (int v = 0; v < vectors; ++v) settle(tallies[v], channel + v * V::size, lanes(v), seen, count);
       seen_[channel / columns] = seen + count;
     }
+  }
+
+  // A tile that is still in registers, `columns` wide.
+  template <bool streams, int rows>
+  void store_registers(V (&x)[rows][2], T* out, int64_t channel) const {
+    const int64_t ld = ld_;
+    if (epilogue_.bias != nullptr) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const auto finish = epilogue_.column(channel + v * V::size, V::size);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) x[r][v] = finish(x[r][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) x[r][v] = put<streams>(out + r * ld + v * V::size, x[r][v], V::size);
+    }
+    if (mean_ == nullptr) return;
+    const int64_t seen = seen_[channel / columns];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      Tally seen_now = tally(channel + v * V::size, V::size, seen, [&] {
+        V first = V::zero();
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) first += x[r][v];
+        return first * V::all(A(1) / A(rows));
+      });
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) seen_now.see(x[r][v], r % 2);
+      settle(seen_now, channel + v * V::size, V::size, seen, rows);
+    }
+    seen_[channel / columns] = seen + rows;
   }
 
   T* out_;

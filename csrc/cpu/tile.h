@@ -73,9 +73,29 @@ struct Layout {
   static constexpr int b_k = R == Reduce::channels ? panel : P::pair * kBlock;
 };
 
-template <class P, Reduce R, int rows, int vectors>
-void tile(const typename P::Element* a0, const typename P::Element* b0, typename P::Acc* c, int64_t ldc,
-          const Step* steps, int64_t count, bool accumulate) {
+// Where a tile goes: to memory, or added to what is there.
+template <class A>
+struct ToMemory {
+  A* c;
+  int64_t ld;
+  bool accumulate;
+
+  template <int rows, int vectors>
+  void operator()(Vec<A> (&acc)[rows][vectors]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        A* to = c + r * ld + v * Vec<A>::size;
+        store(to, accumulate ? load(to) + acc[r][v] : acc[r][v]);
+      }
+    }
+  }
+};
+
+template <class P, Reduce R, class To, int rows, int vectors>
+void tile(const typename P::Element* a0, const typename P::Element* b0, const Step* steps, int64_t count,
+          const To& to) {
   using L = Layout<P, R>;
   using V = Vec<typename P::Acc>;
   V acc[rows][vectors];
@@ -103,31 +123,25 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, typename
       }
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      typename P::Acc* to = c + r * ldc + v * V::size;
-      store(to, accumulate ? load(to) + acc[r][v] : acc[r][v]);
-    }
-  }
+  to(acc);
 }
 
-template <class P>
-using TileFunction = void (*)(const typename P::Element*, const typename P::Element*, typename P::Acc*, int64_t,
-                              const Step*, int64_t, bool);
+// The tile functions of every size up to the largest.
+template <class P, Reduce R, class To>
+struct Tiles {
+  using Function = void (*)(const typename P::Element*, const typename P::Element*, const Step*, int64_t, const To&);
+  Function of_size[kTileRows][kTileVectors];
 
-template <class P, Reduce R, int rows = kTileRows>
-struct Tiles : Tiles<P, R, rows - 1> {
-  static TileFunction<P> find(int r, int v) {
-    if (r != rows) return Tiles<P, R, rows - 1>::find(r, v);
-    return v == 1 ? tile<P, R, rows, 1> : tile<P, R, rows, 2>;
+  constexpr Tiles() : of_size() { add<kTileRows>(); }
+  template <int rows>
+  constexpr void add() {
+    of_size[rows - 1][0] = tile<P, R, To, rows, 1>;
+    of_size[rows - 1][1] = tile<P, R, To, rows, 2>;
+    if constexpr (rows > 1) add<rows - 1>();
   }
 };
-template <class P, Reduce R>
-struct Tiles<P, R, 0> {
-  static TileFunction<P> find(int, int) { return nullptr; }
-};
+template <class P, Reduce R, class To>
+constexpr Tiles<P, R, To> tiles;
 
 // The i-th of `parts` near-equal stretches of [0, count).
 struct Range {
@@ -137,110 +151,7 @@ struct Range {
 inline Range split(int64_t count, int64_t parts, int64_t i) { return {count * i / parts, count * (i + 1) / parts}; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Fetches rows of memory into the second-level cache, a few lines at a time, while something else is computed.
-class Prefetch {
- public:
-  // `rows` rows of `bytes` from `first`, `stride` bytes apart.
-  void add(const void* first, int64_t rows, int64_t bytes, int64_t stride) {
-    if (streams_ == kStreams || rows == 0) return;
-    streams[streams_++] = {static_cast<const char*>(first), rows, ceil_div(bytes, kLine) * kLine, stride};
-    lines_ += rows * ceil_div(bytes, kLine);
-  }
-  // Over so much work, in elements of the reduction summed over all tiles.
-  void spread(int64_t work) { rate_ = lines_ * kUnit / most(work, 1) + 1; }
-  // Those that are due when so much of it was done.
-  void some(int64_t work) {
-    for (due_ += work * rate_; due_ >= kUnit; due_ -= kUnit, at_ += kLine) {
-      if (at_ == end_ && !next_row()) return;
-      __builtin_prefetch(at_, 0, 2);
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64, kStreams = 4, kUnit = 1 << 16;
-  struct Stream {
-    const char* first;
-    int64_t rows, bytes, stride;
-  };
-
-  bool next_row() {
-    if (stream_ == streams_) {
-      rate_ = 0;
-      return false;
-    }
-    Stream& s = streams[stream_];
-    at_ = s.first;
-    end_ = at_ + s.bytes;
-    s.first += s.stride;
-    if (--s.rows == 0) ++stream_;
-    return true;
-  }
-
-  Stream streams[kStreams];
-  const char *at_ = nullptr, *end_ = nullptr;
-  int64_t streams_ = 0, lines_ = 0, stream_ = 0, rate_ = 0, due_ = 0;
-};
-
-// Where products go: `data` is the first of all numbers, or, where `one_tile`, of every tile in turn.
-template <class A>
-struct Result {
-  A* data;
-  int64_t ld;
-  bool one_tile;
-};
-
-template <class P, Reduce R>
-int64_t tiles_of(int64_t rows, int64_t columns) {
-  return ceil_div(rows, kTileRows) * ceil_div(columns, Layout<P, R>::panel);
-}
-
-// One tile, in chains; `a_stride` elements of A from row to row.
-template <class P, Reduce R>
-void multiply_tile(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, typename P::Acc* c,
-                   int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count, bool accumulate,
-                   Prefetch& prefetch) {
-  (void)a_stride;
-  const int vectors = columns > Vec<typename P::Acc>::size ? 2 : 1;
-  const TileFunction<P> function = Tiles<P, R>::find(static_cast<int>(rows), vectors);
-  for (int64_t s = 0, next = 0; s < count; s = next) {
-    int64_t k = 0;
-    for (; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
-      k += steps[next].k;
-    }
-    function(a, b, c, ldc, steps + s, next - s, accumulate || s > 0);
-    prefetch.some(k);
-  }
-}
-
-// C[rows][columns] (+)= A B in tiles; `b_panel` elements of B from one panel of columns to the next. Every panel but
-// the last of B is full; C has room for whole panels. Calls after(row, rows, column) when a tile is done.
-template <class P, Reduce R, class F>
-void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
-              Result<typename P::Acc> c, int64_t rows, int64_t columns, const Step* steps, int64_t count,
-              bool accumulate, Prefetch& prefetch, F after) {
-  constexpr int64_t panel = Layout<P, R>::panel;
-  const int64_t row_tiles = ceil_div(rows, kTileRows);
-  for (int64_t i = 0; i < row_tiles; ++i) {
-    const Range whole{i * kTileRows, least(rows, (i + 1) * kTileRows)};
-    const Range r = kWhole > 1 ? whole : split(rows, row_tiles, i);
-    for (int64_t j = 0; j < columns; j += panel) {
-      multiply_tile<P, R>(a + r.begin * a_stride, a_stride, b + j / panel * b_panel,
-                          c.one_tile ? c.data : c.data + r.begin * c.ld + j, c.ld, r.size(), least(panel, columns - j),
-                          steps, count, accumulate, prefetch);
-      after(r.begin, r.size(), j);
-    }
-  }
-}
-
-template <class P, Reduce R>
-void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
-              typename P::Acc* c, int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count,
-              bool accumulate, Prefetch& prefetch) {
-  multiply<P, R>(a, a_stride, b, b_panel, Result<typename P::Acc>{c, ldc, false}, rows, columns, steps, count,
-                 accumulate, prefetch, [](int64_t, int64_t, int64_t) {});
-}
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace fused_densenet::FD_ISA

@@ -1,0 +1,49 @@
+// What is read next, on its way while something else is computed.
+
+namespace fused_densenet::FD_ISA {
+
+// Fetches rows of memory into the second-level cache, a few lines at a time.
+class Prefetch {
+ public:
+  // `rows` rows of `bytes` from `first`, `stride` bytes apart.
+  void add(const void* first, int64_t rows, int64_t bytes, int64_t stride) {
+    if (streams_ == kStreams || rows == 0) return;
+    streams[streams_++] = {static_cast<const char*>(first), rows, ceil_div(bytes, kLine) * kLine, stride};
+    lines_ += rows * ceil_div(bytes, kLine);
+  }
+  // Over so much work, in elements of the reduction summed over all tiles.
+  void spread(int64_t work) { rate_ = lines_ * kUnit / most(work, 1) + 1; }
+  // Those that are due when so much of it was done.
+  void some(int64_t work) {
+    for (due_ += work * rate_; due_ >= kUnit; due_ -= kUnit, at_ += kLine) {
+      if (at_ == end_ && !next_row()) return;
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kStreams = 4, kUnit = 1 << 16;
+  struct Stream {
+    const char* first;
+    int64_t rows, bytes, stride;
+  };
+
+  bool next_row() {
+    if (stream_ == streams_) {
+      rate_ = 0;
+      return false;
+    }
+    Stream& s = streams[stream_];
+    at_ = s.first;
+    end_ = at_ + s.bytes;
+    s.first += s.stride;
+    if (--s.rows == 0) ++stream_;
+    return true;
+  }
+
+  Stream streams[kStreams];
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t streams_ = 0, lines_ = 0, stream_ = 0, rate_ = 0, due_ = 0;
+};
+
+}  // namespace fused_densenet::FD_ISA

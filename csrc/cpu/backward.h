@@ -42,7 +42,7 @@ class BackwardKernel {
     steps_ = arena.take<Step>(f.shape.taps() * grad_blocks_);
     product_ = {f.shape.out, kBlock};
     patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
-    products_ = arena.take<A>(packed_.winograd ? product_.products_size(kBlock) : 0);
+    products_ = arena.take<A>(packed_.winograd ? product_.products_size() : 0);
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     row_steps_ = arena.take<Step>(grid_.box[0] * grid_.box[1]);
     part_bytes_ = arena.used() - for_parts_;
@@ -258,16 +258,20 @@ class BackwardKernel {
         const int64_t d = s / strips;
         const Range range = split(all, strips, s % strips);
         const int64_t tiles = range.size();
-        transform_patches(plane, of_part(activation_, part) + d * plane_size, range.begin, tiles, channels, patches);
-        for (int64_t k = 0; k < pixel_blocks_; ++k) {
-          const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
-          transform_gradients(plane, of_part(grad_, part) + k * block_size + d * plane_size, range.begin, tiles, count,
-                              gradients);
-          const Step step{0, 0, tiles};
-          for (int64_t i = 0; i < kPositions; ++i) {
-            A* dweight = dweight_ + part * dweight_size_ + (i * dweight_rows_ + k * kBlock) * ld_dweight_ + c;
-            multiply<P, Reduce::pixels>(gradients + i * tiles * kBlock, 1, patches + i * tiles * kBlock, kWidth,
-                                        dweight, ld_dweight_, count, channels, &step, 1, true, prefetch);
+        for (int64_t row = 0; row < 4; ++row) {
+          transform_patches(plane, of_part(activation_, part) + d * plane_size, range.begin, tiles, channels, row,
+                            patches);
+          for (int64_t k = 0; k < pixel_blocks_; ++k) {
+            const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
+            transform_gradients(plane, of_part(grad_, part) + k * block_size + d * plane_size, range.begin, tiles,
+                                count, row, gradients);
+            const Step step{0, 0, tiles};
+            for (int64_t i = 0; i < 4; ++i) {
+              A* dweight =
+                  dweight_ + part * dweight_size_ + ((4 * row + i) * dweight_rows_ + k * kBlock) * ld_dweight_ + c;
+              multiply<P, Reduce::pixels>(gradients + i * tiles * kBlock, 1, patches + i * tiles * kBlock, kWidth,
+                                          dweight, ld_dweight_, count, channels, &step, 1, true, prefetch);
+            }
           }
         }
       }

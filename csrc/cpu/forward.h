@@ -40,7 +40,7 @@ class ForwardKernel {
     steps_ = arena.take<Step>(f.shape.taps() * blocks_);
     product_ = {f.shape.in, f.shape.out};
     patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
-    products_ = arena.take<A>(packed_.winograd ? product_.products_size(ldc_) : 0);
+    products_ = arena.take<A>(packed_.winograd ? product_.products_size() : 0);
     part_bytes_ = arena.used() - for_parts_;
   }
 

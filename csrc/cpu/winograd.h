@@ -8,6 +8,7 @@
 namespace fused_densenet::FD_ISA {
 
 constexpr int64_t kPositions = 16;
+constexpr int64_t kPatchBytes = 28 << 10;  // of a core's first-level cache, for a row of a strip's patches
 
 // Whether a convolution runs this way: float32 arithmetic, 3x3 in the plane, and enough channels and pixels to gain.
 template <class P>
@@ -16,110 +17,113 @@ bool use_winograd(const Shape& s) {
          s.in * s.out >= 256 && s.pixels() >= 128;
 }
 
-// Four points of one dimension, transformed in place.
-template <class V>
-inline void transform_patch(V* x, int64_t step) {  // B'
-  const V x0 = x[0], x1 = x[step], x2 = x[2 * step], x3 = x[3 * step];
-  x[0] = x0 - x2;
-  x[step] = x1 + x2;
-  x[2 * step] = x2 - x1;
-  x[3 * step] = x1 - x3;
-}
-
 // Tiles of 2x2 outputs in a plane of `height` x `width` pixels, row by row.
 struct TilePlane {
   int64_t height, width;
   int64_t rows() const { return ceil_div(height, 2); }
   int64_t columns() const { return ceil_div(width, 2); }
+  // Calls f(tile, y, x) with the upper left pixel of each of `tiles` tiles from `first` on.
+  template <class F>
+  void for_each(int64_t first, int64_t tiles, F f) const {
+    int64_t y = first / columns() * 2, x = first % columns() * 2;
+    for (int64_t t = 0; t < tiles; ++t) {
+      f(t, y, x);
+      x += 2;
+      if (x >= width) x = 0, y += 2;
+    }
+  }
 };
 
-// Patches: `count` channels of tiles [first, first + tiles) of an operand [padded pixel][kBlock] whose margin is 1, to
-// out[position][tile][kBlock].
-template <class A>
-void transform_patches(const TilePlane& plane, const A* operand, int64_t first, int64_t tiles, int64_t count, A* out) {
-  using V = Vec<A>;
-  alignas(64) static const A nothing[kBlock] = {};
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t y = (first + t) / plane.columns() * 2, x = (first + t) % plane.columns() * 2;
-    const A* from[kPositions];
-    for (int64_t i = 0; i < kPositions; ++i) {
-      const bool inside = y + i / 4 < plane.height + 2 && x + i % 4 < plane.width + 2;
-      from[i] = inside ? operand + ((y + i / 4) * (plane.width + 2) + x + i % 4) * kBlock : nothing;
-    }
-    for (int64_t c = 0; c < count; c += V::size) {
-      V d[kPositions];
-#pragma GCC unroll 16
-      for (int i = 0; i < kPositions; ++i) d[i] = load(from[i] + c);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) transform_patch(d + i, 4);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) transform_patch(d + 4 * i, 1);
-#pragma GCC unroll 16
-      for (int i = 0; i < kPositions; ++i) store(out + (i * tiles + t) * kBlock + c, d[i]);
-    }
+// Calls f(at) where at(h, w) is pixel (y + h, x + w), for h and w less than `size`, of a plane whose rows lie `stride`
+// pixels of kBlock numbers apart, and zeros where that is outside.
+template <int64_t size, class A, class F>
+void with_pixels(const TilePlane& plane, const A* pixels, int64_t stride, int64_t y, int64_t x, F f) {
+  const A* first = pixels + (y * stride + x) * kBlock;
+  if (y + size <= plane.height && x + size <= plane.width) {
+    return f([=](int64_t h, int64_t w) { return first + (h * stride + w) * kBlock; });
   }
+  alignas(64) static const A nothing[kBlock] = {};
+  f([=](int64_t h, int64_t w) {
+    return y + h < plane.height && x + w < plane.width ? first + (h * stride + w) * kBlock : nothing;
+  });
 }
 
-// Tiles of gradients: as above, from the operand's pixels inside the margin; A g A'.
+// Which rows of a patch make row `i` of B' d B, the second one times `sign`; the same for columns.
+struct PatchRow {
+  int64_t first, second;
+  int sign;
+};
+constexpr PatchRow kPatchRows[4] = {{0, 2, -1}, {1, 2, 1}, {2, 1, -1}, {1, 3, -1}};
+
+// A row of patches: `count` channels of tiles [first, first + tiles) of an operand [padded pixel][kBlock] whose margin
+// is 1, to out[4][tile][kBlock]. (All four rows at once would fill more than the first-level cache.)
+template <class A>
+void transform_patches(const TilePlane& plane, const A* operand, int64_t first, int64_t tiles, int64_t count,
+                       int64_t row, A* out) {
+  using V = Vec<A>;
+  const PatchRow r = kPatchRows[row];
+  const V sign = V::all(static_cast<A>(r.sign));
+  const int64_t next = tiles * kBlock;
+  const TilePlane padded{plane.height + 2, plane.width + 2};
+  plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
+    with_pixels<4>(padded, operand, padded.width, y, x, [&](auto at) {
+      A* to = out + t * kBlock;
+      for (int64_t c = 0; c < count; c += V::size) {
+        V d[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) d[i] = fma(sign, load(at(r.second, i) + c), load(at(r.first, i) + c));
+        store(to + c, d[0] - d[2]);
+        store(to + next + c, d[1] + d[2]);
+        store(to + 2 * next + c, d[2] - d[1]);
+        store(to + 3 * next + c, d[1] - d[3]);
+      }
+    });
+  });
+}
+
+// A row of tiles of gradients: as above, from the operand's pixels inside the margin; A g A'.
 template <class A>
 void transform_gradients(const TilePlane& plane, const A* operand, int64_t first, int64_t tiles, int64_t count,
-                         A* out) {
+                         int64_t row, A* out) {
   using V = Vec<A>;
-  alignas(64) static const A nothing[kBlock] = {};
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t y = (first + t) / plane.columns() * 2, x = (first + t) % plane.columns() * 2;
-    const A* from[4];
-    for (int64_t i = 0; i < 4; ++i) {
-      const bool inside = y + i / 2 < plane.height && x + i % 2 < plane.width;
-      from[i] = inside ? operand + ((y + i / 2 + 1) * (plane.width + 2) + x + i % 2 + 1) * kBlock : nothing;
-    }
-    for (int64_t c = 0; c < count; c += V::size) {
-      V rows[4][2];
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const V g0 = load(from[j] + c), g1 = load(from[2 + j] + c);
-        rows[0][j] = g0;
-        rows[1][j] = g0 + g1;
-        rows[2][j] = g0 - g1;
-        rows[3][j] = V::zero() - g1;
+  const int64_t next = tiles * kBlock, stride = plane.width + 2;
+  const auto combined = [&](V upper, V lower) {
+    return row == 0 ? upper : row == 1 ? upper + lower : row == 2 ? upper - lower : V::zero() - lower;
+  };
+  plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
+    with_pixels<2>(plane, operand + (stride + 1) * kBlock, stride, y, x, [&](auto at) {
+      A* to = out + t * kBlock;
+      for (int64_t c = 0; c < count; c += V::size) {
+        const V left = combined(load(at(0, 0) + c), load(at(1, 0) + c));
+        const V right = combined(load(at(0, 1) + c), load(at(1, 1) + c));
+        store(to + c, left);
+        store(to + next + c, left + right);
+        store(to + 2 * next + c, left - right);
+        store(to + 3 * next + c, V::zero() - right);
       }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        A* to = out + (4 * i * tiles + t) * kBlock + c;
-        store(to, rows[i][0]);
-        store(to + tiles * kBlock, rows[i][0] + rows[i][1]);
-        store(to + 2 * tiles * kBlock, rows[i][0] - rows[i][1]);
-        store(to + 3 * tiles * kBlock, V::zero() - rows[i][1]);
-      }
-    }
-  }
+    });
+  });
 }
 
-// Products m[position][tile][ldc] back to pixels result[pixel][ldc]: A' m A.
+// What a row of products m[4][tile][ld] adds to pixels result[pixel][ldc]: A' m A.
 template <class A>
-void transform_outputs(const TilePlane& plane, const A* m, int64_t first, int64_t tiles, int64_t columns, A* result,
-                       int64_t ldc) {
+void transform_outputs(const TilePlane& plane, const A* m, int64_t ld, int64_t first, int64_t tiles, int64_t columns,
+                       int64_t row, A* result, int64_t ldc) {
   using V = Vec<A>;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t y = (first + t) / plane.columns() * 2, x = (first + t) % plane.columns() * 2;
+  plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
     A* to = result + (y * plane.width + x) * ldc;
     const bool right = x + 1 < plane.width, below = y + 1 < plane.height;
     for (int64_t c = 0; c < columns; c += V::size) {
-      V rows[2][4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const A* from = m + (j * tiles + t) * ldc + c;
-        const V m0 = load(from), m1 = load(from + 4 * tiles * ldc), m2 = load(from + 8 * tiles * ldc);
-        rows[0][j] = m0 + m1 + m2;
-        rows[1][j] = m1 - m2 - load(from + 12 * tiles * ldc);
+      const A* from = m + t * ld + c;
+      const V m1 = load(from + tiles * ld), m2 = load(from + 2 * tiles * ld);
+      const V sums[2] = {load(from) + m1 + m2, m1 - m2 - load(from + 3 * tiles * ld)};
+      for (int64_t j = 0; j < (right ? 2 : 1); ++j) {
+        A *upper = to + j * ldc + c, *lower = upper + plane.width * ldc;
+        if (row < 3) store(upper, row == 0 ? sums[j] : load(upper) + sums[j]);
+        if (row > 0 && below) store(lower, row == 1 ? sums[j] : load(lower) - sums[j]);
       }
-      store(to + c, rows[0][0] + rows[0][1] + rows[0][2]);
-      if (right) store(to + ldc + c, rows[0][1] - rows[0][2] - rows[0][3]);
-      if (!below) continue;
-      store(to + plane.width * ldc + c, rows[1][0] + rows[1][1] + rows[1][2]);
-      if (right) store(to + (plane.width + 1) * ldc + c, rows[1][1] - rows[1][2] - rows[1][3]);
     }
-  }
+  });
 }
 
 // A row of a weight, w[9][width] to 16 rows of u, `step` apart: G w G'.
@@ -170,20 +174,21 @@ void transform_dweight(const V* u, V* w) {
 }
 
 // The convolution of a box's operand [block][padded pixel][kBlock] with a weight packed as 16 matrices, to
-// result[pixel][ldc]; a strip of tiles at a time. `patches` and `products` hold a strip.
+// result[pixel][ldc]; a strip of tiles at a time, and of their patches a row, which stays in the first-level cache.
+// `patches` and `products` hold that.
 template <class P>
 class WinogradProduct {
   using A = typename P::Acc;
+  static constexpr int64_t width = Layout<P, Reduce::channels>::panel;
 
  public:
   int64_t rows, columns;  // channels read and written
   int64_t blocks() const { return ceil_div(rows, kBlock); }
   int64_t strip() const {
-    return most(kTileRows,
-                least(4 * kTileRows, (224 << 10) / (kPositions * blocks() * kBlock * static_cast<int64_t>(sizeof(A)))));
+    return most(kPatchBytes / (4 * blocks() * kBlock * static_cast<int64_t>(sizeof(A))) / kTileRows, 1) * kTileRows;
   }
-  int64_t patches_size() const { return blocks() * kPositions * strip() * kBlock; }
-  int64_t products_size(int64_t ldc) const { return kPositions * strip() * ldc; }
+  int64_t patches_size() const { return blocks() * 4 * strip() * kBlock; }
+  int64_t products_size() const { return 4 * strip() * round_up(columns, width); }
   int64_t work(const TilePlane& plane) const {
     const int64_t strips = ceil_div(plane.rows() * plane.columns(), strip());
     return strips * kPositions * rows *
@@ -192,23 +197,24 @@ class WinogradProduct {
 
   void run(const TilePlane& plane, const A* operand, int64_t block_size, const A* weight, int64_t panel_size, A* result,
            int64_t ldc, A* patches, A* products, Step* steps, Prefetch& prefetch) const {
-    constexpr int64_t width = Layout<P, Reduce::channels>::panel;
-    const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, strip());
+    const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, strip()), ld = round_up(columns, width);
     for (int64_t s = 0; s < strips; ++s) {
       const Range range = split(all, strips, s);
       const int64_t tiles = range.size();
-      for (int64_t k = 0; k < blocks(); ++k) {
-        const int64_t count = least(kBlock, rows - k * kBlock);
-        transform_patches(plane, operand + k * block_size, range.begin, tiles, count,
-                          patches + k * kPositions * tiles * kBlock);
-        steps[k] = {k * kPositions * tiles * kBlock, k * kBlock * width, count};
+      for (int64_t row = 0; row < 4; ++row) {
+        for (int64_t k = 0; k < blocks(); ++k) {
+          const int64_t count = least(kBlock, rows - k * kBlock);
+          transform_patches(plane, operand + k * block_size, range.begin, tiles, count, row,
+                            patches + k * 4 * tiles * kBlock);
+          steps[k] = {k * 4 * tiles * kBlock, k * kBlock * width, count};
+        }
+        for (int64_t i = 0; i < 4; ++i) {
+          multiply<P, Reduce::channels>(patches + i * tiles * kBlock, kBlock, weight + (4 * row + i) * rows * width,
+                                        panel_size, products + i * tiles * ld, ld, tiles, columns, steps, blocks(),
+                                        false, prefetch);
+        }
+        transform_outputs(plane, products, ld, range.begin, tiles, columns, row, result, ldc);
       }
-      for (int64_t i = 0; i < kPositions; ++i) {
-        multiply<P, Reduce::channels>(patches + i * tiles * kBlock, kBlock, weight + i * rows * width, panel_size,
-                                      products + i * tiles * ldc, ldc, tiles, columns, steps, blocks(), false,
-                                      prefetch);
-      }
-      transform_outputs(plane, products, range.begin, tiles, columns, result, ldc);
     }
   }
 };

@@ -107,18 +107,93 @@ class BackwardKernel {
         else
           weight_gradient(b, part, c, channels, height, width, prefetch);
       }
-      if (packed_.winograd)
-        data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
-      else
-        data_gradient(b, part, c, channels, height, width, padded, prefetch);
+      if (packed_.winograd) data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
       with_activation<T>(f_.x, norm_, [&](const auto& activation) {
-        store_data_gradient(activation, b, part, c, channels, partial_ + 2 * i * f_.shape.in);
+        A* sums = partial_ + 2 * i * f_.shape.in + c;
+        int64_t stored = 0;
+        if (!packed_.winograd) {
+          stored = from_registers(channels);
+          data_gradient(activation, b, part, c, channels, height, width, padded, sums, prefetch);
+        }
+        store_data_gradient(activation, b, part, c, stored, channels, sums);
       });
     }
   }
 
-  void data_gradient(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t height, int64_t width,
-                     int64_t padded, Prefetch& prefetch) const {
+  // Of a block's channels, those whose data gradients never lie in memory: whole tiles, of which each goes to one pixel.
+  int64_t from_registers(int64_t channels) const {
+    return kWhole > 1 || pools() ? 0 : channels / packed_.width * packed_.width;
+  }
+
+  // A tile of data gradients out of the registers (tile.h): masked, summed and stored.
+  template <Form form>
+  struct FromRegisters {
+    const Activation<T, form>& activation;
+    int64_t pixel, channel;
+    T* dx;
+    int64_t ld_dx;
+    A* sums;  // of these channels
+    int64_t between;
+    const A* before;
+    int64_t ld;
+    bool first, accumulate;
+
+    template <int rows, int vectors>
+    void operator()(V (&acc)[rows][vectors]) const {
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        const auto of_channels = activation.column(channel + v * V::size, V::size);
+        V sum = V::zero(), sum_centered = V::zero();
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          V dz = before == nullptr ? acc[r][v] : load(before + r * ld + v * V::size) + acc[r][v];
+          if constexpr (form != Form::no_norm) {
+            const V centered = of_channels.centered(pixel + r, V::size);
+            dz = of_channels.gradient(of_channels.before(centered), dz);
+            sum += dz;
+            sum_centered = fma(dz, centered, sum_centered);
+          }
+          T* p = dx + r * ld_dx + v * V::size;
+          store(p, accumulate ? fma(of_channels.scale, dz, load(p, V::size)) : of_channels.scale * dz, V::size);
+        }
+        if constexpr (form == Form::no_norm) continue;
+        A *to = sums + v * V::size, *to_centered = to + between;
+        store(to, first ? sum : load(to) + sum);
+        store(to_centered, first ? sum_centered : load(to_centered) + sum_centered);
+      }
+    }
+  };
+
+  template <Form form>
+  struct Finish {
+    using To = FromRegisters<form>;
+    const BackwardKernel& kernel;
+    const Activation<T, form>& activation;
+    int64_t pixel, channel, whole;  // of the first row and column; channels that are taken out of the registers
+    A* sums;
+    bool first;  // rows of a box
+
+    bool takes(int64_t column) const { return column < whole; }
+    To at(int64_t row, int64_t column, const A* before, int64_t ld) const {
+      const Backward& f = kernel.f_;
+      return {activation,
+              pixel + row,
+              channel + column,
+              static_cast<T*>(f.dx.data) + (pixel + row) * f.dx.ld + channel + column,
+              f.dx.ld,
+              sums + column,
+              f.shape.in,
+              before,
+              ld,
+              first && row == 0,
+              f.accumulate};
+    }
+    void done(int64_t, int64_t, int64_t) const {}
+  };
+
+  template <Form form>
+  void data_gradient(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c, int64_t channels,
+                     int64_t height, int64_t width, int64_t padded, A* sums, Prefetch& prefetch) const {
     Step* steps = of_part(steps_, part);
     int64_t count = 0;
     for (int64_t tap = 0; tap < f_.shape.taps(); ++tap) {
@@ -131,10 +206,13 @@ class BackwardKernel {
     const Runs runs(grid_, b);
     for (int64_t d = 0; d < b.size[0]; ++d) {
       for (int64_t h = 0; h < runs.count; ++h) {
+        const Finish<form> finish{*this, activation, grid_.pixel(b, d, h, 0), c,
+                                  from_registers(channels), sums,     d == 0 && h == 0};
+        A* result = of_part(result_, part) + (d * b.size[1] + h) * result_width(grid_, b) * kBlock;
         multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
                                       weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
-                                      of_part(result_, part) + (d * b.size[1] + h) * result_width(grid_, b) * kBlock,
-                                      kBlock, runs.pixels, channels, steps, count, false, prefetch);
+                                      Result<A>{result, kBlock, kBlock, packed_.width}, runs.pixels, channels, steps,
+                                      count, false, prefetch, finish);
       }
     }
   }
@@ -326,12 +404,13 @@ class BackwardKernel {
     }
   }
 
+  // Those of a block's `channels` from `begin` on that lie in memory.
   template <Form form>
-  void store_data_gradient(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c,
+  void store_data_gradient(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c, int64_t begin,
                            int64_t channels, A* sums) const {
     const V share = V::all(A(1) / static_cast<A>(windows_.count));
     T* dx = static_cast<T*>(f_.dx.data);
-    for (int64_t j = 0; j < channels; j += V::size) {
+    for (int64_t j = begin; j < channels; j += V::size) {
       const int n = static_cast<int>(least(V::size, channels - j));
       const auto of_channels = activation.column(c + j, n);
       V sum = V::zero(), sum_centered = V::zero();
@@ -351,8 +430,8 @@ class BackwardKernel {
       };
       n == V::size ? column(V::size) : column(n);
       if constexpr (form == Form::no_norm) continue;
-      store(sums + c + j, sum, n);
-      store(sums + f_.shape.in + c + j, sum_centered, n);
+      store(sums + j, sum, n);
+      store(sums + f_.shape.in + j, sum_centered, n);
     }
   }
 

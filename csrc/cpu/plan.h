@@ -3,7 +3,9 @@
 namespace fused_densenet::FD_ISA {
 
 constexpr int64_t kCacheBytes = 384 << 10;  // of a core's second-level cache, for the operands of one box
-constexpr int64_t kStripBytes = 16 << 10;   // of its first-level cache, for the activations of a strip of pixels
+// For the activations of a strip of pixels: of the first-level cache; of the second, where AMX reads each of them far
+// less often than the next strip's wait for what was just stored.
+constexpr int64_t kStripBytes = (kWhole > 1 ? 64 : 16) << 10;
 
 // A 1x1 convolution sees one long row of pixels. Boxes are as equal as they can be, and as many as fill the threads
 // evenly; where `even`, of an even height and width but for the last.

@@ -136,7 +136,7 @@ class Output {
   // One vector of channels, while some rows of it are seen.
   struct Tally {
     V pivot, sum[2] = {V::zero(), V::zero()}, squares[2] = {V::zero(), V::zero()};
-    void see(V x, int chain) {
+    __attribute__((always_inline)) void see(V x, int chain) {
       const V d = x - pivot;
       sum[chain] += d;
       squares[chain] = fma(d, d, squares[chain]);
@@ -149,7 +149,7 @@ class Output {
     return {as_pivot(seen > 0 ? load(mean_ + channel, lanes) : first())};
   }
 
-  void settle(const Tally& t, int64_t channel, int lanes, int64_t seen, int64_t count) const {
+  __attribute__((always_inline)) void settle(const Tally& t, int64_t channel, int lanes, int64_t seen, int64_t count) const {
     const A all = static_cast<A>(seen + count);
     V total = t.sum[0] + t.sum[1], m2 = t.squares[0] + t.squares[1];
     if (seen > 0) {

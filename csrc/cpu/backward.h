@@ -128,6 +128,7 @@ class BackwardKernel {
   // A tile of data gradients out of the registers (tile.h): masked, summed and stored.
   template <Form form>
   struct FromRegisters {
+    static constexpr bool whole = true;
     const Activation<T, form>& activation;
     int64_t pixel, channel;
     T* dx;

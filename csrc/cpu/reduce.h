@@ -73,6 +73,7 @@ class Output {
 
   // A tile out of the registers (tile.h), as neighbouring pixels from `pixel`.
   struct FromRegisters {
+    static constexpr bool whole = true;
     const Output& output;
     int64_t pixel, channel;
     const A* before;
@@ -80,18 +81,16 @@ class Output {
 
     template <int rows, int vectors>
     void operator()(V (&acc)[rows][vectors]) const {
-      if constexpr (vectors == 2) {
-        if (before != nullptr) {
+      if (before != nullptr) {
 #pragma GCC unroll 16
-          for (int r = 0; r < rows; ++r) {
+        for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v) acc[r][v] = load(before + r * ld + v * V::size) + acc[r][v];
-          }
+          for (int v = 0; v < vectors; ++v) acc[r][v] = load(before + r * ld + v * V::size) + acc[r][v];
         }
-        T* out = output.out_ + pixel * output.ld_ + channel;
-        output.streams_ ? output.template store_registers<true>(acc, out, channel)
-                        : output.template store_registers<false>(acc, out, channel);
       }
+      T* out = output.out_ + pixel * output.ld_ + channel;
+      output.streams_ ? output.template store_registers<true>(acc, out, channel)
+                      : output.template store_registers<false>(acc, out, channel);
     }
   };
   bool takes_registers(int64_t channel) const { return channel + columns <= channels_; }

@@ -76,6 +76,7 @@ struct Layout {
 // Where a tile goes: to memory, or added to what is there.
 template <class A>
 struct ToMemory {
+  static constexpr bool whole = false;
   A* c;
   int64_t ld;
   bool accumulate;
@@ -126,7 +127,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
   to(acc);
 }
 
-// The tile functions of every size up to the largest.
+// The tile functions of every size up to the largest; of tiles of `whole` panels only those with all vectors.
 template <class P, Reduce R, class To>
 struct Tiles {
   using Function = void (*)(const typename P::Element*, const typename P::Element*, const Step*, int64_t, const To&);
@@ -135,7 +136,7 @@ struct Tiles {
   constexpr Tiles() : of_size() { add<kTileRows>(); }
   template <int rows>
   constexpr void add() {
-    of_size[rows - 1][0] = tile<P, R, To, rows, 1>;
+    if constexpr (!To::whole) of_size[rows - 1][0] = tile<P, R, To, rows, 1>;
     of_size[rows - 1][1] = tile<P, R, To, rows, 2>;
     if constexpr (rows > 1) add<rows - 1>();
   }

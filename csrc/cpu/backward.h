@@ -107,7 +107,8 @@ class BackwardKernel {
         else
           weight_gradient(b, part, c, channels, height, width, prefetch);
       }
-      if (packed_.winograd) data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
+      if (packed_.winograd)
+        data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
       with_activation<T>(f_.x, norm_, [&](const auto& activation) {
         A* sums = partial_ + 2 * i * f_.shape.in + c;
         int64_t stored = 0;
@@ -120,7 +121,8 @@ class BackwardKernel {
     }
   }
 
-  // Of a block's channels, those whose data gradients never lie in memory: whole tiles, of which each goes to one pixel.
+  // Of a block's channels, those whose data gradients never lie in memory: whole tiles, of which each goes to one
+  // pixel.
   int64_t from_registers(int64_t channels) const {
     return kWhole > 1 || pools() ? 0 : channels / packed_.width * packed_.width;
   }
@@ -207,8 +209,8 @@ class BackwardKernel {
     const Runs runs(grid_, b);
     for (int64_t d = 0; d < b.size[0]; ++d) {
       for (int64_t h = 0; h < runs.count; ++h) {
-        const Finish<form> finish{*this, activation, grid_.pixel(b, d, h, 0), c,
-                                  from_registers(channels), sums,     d == 0 && h == 0};
+        const Finish<form> finish{*this, activation,      grid_.pixel(b, d, h, 0), c, from_registers(channels),
+                                  sums,  d == 0 && h == 0};
         A* result = of_part(result_, part) + (d * b.size[1] + h) * result_width(grid_, b) * kBlock;
         multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
                                       weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),

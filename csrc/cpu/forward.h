@@ -26,6 +26,7 @@ class ForwardKernel {
     Arena& arena = arena_;
     weight_ = f.weight.packed ? static_cast<E*>(f.weight.data) : arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
+    next_boxes_ = arena.take<int64_t>(parts_ * kLine);
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
     const bool pointwise = f.shape.taps() == 1;
@@ -50,10 +51,13 @@ class ForwardKernel {
     norm_.make();
     if (finishes()) read_bias<T>(f_.bias, f_.shape.out, bias_);
     if (!f_.weight.packed) packed_.template pack<T>(f_.shape, f_.weight, weight_, parallel);
+    for (int64_t part = 0; part < parts_; ++part) *next_box(part) = split(grid_.count(), parts_, part).begin;
     parallel_for(parallel, parts_, [&](int64_t part) {
       const TileRegisters registers;
-      const Range boxes = split(grid_.count(), parts_, part);
-      for (int64_t i = boxes.begin; i < boxes.end; ++i) box(i, boxes.end, part);
+      for (int64_t i = 0; i < parts_; ++i) {
+        const int64_t of = (part + i) % parts_, end = split(grid_.count(), parts_, of).end;
+        for (int64_t b = take_box(of); b < end; b = take_box(of)) box(b, end, part);
+      }
       fence();
     });
     if (f_.moments.mean != nullptr) {
@@ -85,6 +89,11 @@ class ForwardKernel {
 
   bool pools() const { return windows_.count > 1; }
   bool finishes() const { return f_.bias.data != nullptr || f_.negative_slope != 1; }
+
+  // A part takes its own boxes, neighbours in every layer, and then those that another has not yet come to.
+  static constexpr int64_t kLine = 8;
+  int64_t* next_box(int64_t part) const { return next_boxes_ + part * kLine; }
+  int64_t take_box(int64_t part) const { return __atomic_fetch_add(next_box(part), 1, __ATOMIC_RELAXED); }
 
   template <class X>
   X* of_part(X* p, int64_t part) const {
@@ -175,7 +184,8 @@ class ForwardKernel {
     void done(int64_t row, int64_t rows, int64_t column) const {
       if (!last) return;
       runs.pieces(row, rows, [&](int64_t skipped, int64_t pixel, int64_t count) {
-        output.store_rows(result.at(row, column / Output<T>::columns) + skipped * result.ld, result.ld, first + pixel, count, column);
+        output.store_rows(result.at(row, column / Output<T>::columns) + skipped * result.ld, result.ld, first + pixel,
+                          count, column);
       });
     }
   };
@@ -235,7 +245,7 @@ class ForwardKernel {
   E *weight_, *operand_, *patches_;
   A *partial_, *bias_, *result_, *rest_, *products_;
   Step* steps_;
-  int64_t *first_pixels_, *seen_;
+  int64_t *first_pixels_, *seen_, *next_boxes_;
   size_t for_parts_, part_bytes_;
 };
 

@@ -29,8 +29,8 @@ struct StaysInMemory {
 // One tile of vectors, in chains.
 template <class P, Reduce R, class Finish>
 void multiply_tile(const typename P::Element* a, const typename P::Element* b, typename P::Acc* c, int64_t ldc,
-                   int64_t rows, int64_t columns, const Step* steps, int64_t count, bool accumulate,
-                   Prefetch& prefetch, int64_t row, int64_t column, const Finish& finish) {
+                   int64_t rows, int64_t columns, const Step* steps, int64_t count, bool accumulate, Prefetch& prefetch,
+                   int64_t row, int64_t column, const Finish& finish) {
   using A = typename P::Acc;
   const int vectors = columns > Vec<A>::size ? 2 : 1;
   for (int64_t s = 0, next = 0; s < count; s = next, accumulate = true) {
@@ -50,8 +50,9 @@ void multiply_tile(const typename P::Element* a, const typename P::Element* b, t
   finish.done(row, rows, column);
 }
 
-// C[rows][columns] (+)= A B; `a_stride` elements of A from one row to the next, `b_panel` elements of B from one panel of columns to the next. Every panel but
-// the last of B is full; C has room for whole panels. A panel meets all rows while it is in the first-level cache.
+// C[rows][columns] (+)= A B; `a_stride` elements of A from one row to the next, `b_panel` elements of B from one panel
+// of columns to the next. Every panel but the last of B is full; C has room for whole panels. A panel meets all rows
+// while it is in the first-level cache.
 template <class P, Reduce R, class Finish>
 void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
               Result<typename P::Acc> c, int64_t rows, int64_t columns, const Step* steps, int64_t count,
@@ -81,8 +82,8 @@ void multiply(const typename P::Element* a, int64_t a_stride, const typename P::
               typename P::Acc* c, int64_t ldc, int64_t rows, int64_t columns, const Step* steps, int64_t count,
               bool accumulate, Prefetch& prefetch) {
   using A = typename P::Acc;
-  multiply<P, R>(a, a_stride, b, b_panel, Result<A>{c, ldc, ldc, Layout<P, R>::panel}, rows, columns, steps, count, accumulate, prefetch,
-                 StaysInMemory<A>{});
+  multiply<P, R>(a, a_stride, b, b_panel, Result<A>{c, ldc, ldc, Layout<P, R>::panel}, rows, columns, steps, count,
+                 accumulate, prefetch, StaysInMemory<A>{});
 }
 
 }  // namespace fused_densenet::FD_ISA

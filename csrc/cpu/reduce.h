@@ -148,7 +148,8 @@ class Output {
     return {as_pivot(seen > 0 ? load(mean_ + channel, lanes) : first())};
   }
 
-  __attribute__((always_inline)) void settle(const Tally& t, int64_t channel, int lanes, int64_t seen, int64_t count) const {
+  __attribute__((always_inline)) void settle(const Tally& t, int64_t channel, int lanes, int64_t seen,
+                                             int64_t count) const {
     const A all = static_cast<A>(seen + count);
     V total = t.sum[0] + t.sum[1], m2 = t.squares[0] + t.squares[1];
     if (seen > 0) {

@@ -225,7 +225,8 @@ class BackwardKernel {
     if constexpr (P::pair == 1) {
       const WinogradProduct<P> product{f_.shape.out, channels};
       for (int64_t d = 0; d < b.size[0]; ++d) {
-        product.run({b.size[1], b.size[2]}, of_part(grad_, part) + d * plane_size, block_size,
+        const TilePlane plane{b.size[1], b.size[2]};
+        product.run(plane, padded_plane(plane, of_part(grad_, part) + d * plane_size, block_size),
                     weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
                     of_part(result_, part) + d * b.size[1] * b.size[2] * kBlock, kBlock, of_part(patches_, part),
                     of_part(products_, part), of_part(steps_, part), prefetch);
@@ -340,12 +341,12 @@ class BackwardKernel {
         const Range range = split(all, strips, s % strips);
         const int64_t tiles = range.size();
         for (int64_t row = 0; row < 4; ++row) {
-          transform_patches(plane, of_part(activation_, part) + d * plane_size, range.begin, tiles, channels, row,
-                            patches);
+          transform_patches(plane, padded_plane(plane, of_part(activation_, part) + d * plane_size, 0), range.begin,
+                            tiles, channels, row, patches);
           for (int64_t k = 0; k < pixel_blocks_; ++k) {
             const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
-            transform_gradients(plane, of_part(grad_, part) + k * block_size + d * plane_size, range.begin, tiles,
-                                count, row, gradients);
+            transform_gradients(plane, plane_inside(plane, of_part(grad_, part) + k * block_size + d * plane_size),
+                                range.begin, tiles, count, row, gradients);
             const Step step{0, 0, tiles};
             for (int64_t i = 0; i < 4; ++i) {
               A* dweight =

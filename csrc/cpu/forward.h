@@ -133,6 +133,7 @@ class ForwardKernel {
                 Prefetch& prefetch) const {
     const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
+    if (packed_.winograd && reads_image()) return by_patches(b, part, 0, 0, output, prefetch);
     with_activation<T>(f_.x, norm_, [&](const auto& activation) {
       if (pools()) {
         const int64_t* first_pixels = of_part(first_pixels_, part);
@@ -216,14 +217,33 @@ class ForwardKernel {
     }
   }
 
+  // Whether patches are taken of x itself: there is nothing to compute, and no vector reaches beyond a pixel.
+  bool reads_image() const { return sizeof(T) == sizeof(A) && !norm_.given() && f_.shape.in % Vec<A>::size == 0; }
+  PixelPlane<A> image_plane(const Box& b, int64_t d) const {
+    const int64_t ld = f_.x.ld, height = grid_.image[1], width = grid_.image[2];
+    return {static_cast<const A*>(f_.x.data) + grid_.pixel(b, d, -1, -1) * ld,
+            ld,
+            width * ld,
+            kBlock,
+            most(0, 1 - b.begin[1]),
+            least(b.size[1] + 2, height + 1 - b.begin[1]),
+            most(0, 1 - b.begin[2]),
+            least(b.size[2] + 2, width + 1 - b.begin[2])};
+  }
+
   void by_patches(const Box& b, int64_t part, int64_t plane_size, int64_t block_size, const Output<T>& output,
                   Prefetch& prefetch) const {
     if constexpr (P::pair == 1) {
       const TilePlane plane{b.size[1], b.size[2]};
       for (int64_t d = 0; d < b.size[0]; ++d) {
-        product_.run(plane, of_part(operand_, part) + d * plane_size, block_size, weight_, packed_.panel_size(),
-                     of_part(result_, part), ldc_, of_part(patches_, part), of_part(products_, part),
-                     of_part(steps_, part), prefetch);
+        const auto pixels = [&] {
+          if constexpr (sizeof(T) == sizeof(A)) {
+            if (reads_image()) return image_plane(b, d);
+          }
+          return padded_plane(plane, of_part(operand_, part) + d * plane_size, block_size);
+        };
+        product_.run(plane, pixels(), weight_, packed_.panel_size(), of_part(result_, part), ldc_,
+                     of_part(patches_, part), of_part(products_, part), of_part(steps_, part), prefetch);
         for (int64_t h = 0; h < b.size[1]; ++h) {
           for (int64_t j = 0; j < f_.shape.out; j += Output<T>::columns) {
             output.store_rows(of_part(result_, part) + h * b.size[2] * ldc_ + j, ldc_, grid_.pixel(b, d, h, 0),

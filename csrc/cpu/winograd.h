@@ -34,17 +34,38 @@ struct TilePlane {
   }
 };
 
-// Calls f(at) where at(h, w) is pixel (y + h, x + w), for h and w less than `size`, of a plane whose rows lie `stride`
-// pixels of kBlock numbers apart, and zeros where that is outside.
+// Pixels as patches read them: `pixel` and `row` elements apart, kBlock channels of them, and `block` elements on the
+// next; those of rows [top, bottom) and columns [left, right) are there, others are zeros.
+template <class A>
+struct PixelPlane {
+  const A* first;
+  int64_t pixel, row, block, top, bottom, left, right;
+  PixelPlane at_block(int64_t k) const { return {first + k * block, pixel, row, block, top, bottom, left, right}; }
+};
+
+// An operand [block][padded pixel][kBlock] whose margin is 1.
+template <class A>
+PixelPlane<A> padded_plane(const TilePlane& plane, const A* operand, int64_t block) {
+  return {operand, kBlock, (plane.width + 2) * kBlock, block, 0, plane.height + 2, 0, plane.width + 2};
+}
+// The same without its margin.
+template <class A>
+PixelPlane<A> plane_inside(const TilePlane& plane, const A* operand) {
+  const int64_t row = (plane.width + 2) * kBlock;
+  return {operand + row + kBlock, kBlock, row, 0, 0, plane.height, 0, plane.width};
+}
+
+// Calls f(at) where at(h, w) is pixel (y + h, x + w), for h and w less than `size`.
 template <int64_t size, class A, class F>
-void with_pixels(const TilePlane& plane, const A* pixels, int64_t stride, int64_t y, int64_t x, F f) {
-  const A* first = pixels + (y * stride + x) * kBlock;
-  if (y + size <= plane.height && x + size <= plane.width) {
-    return f([=](int64_t h, int64_t w) { return first + (h * stride + w) * kBlock; });
+void with_pixels(const PixelPlane<A>& p, int64_t y, int64_t x, F f) {
+  const A* first = p.first + y * p.row + x * p.pixel;
+  if (y >= p.top && y + size <= p.bottom && x >= p.left && x + size <= p.right) {
+    return f([=](int64_t h, int64_t w) { return first + h * p.row + w * p.pixel; });
   }
   alignas(64) static const A nothing[kBlock] = {};
   f([=](int64_t h, int64_t w) {
-    return y + h < plane.height && x + w < plane.width ? first + (h * stride + w) * kBlock : nothing;
+    const bool inside = y + h >= p.top && y + h < p.bottom && x + w >= p.left && x + w < p.right;
+    return inside ? first + h * p.row + w * p.pixel : nothing;
   });
 }
 
@@ -55,18 +76,17 @@ struct PatchRow {
 };
 constexpr PatchRow kPatchRows[4] = {{0, 2, -1}, {1, 2, 1}, {2, 1, -1}, {1, 3, -1}};
 
-// A row of patches: `count` channels of tiles [first, first + tiles) of an operand [padded pixel][kBlock] whose margin
-// is 1, to out[4][tile][kBlock]. (All four rows at once would fill more than the first-level cache.)
+// A row of patches: `count` channels of tiles [first, first + tiles) of pixels with a margin of 1, to
+// out[4][tile][kBlock]. (All four rows at once would fill more than the first-level cache.)
 template <class A>
-void transform_patches(const TilePlane& plane, const A* operand, int64_t first, int64_t tiles, int64_t count,
+void transform_patches(const TilePlane& plane, const PixelPlane<A>& pixels, int64_t first, int64_t tiles, int64_t count,
                        int64_t row, A* out) {
   using V = Vec<A>;
   const PatchRow r = kPatchRows[row];
   const V sign = V::all(static_cast<A>(r.sign));
   const int64_t next = tiles * kBlock;
-  const TilePlane padded{plane.height + 2, plane.width + 2};
   plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
-    with_pixels<4>(padded, operand, padded.width, y, x, [&](auto at) {
+    with_pixels<4>(pixels, y, x, [&](auto at) {
       A* to = out + t * kBlock;
       for (int64_t c = 0; c < count; c += V::size) {
         V d[4];
@@ -81,17 +101,17 @@ void transform_patches(const TilePlane& plane, const A* operand, int64_t first, 
   });
 }
 
-// A row of tiles of gradients: as above, from the operand's pixels inside the margin; A g A'.
+// A row of tiles of gradients: as above, of pixels without a margin; A g A'.
 template <class A>
-void transform_gradients(const TilePlane& plane, const A* operand, int64_t first, int64_t tiles, int64_t count,
-                         int64_t row, A* out) {
+void transform_gradients(const TilePlane& plane, const PixelPlane<A>& pixels, int64_t first, int64_t tiles,
+                         int64_t count, int64_t row, A* out) {
   using V = Vec<A>;
-  const int64_t next = tiles * kBlock, stride = plane.width + 2;
+  const int64_t next = tiles * kBlock;
   const auto combined = [&](V upper, V lower) {
     return row == 0 ? upper : row == 1 ? upper + lower : row == 2 ? upper - lower : V::zero() - lower;
   };
   plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
-    with_pixels<2>(plane, operand + (stride + 1) * kBlock, stride, y, x, [&](auto at) {
+    with_pixels<2>(pixels, y, x, [&](auto at) {
       A* to = out + t * kBlock;
       for (int64_t c = 0; c < count; c += V::size) {
         const V left = combined(load(at(0, 0) + c), load(at(1, 0) + c));
@@ -173,9 +193,8 @@ void transform_dweight(const V* u, V* w) {
   }
 }
 
-// The convolution of a box's operand [block][padded pixel][kBlock] with a weight packed as 16 matrices, to
-// result[pixel][ldc]; a strip of tiles at a time, and of their patches a row, which stays in the first-level cache.
-// `patches` and `products` hold that.
+// The convolution of a plane of pixels with a weight packed as 16 matrices, to result[pixel][ldc]; a strip of tiles at
+// a time, and of their patches a row, which stays in the first-level cache. `patches` and `products` hold that.
 template <class P>
 class WinogradProduct {
   using A = typename P::Acc;
@@ -195,7 +214,7 @@ class WinogradProduct {
            tiles_of<P, Reduce::channels>(ceil_div(plane.rows() * plane.columns(), strips), columns);
   }
 
-  void run(const TilePlane& plane, const A* operand, int64_t block_size, const A* weight, int64_t panel_size, A* result,
+  void run(const TilePlane& plane, const PixelPlane<A>& pixels, const A* weight, int64_t panel_size, A* result,
            int64_t ldc, A* patches, A* products, Step* steps, Prefetch& prefetch) const {
     const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, strip()), ld = round_up(columns, width);
     for (int64_t s = 0; s < strips; ++s) {
@@ -204,7 +223,7 @@ class WinogradProduct {
       for (int64_t row = 0; row < 4; ++row) {
         for (int64_t k = 0; k < blocks(); ++k) {
           const int64_t count = least(kBlock, rows - k * kBlock);
-          transform_patches(plane, operand + k * block_size, range.begin, tiles, count, row,
+          transform_patches(plane, pixels.at_block(k), range.begin, tiles, count, row,
                             patches + k * 4 * tiles * kBlock);
           steps[k] = {k * 4 * tiles * kBlock, k * kBlock * width, count};
         }

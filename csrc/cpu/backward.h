@@ -127,42 +127,47 @@ class BackwardKernel {
     return kWhole > 1 || pools() ? 0 : channels / packed_.width * packed_.width;
   }
 
-  // A tile of data gradients out of the registers (tile.h): masked, summed and stored.
+  // A vector of channels' data gradients: masked, summed and stored, a pixel at a time.
+  template <Form form>
+  struct Masked {
+    typename Activation<T, form>::Column of_channels;
+    bool accumulate;
+    V sum = V::zero(), sum_centered = V::zero();
+
+    __attribute__((always_inline)) void store_pixel(V dz, int64_t pixel, T* dx, int lanes) {
+      if constexpr (form != Form::no_norm) {
+        const V centered = of_channels.centered(pixel, lanes);
+        dz = of_channels.gradient(of_channels.before(centered), dz);
+        sum += dz;
+        sum_centered = fma(dz, centered, sum_centered);
+      }
+      store(dx, accumulate ? fma(of_channels.scale, dz, load(dx, lanes)) : of_channels.scale * dz, lanes);
+    }
+  };
+
+  // Of a tile out of the registers (tile.h).
   template <Form form>
   struct FromRegisters {
     static constexpr bool whole = true;
     const Activation<T, form>& activation;
+    const Backward& f;
     int64_t pixel, channel;
-    T* dx;
-    int64_t ld_dx;
     A* sums;  // of these channels
-    int64_t between;
-    const A* before;
-    int64_t ld;
-    bool first, accumulate;
+    bool first;
 
     template <int rows, int vectors>
     void operator()(V (&acc)[rows][vectors]) const {
+      T* dx = static_cast<T*>(f.dx.data) + pixel * f.dx.ld + channel;
+      const int64_t ld = f.dx.ld;
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        const auto of_channels = activation.column(channel + v * V::size, V::size);
-        V sum = V::zero(), sum_centered = V::zero();
+        Masked<form> masked{activation.column(channel + v * V::size, V::size), f.accumulate};
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-          V dz = before == nullptr ? acc[r][v] : load(before + r * ld + v * V::size) + acc[r][v];
-          if constexpr (form != Form::no_norm) {
-            const V centered = of_channels.centered(pixel + r, V::size);
-            dz = of_channels.gradient(of_channels.before(centered), dz);
-            sum += dz;
-            sum_centered = fma(dz, centered, sum_centered);
-          }
-          T* p = dx + r * ld_dx + v * V::size;
-          store(p, accumulate ? fma(of_channels.scale, dz, load(p, V::size)) : of_channels.scale * dz, V::size);
-        }
+        for (int r = 0; r < rows; ++r) masked.store_pixel(acc[r][v], pixel + r, dx + r * ld + v * V::size, V::size);
         if constexpr (form == Form::no_norm) continue;
-        A *to = sums + v * V::size, *to_centered = to + between;
-        store(to, first ? sum : load(to) + sum);
-        store(to_centered, first ? sum_centered : load(to_centered) + sum_centered);
+        A *to = sums + v * V::size, *to_centered = to + f.shape.in;
+        store(to, first ? masked.sum : load(to) + masked.sum);
+        store(to_centered, first ? masked.sum_centered : load(to_centered) + masked.sum_centered);
       }
     }
   };
@@ -170,26 +175,15 @@ class BackwardKernel {
   template <Form form>
   struct Finish {
     using To = FromRegisters<form>;
-    const BackwardKernel& kernel;
     const Activation<T, form>& activation;
+    const Backward& f;
     int64_t pixel, channel, whole;  // of the first row and column; channels that are taken out of the registers
     A* sums;
     bool first;  // rows of a box
 
     bool takes(int64_t column) const { return column < whole; }
-    To at(int64_t row, int64_t column, const A* before, int64_t ld) const {
-      const Backward& f = kernel.f_;
-      return {activation,
-              pixel + row,
-              channel + column,
-              static_cast<T*>(f.dx.data) + (pixel + row) * f.dx.ld + channel + column,
-              f.dx.ld,
-              sums + column,
-              f.shape.in,
-              before,
-              ld,
-              first && row == 0,
-              f.accumulate};
+    To at(int64_t row, int64_t column) const {
+      return {activation, f, pixel + row, channel + column, sums + column, first && row == 0};
     }
     void done(int64_t, int64_t, int64_t) const {}
   };
@@ -209,8 +203,8 @@ class BackwardKernel {
     const Runs runs(grid_, b);
     for (int64_t d = 0; d < b.size[0]; ++d) {
       for (int64_t h = 0; h < runs.count; ++h) {
-        const Finish<form> finish{*this, activation,      grid_.pixel(b, d, h, 0), c, from_registers(channels),
-                                  sums,  d == 0 && h == 0};
+        const Finish<form> finish{activation,      f_, grid_.pixel(b, d, h, 0), c, from_registers(channels), sums,
+                                  d == 0 && h == 0};
         A* result = of_part(result_, part) + (d * b.size[1] + h) * result_width(grid_, b) * kBlock;
         multiply<P, Reduce::channels>(of_part(grad_, part) + (d * height + h) * width * kBlock, kBlock,
                                       weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
@@ -416,26 +410,17 @@ class BackwardKernel {
     T* dx = static_cast<T*>(f_.dx.data);
     for (int64_t j = begin; j < channels; j += V::size) {
       const int n = static_cast<int>(least(V::size, channels - j));
-      const auto of_channels = activation.column(c + j, n);
-      V sum = V::zero(), sum_centered = V::zero();
+      Masked<form> masked{activation.column(c + j, n), f_.accumulate};
       const A* from = of_part(result_, part) + j;
       const auto column = [&](int lanes) {  // a constant for whole vectors
         for_each_pixel(b, part, [&](int64_t pixel, int64_t row) {
-          V dz = load(from + row * kBlock) * share;
-          if constexpr (form != Form::no_norm) {
-            const V centered = of_channels.centered(pixel, lanes);
-            dz = of_channels.gradient(of_channels.before(centered), dz);
-            sum += dz;
-            sum_centered = fma(dz, centered, sum_centered);
-          }
-          T* p = dx + pixel * f_.dx.ld + c + j;
-          store(p, f_.accumulate ? fma(of_channels.scale, dz, load(p, lanes)) : of_channels.scale * dz, lanes);
+          masked.store_pixel(load(from + row * kBlock) * share, pixel, dx + pixel * f_.dx.ld + c + j, lanes);
         });
       };
       n == V::size ? column(V::size) : column(n);
       if constexpr (form == Form::no_norm) continue;
-      store(sums + j, sum, n);
-      store(sums + f_.shape.in + j, sum_centered, n);
+      store(sums + j, masked.sum, n);
+      store(sums + f_.shape.in + j, masked.sum_centered, n);
     }
   }
 

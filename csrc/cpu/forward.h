@@ -26,12 +26,13 @@ class ForwardKernel {
     Arena& arena = arena_;
     weight_ = f.weight.packed ? static_cast<E*>(f.weight.data) : arena.take<E>(packed_.bytes() / sizeof(E));
     partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
-    next_boxes_ = arena.take<int64_t>(parts_ * kLine);
+    next_boxes_ = arena.take<int64_t>(parts_ * kApart);
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
     const bool pointwise = f.shape.taps() == 1;
     strip_ = pointwise ? most(kStripBytes / (chunk_ * kBlockBytes) / kTileRows, 1) * kTileRows : grid_.box[2];
-    operand_ = arena.take<E>((chunk_ * (pointwise ? strip_ : grid_.padded_pixels()) + kWhole - 1) * kBlock);
+    const int64_t loaded = reads_image() ? 0 : chunk_ * (pointwise ? strip_ : grid_.padded_pixels()) + kWhole - 1;
+    operand_ = arena.take<E>(loaded * kBlock);
     result_ = arena.take<A>(packed_.winograd   ? grid_.box[1] * grid_.box[2] * ldc_
                             : chunk_ < blocks_ ? strip_ * ldc_
                                                : kTileRows * packed_.width);
@@ -91,8 +92,8 @@ class ForwardKernel {
   bool finishes() const { return f_.bias.data != nullptr || f_.negative_slope != 1; }
 
   // A part takes its own boxes, neighbours in every layer, and then those that another has not yet come to.
-  static constexpr int64_t kLine = 8;
-  int64_t* next_box(int64_t part) const { return next_boxes_ + part * kLine; }
+  static constexpr int64_t kApart = 8;  // counters of two parts share no line of the cache
+  int64_t* next_box(int64_t part) const { return next_boxes_ + part * kApart; }
   int64_t take_box(int64_t part) const { return __atomic_fetch_add(next_box(part), 1, __ATOMIC_RELAXED); }
 
   template <class X>
@@ -133,7 +134,7 @@ class ForwardKernel {
                 Prefetch& prefetch) const {
     const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
-    if (packed_.winograd && reads_image()) return by_patches(b, part, 0, 0, output, prefetch);
+    if (reads_image()) return by_patches(b, part, 0, 0, output, prefetch);
     with_activation<T>(f_.x, norm_, [&](const auto& activation) {
       if (pools()) {
         const int64_t* first_pixels = of_part(first_pixels_, part);
@@ -179,9 +180,7 @@ class ForwardKernel {
     bool last;
 
     bool takes(int64_t column) const { return last && output.takes_registers(column); }
-    To at(int64_t row, int64_t column, const A* before, int64_t ld) const {
-      return {output, first + row, column, before, ld};
-    }
+    To at(int64_t row, int64_t column) const { return {output, first + row, column}; }
     void done(int64_t row, int64_t rows, int64_t column) const {
       if (!last) return;
       runs.pieces(row, rows, [&](int64_t skipped, int64_t pixel, int64_t count) {
@@ -218,7 +217,9 @@ class ForwardKernel {
   }
 
   // Whether patches are taken of x itself: there is nothing to compute, and no vector reaches beyond a pixel.
-  bool reads_image() const { return sizeof(T) == sizeof(A) && !norm_.given() && f_.shape.in % Vec<A>::size == 0; }
+  bool reads_image() const {
+    return packed_.winograd && sizeof(T) == sizeof(A) && !norm_.given() && f_.shape.in % Vec<A>::size == 0;
+  }
   PixelPlane<A> image_plane(const Box& b, int64_t d) const {
     const int64_t ld = f_.x.ld, height = grid_.image[1], width = grid_.image[2];
     return {static_cast<const A*>(f_.x.data) + grid_.pixel(b, d, -1, -1) * ld,

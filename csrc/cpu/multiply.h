@@ -16,13 +16,13 @@ int64_t tiles_of(int64_t rows, int64_t columns) {
   return ceil_div(rows, kTileRows) * ceil_div(columns, Layout<P, R>::panel);
 }
 
-// What becomes of a tile: it lies in C and is `done`; or, where `takes(column)`, it is taken out of the registers to
-// `at(row, column, before, ld)`, with what is `before` in memory added to it.
+// What becomes of a tile: it lies in C and is `done`; or, where `takes(column)`, it goes from the registers to
+// `at(row, column)`.
 template <class A>
 struct StaysInMemory {
   using To = ToMemory<A>;
   static bool takes(int64_t) { return false; }
-  To at(int64_t, int64_t, A* before, int64_t ld) const { return {before, ld, true}; }
+  To at(int64_t, int64_t) const { return {}; }
   void done(int64_t, int64_t, int64_t) const {}
 };
 
@@ -38,14 +38,15 @@ void multiply_tile(const typename P::Element* a, const typename P::Element* b, t
     for (; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
       k += steps[next].k;
     }
-    if (next == count && finish.takes(column)) {
-      const auto to = finish.at(row, column, accumulate ? c : nullptr, ldc);
-      tiles<P, R, typename Finish::To>.of_size[rows - 1][vectors - 1](a, b, steps + s, next - s, to);
+    const A* before = accumulate ? c : nullptr;
+    const auto run = [&](const auto& functions, const auto& to) {
+      functions.of_size[rows - 1][vectors - 1](a, b, steps + s, next - s, before, ldc, to);
       prefetch.some(k);
-      return;
+    };
+    if (next == count && finish.takes(column)) {
+      return run(tiles<P, R, typename Finish::To>, finish.at(row, column));
     }
-    tiles<P, R, ToMemory<A>>.of_size[rows - 1][vectors - 1](a, b, steps + s, next - s, ToMemory<A>{c, ldc, accumulate});
-    prefetch.some(k);
+    run(tiles<P, R, ToMemory<A>>, ToMemory<A>{c, ldc});
   }
   finish.done(row, rows, column);
 }

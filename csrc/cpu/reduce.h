@@ -76,18 +76,9 @@ class Output {
     static constexpr bool whole = true;
     const Output& output;
     int64_t pixel, channel;
-    const A* before;
-    int64_t ld;
 
     template <int rows, int vectors>
     void operator()(V (&acc)[rows][vectors]) const {
-      if (before != nullptr) {
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 2
-          for (int v = 0; v < vectors; ++v) acc[r][v] = load(before + r * ld + v * V::size) + acc[r][v];
-        }
-      }
       T* out = output.out_ + pixel * output.ld_ + channel;
       output.streams_ ? output.template store_registers<true>(acc, out, channel)
                       : output.template store_registers<false>(acc, out, channel);

@@ -73,30 +73,27 @@ struct Layout {
   static constexpr int b_k = R == Reduce::channels ? panel : P::pair * kBlock;
 };
 
-// Where a tile goes: to memory, or added to what is there.
+// Where a tile goes: to memory.
 template <class A>
 struct ToMemory {
   static constexpr bool whole = false;
   A* c;
   int64_t ld;
-  bool accumulate;
 
   template <int rows, int vectors>
   void operator()(Vec<A> (&acc)[rows][vectors]) const {
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        A* to = c + r * ld + v * Vec<A>::size;
-        store(to, accumulate ? load(to) + acc[r][v] : acc[r][v]);
-      }
+      for (int v = 0; v < vectors; ++v) store(c + r * ld + v * Vec<A>::size, acc[r][v]);
     }
   }
 };
 
+// Adds what is `before` in memory, rows `ld` apart, unless that is null.
 template <class P, Reduce R, class To, int rows, int vectors>
 void tile(const typename P::Element* a0, const typename P::Element* b0, const Step* steps, int64_t count,
-          const To& to) {
+          const typename P::Acc* before, int64_t ld, const To& to) {
   using L = Layout<P, R>;
   using V = Vec<typename P::Acc>;
   V acc[rows][vectors];
@@ -124,13 +121,21 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
       }
     }
   }
+  if (before != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) acc[r][v] = load(before + r * ld + v * V::size) + acc[r][v];
+    }
+  }
   to(acc);
 }
 
 // The tile functions of every size up to the largest; of tiles of `whole` panels only those with all vectors.
 template <class P, Reduce R, class To>
 struct Tiles {
-  using Function = void (*)(const typename P::Element*, const typename P::Element*, const Step*, int64_t, const To&);
+  using Function = void (*)(const typename P::Element*, const typename P::Element*, const Step*, int64_t,
+                            const typename P::Acc*, int64_t, const To&);
   Function of_size[kTileRows][kTileVectors];
 
   constexpr Tiles() : of_size() { add<kTileRows>(); }

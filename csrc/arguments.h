@@ -315,6 +315,40 @@ inline void check_means(const Argument& result, const Argument& x) {
   check_image(result, x, x.channels(), image);
 }
 
+// `w` lies in memory as (K, kd, kh, kw, C) without gaps, and has sizes of any parity.
+inline StridedConv strided_conv_of(const Argument& x, const Argument& w, const Argument& out, const int64_t* stride,
+                                   const int64_t* padding) {
+  if (w.dtype != x.dtype) refuse<WrongType>(w, "expected dtype ", x.dtype, ", got ", w.dtype);
+  check_device(w, x);
+  if (w.dim != 5 || w.sizes[1] != x.channels()) {
+    refuse<WrongValue>(w, "expected shape (K, ", x.channels(), ", kd, kh, kw), got ", List{w.sizes, w.dim});
+  }
+  constexpr int kOrder[5] = {1, 4, 3, 2, 0};
+  int64_t entries = 1;
+  for (const int i : kOrder) {
+    if (w.sizes[i] != 1 && w.strides[i] != entries) {
+      refuse<WrongValue>(w, "expected a channels-last weight, got strides ", List{w.strides, 5});
+    }
+    entries *= w.sizes[i];
+  }
+  Shape image = image_of(x);
+  image.in = image.in * w.sizes[2] * w.sizes[3] * w.sizes[4], image.out = w.sizes[0];
+  StridedConv result{};
+  int64_t sizes[3];
+  for (int i = 0; i < 3; ++i) {
+    const int64_t size = x.sizes[i + 1], kernel = w.sizes[i + 2];
+    if (stride[i] < 1 || padding[i] < 0) throw WrongValue("stride, padding: expected numbers from 1, and from 0");
+    if (size + 2 * padding[i] < kernel) refuse<WrongValue>(x, "expected an image as large as the kernel");
+    result.size[i] = size, result.kernel[i] = kernel, result.stride[i] = stride[i], result.padding[i] = padding[i];
+    sizes[i] = (size + 2 * padding[i] - kernel) / stride[i] + 1;
+  }
+  image.d = sizes[0], image.h = sizes[1], image.w = sizes[2];
+  check_image(out, x, w.sizes[0], image);
+  result.shape = image, result.x = pixels(x), result.out = pixels(out), result.negative_slope = 1;
+  result.weight = {w.data, w.dtype == ScalarType::Float, false, image.in, 1, {0, 0, 0}};
+  return result;
+}
+
 inline Gradient gradient(const Argument& stored, const Argument& value, const Argument& mean,
                          const Argument& correction, double slope, const Argument& like, int64_t channels,
                          const Shape& image) {

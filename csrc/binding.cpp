@@ -5,6 +5,7 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
@@ -75,15 +76,88 @@ struct Cpu {
     call.run(Workspace(call.bytes()).memory());
   }
 
-  // One workspace for all calls: a small one, where that does not do `spare` memory, which the first call may still
-  // read, or memory of its own. Behind `tensors` come those that are bound.
-  static void run_program(const Tensor& program, at::TensorList tensors, bool, at::TensorList bound,
-                          const std::optional<Tensor>& spare) {
-    size_t count = tensors.size();
-    for (const Tensor& holder : bound) count += Bound::of(holder).tensors().size();
+  // Behind `tensors` come those that are bound.
+  static void run_program(const Tensor& program, at::TensorList tensors, bool, at::TensorList bound) {
     std::vector<Argument> operands;
-    operands.reserve(count);
     for (const Tensor& t : tensors) operands.push_back(argument(t, "operand"));
+    execute(program, operands, bound);
+  }
+
+  // The images stand in two places in memory: `layout` has the entries of both, which of them is lent to the calls,
+  // from which entry and which call on, the sizes and strides of the result, and of every other image its place, its
+  // sizes and its strides. The first place is the memory of an x that is `spent`, where there is enough of it. A result
+  // of one pixel may be `flat`: (N, C).
+  static Tensor run_network(const Tensor& program, const Tensor& x, at::IntArrayRef layout, bool spent, bool flat,
+                            const Tensor& bound) {
+    const Argument input = argument(x, "x");
+    const size_t dim = static_cast<size_t>(x.dim()), head = 5 + 2 * dim, view = 1 + 2 * dim;
+    if (layout.size() < head || (layout.size() - head) % view != 0 || layout[2] < 0 || layout[2] > 1) {
+      throw WrongValue("layout: expected five numbers, and sizes and strides of images");
+    }
+    const int64_t size = x.element_size(), of_x = x.storage().nbytes() - x.storage_offset() * size;
+    const bool inside = spent && of_x >= layout[0] * size;
+    const int64_t first_bytes = inside ? 0 : (layout[0] * size + kAlignment - 1) / kAlignment * kAlignment + kApart;
+    const Borrowed memory(Bound::of(bound), first_bytes + layout[1] * size);
+    const Memory places[2] = {inside ? Memory{input.data, static_cast<size_t>(of_x)} : memory.part(0, first_bytes),
+                              memory.part(first_bytes, layout[1] * size)};
+    const at::IntArrayRef sizes = layout.slice(5, dim), strides = layout.slice(5 + dim, dim);
+    flat = flat && std::all_of(sizes.begin() + 2, sizes.end(), [](int64_t size) { return size == 1; });
+    const size_t dims = flat ? 2 : dim;
+    const Tensor result = at::empty_strided(sizes.slice(0, dims), strides.slice(0, dims), x.options());
+    std::vector<Argument> operands{input};
+    for (size_t at = head; at != layout.size(); at += view) {
+      const int64_t place = layout[at], *const own_sizes = &layout[at + 1], *const own_strides = own_sizes + dim;
+      int64_t last = 0;
+      for (size_t i = 0; i < dim; ++i) last += (own_sizes[i] - 1) * own_strides[i];
+      if (place < 0 || place > 1 || last >= layout[place])
+        throw WrongValue("layout: expected images inside of a place");
+      operands.push_back(input);
+      operands.back().name = "image", operands.back().data = places[place].data;
+      operands.back().sizes = own_sizes, operands.back().strides = own_strides;
+    }
+    operands.push_back(argument(result, "result"));
+    operands.back().dim = input.dim, operands.back().sizes = sizes.data(), operands.back().strides = strides.data();
+    // While the first call writes the image whose place is lent later, nothing else is in the other place but x.
+    const Memory& lender = places[layout[2]];
+    const size_t used = std::min(static_cast<size_t>(layout[3] * size), lender.bytes);
+    execute(program, operands, bound,
+            {layout[2] == 1 && !inside ? places[0] : Memory{},
+             {static_cast<char*>(lender.data) + used, lender.bytes - used},
+             layout[4]});
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 64;  // lines of the cache
+  // Between the places: where both began equally far into a page, processors would take what is read in one for what
+  // was just written to the other.
+  static constexpr int64_t kApart = 33 * kAlignment;
+
+  class Borrowed {
+   public:
+    Borrowed(const Bound& lender, int64_t bytes) : lender_(lender), memory_(lender.borrow(bytes)) {}
+    ~Borrowed() { lender_.give_back(std::move(memory_)); }
+    Borrowed(const Borrowed&) = delete;
+    Borrowed& operator=(const Borrowed&) = delete;
+    Memory part(int64_t begin, int64_t bytes) const {
+      return {static_cast<char*>(memory_.data_ptr()) + begin, static_cast<size_t>(bytes)};
+    }
+
+   private:
+    const Bound& lender_;
+    Tensor memory_;
+  };
+
+  // What the first call may work in, and all from the call `from` on.
+  struct Spare {
+    Memory at_first, later;
+    int64_t from;
+  };
+
+  // The calls work in what is `spare`, else in one workspace for all: a small one, or where that does not do one of the
+  // size that they need. Behind `operands` come those that are bound.
+  static void execute(const Tensor& program, std::vector<Argument>& operands, at::TensorList bound,
+                      const Spare& spare = {}) {
     for (const Tensor& holder : bound) {
       for (const Tensor& t : Bound::of(holder).tensors()) operands.push_back(argument(t, "operand"));
     }
@@ -96,59 +170,71 @@ struct Cpu {
     const Kernels& kernels = kernels_for(dtype_of(operands[0]), capability().c_str());
     for (const Tensor& holder : bound) {
       const Bound& one = Bound::of(holder);
-      if (!one.constant()) continue;
-      for (Problem& problem : problems) {
-        if (auto* forward = std::get_if<Forward>(&problem)) prepare(*forward, one, kernels);
-      }
+      if (one.constant()) prepare(problems, one, kernels);
     }
     const auto bytes_of = [&](const Problem& problem) {
       return std::visit([&](const auto& p) { return Call(p, kernels).bytes(); }, problem);
     };
-    constexpr size_t small = 64 << 10;
-    Workspace workspace(spare && !problems.empty() ? bytes_of(problems[0]) : small);
-    const auto run = [&](const Problem& problem) {
-      return std::visit([&](const auto& p) { return Call(p, kernels).run(workspace.memory()); }, problem);
-    };
-    for (auto problem = problems.begin(); problem != problems.end(); ++problem) {
-      if (run(*problem) <= workspace.memory().bytes) continue;
+    const auto most_bytes = [&](auto begin, auto end) {
       size_t bytes = 0;
-      for (auto next = problem; next != problems.end(); ++next) bytes = std::max(bytes, bytes_of(*next));
-      const bool lent = spare && problem != problems.begin() && Workspace(*spare).memory().bytes >= bytes;
-      workspace = lent ? Workspace(*spare) : Workspace(bytes);
-      run(*problem);
+      for (; begin != end; ++begin) bytes = std::max(bytes, bytes_of(*begin));
+      return bytes;
+    };
+    const auto lends = problems.begin() + std::clamp<int64_t>(spare.from, 0, std::ssize(problems));
+    const Memory first = Workspace(spare.at_first).memory(), later = Workspace(spare.later).memory();
+    const auto own = problems.begin() + (first.bytes > 0 && lends != problems.begin());
+    constexpr size_t small = 64 << 10;
+    Workspace workspace(later.bytes > 0 ? most_bytes(own, lends) : small);
+    for (auto problem = problems.begin(); problem != problems.end(); ++problem) {
+      const auto fits = [&](const Memory& memory) {
+        return std::visit([&](const auto& p) { return Call(p, kernels).run(memory) <= memory.bytes; }, *problem);
+      };
+      if (problem < own ? fits(first) : problem >= lends && later.bytes > 0 && fits(later)) continue;
+      if (fits(workspace.memory())) continue;
+      workspace = Workspace(most_bytes(problem, problems.end()));
+      fits(workspace.memory());
     }
   }
 
- private:
-  // Lets a convolution read its weight, one of `bound`, as it was packed by the first that reads it in the same layout.
-  static void prepare(Forward& problem, const Bound& bound, const Kernels& kernels) {
-    if (problem.shape.pixels() == 0) return;
+  // Lets convolutions read weights, which are some of `bound`, as they are packed once.
+  static void prepare(std::vector<Problem>& problems, const Bound& bound, const Kernels& kernels) {
     const Packing& packing = kernels.packing;
-    problem.weight.data = bound.packed(problem.weight.data, packing.layout(problem), [&] {
-      Tensor memory = at::empty({static_cast<int64_t>(packing.bytes(problem))}, at::kByte);
-      packing.pack(problem, memory.data_ptr(), parallel(memory.numel()));
-      return memory;
-    });
-    problem.weight.packed = true;
+    std::vector<Forward*> convolutions;
+    std::vector<Bound::Packed> weights;
+    for (Problem& problem : problems) {
+      Forward* one = std::get_if<Forward>(&problem);
+      if (auto* const strided = std::get_if<StridedConv>(&problem)) one = strided;
+      if (one == nullptr || one->shape.pixels() == 0) continue;
+      convolutions.push_back(one);
+      weights.emplace_back(one->weight.data, packing.layout(*one));
+    }
+    const std::vector<void*> packed = bound.packed(
+        weights, [&](size_t i) { return packing.bytes(*convolutions[i]); },
+        [&](size_t i, void* memory) {
+          packing.pack(*convolutions[i], memory, parallel(static_cast<int64_t>(packing.bytes(*convolutions[i]))));
+        });
+    for (size_t i = 0; i < packed.size(); ++i) {
+      convolutions[i]->weight.data = packed[i], convolutions[i]->weight.packed = true;
+    }
   }
 
+  // Memory that begins where a line of the cache does: its own, or inside of what is given.
   class Workspace {
    public:
     explicit Workspace(size_t bytes)
-        : bytes_(bytes), memory_(at::empty({static_cast<int64_t>(bytes) + kAlignment}, at::kByte)) {}
-    explicit Workspace(const Tensor& memory)
-        : bytes_(std::max<size_t>(memory.nbytes(), kAlignment) - kAlignment), memory_(memory) {}
-    Memory memory() const {
-      constexpr uintptr_t alignment = kAlignment;
-      return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + alignment - 1) / alignment *
-                                      alignment),
-              bytes_};
-    }
+        : owner_(at::empty({static_cast<int64_t>(bytes) + kAlignment}, at::kByte)),
+          memory_{aligned(owner_.data_ptr()), bytes} {}
+    explicit Workspace(const Memory& memory)
+        : memory_{aligned(memory.data), std::max<size_t>(memory.bytes, kAlignment) - kAlignment} {}
+    const Memory& memory() const { return memory_; }
 
    private:
-    static constexpr int kAlignment = 64;
-    size_t bytes_;
-    Tensor memory_;
+    static void* aligned(void* data) {
+      constexpr uintptr_t line = kAlignment;
+      return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(data) + line - 1) / line * line);
+    }
+    Tensor owner_;
+    Memory memory_;
   };
 
   template <class P>
@@ -232,8 +318,10 @@ TORCH_LIBRARY_IMPL(fused_densenet, CPU, m) {
   m.impl("norm_relu_conv_backward", Translated<&Operators::norm_relu_conv_backward>::call);
   m.impl("norm_relu_pool", Translated<&Operators::norm_relu_pool>::call);
   m.impl("norm_relu_mean", Translated<&Operators::norm_relu_mean>::call);
+  m.impl("strided_conv", Translated<&Operators::strided_conv<at::IntArrayRef>>::call);
   m.impl("norm_relu_pool_backward", Translated<&Operators::norm_relu_pool_backward>::call);
   m.impl("run_program", Translated<&Cpu::run_program>::call);
+  m.impl("run_network", Translated<&Cpu::run_network>::call);
   m.impl("update_running", Translated<&update_running>::call);
   m.impl("empty_like", empty_like);
   m.impl("bind", Bound::bind);

@@ -5,11 +5,16 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -21,6 +26,24 @@
 #include <vector>
 
 namespace fused_densenet {
+
+// Whether torch was asked to fill memory that nobody has written.
+inline bool fills_empty_memory() {
+  const at::Context& context = at::globalContext();
+  return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
+
+// Uninitialised, in large pages where there is room for some: what is read from end to end misses few of them.
+inline at::Tensor empty_bytes(int64_t bytes) {
+  const at::Tensor memory = at::empty({bytes}, at::kByte);
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data_ptr()), end = begin + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 // Given once, looked at in every call. A tensor of one number holds it, as its data: the beginning of the list's
 // memory, which is no number that anomaly detection would look for.
@@ -44,13 +67,50 @@ class Bound {
   // Whether their values stay, too.
   bool constant() const { return constant_; }
 
-  // What `make` made of a weight, one of these, for the first that asked for it in one of the kernels' layouts.
-  template <class F>
-  void* packed(const void* weight, int layout, F make) const {
+  // Where each of `weights`, some of these, is in one of the kernels' layouts. Those that no call asked for yet are
+  // packed now, by `pack(i, memory)` of `bytes_of(i)`, side by side.
+  using Packed = std::pair<const void*, int>;
+  template <class Bytes, class Pack>
+  std::vector<void*> packed(const std::vector<Packed>& weights, Bytes bytes_of, Pack pack) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    at::Tensor& found = packed_[{weight, layout}];
-    if (!found.defined()) found = make();
-    return found.data_ptr();
+    constexpr size_t line = 64;
+    std::map<Packed, size_t> missing;
+    size_t bytes = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (packed_.contains(weights[i]) || !missing.try_emplace(weights[i], bytes).second) continue;
+      bytes += (bytes_of(i) + line - 1) / line * line;
+    }
+    if (bytes > 0) kept_.push_back(empty_bytes(static_cast<int64_t>(bytes)));
+    std::vector<void*> result;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const auto [found, is_new] = packed_.try_emplace(weights[i], nullptr);
+      if (is_new) {
+        found->second = static_cast<char*>(kept_.back().data_ptr()) + missing[weights[i]];
+        pack(i, found->second);
+      }
+      result.push_back(found->second);
+    }
+    return result;
+  }
+
+  // At least so many bytes for one call, which gives them back. What a call of constant tensors worked in is kept for
+  // the next one, so that the system need not map it again; of calls at once as much as they were.
+  at::Tensor borrow(int64_t bytes) const {
+    at::Tensor found;
+    if (constant_ && !fills_empty_memory()) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!free_.empty()) found = std::move(free_.back()), free_.pop_back();
+    }
+    if (!found.defined() || found.numel() < bytes) {
+      found.reset();
+      found = empty_bytes(bytes);
+    }
+    return found;
+  }
+  void give_back(at::Tensor memory) const {
+    if (!constant_ || fills_empty_memory()) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(memory));
   }
 
   // Whether they have the sizes that they had.
@@ -75,15 +135,16 @@ class Bound {
   std::vector<int64_t> sizes_;
   bool constant_;
   mutable std::mutex mutex_;
-  mutable std::map<std::pair<const void*, int>, at::Tensor> packed_;
+  mutable std::map<Packed, void*> packed_;
+  mutable std::vector<at::Tensor> kept_;
+  mutable std::vector<at::Tensor> free_;
 };
 
 inline std::vector<at::Tensor> bound_tensors(const at::Tensor& holder) { return Bound::of(holder).tensors(); }
 
 // Uninitialised, each laid out like its tensor; filled where torch was asked to fill such memory.
 inline std::vector<at::Tensor> empty_like(at::TensorList tensors) {
-  const at::Context& context = at::globalContext();
-  const bool fills = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  const bool fills = fills_empty_memory();
   std::vector<at::Tensor> result;
   result.reserve(tensors.size());
   for (const at::Tensor& t : tensors) {

@@ -160,8 +160,8 @@ struct Cuda {
   }
 
   static void run_program(const Tensor& program, const std::vector<Tensor>& tensors, bool tf32,
-                          const std::vector<Tensor>& bound, const std::optional<Tensor>& spare) {
-    if (!bound.empty() || spare) throw WrongValue("bound, spare: expected none, got tensors");
+                          const std::vector<Tensor>& bound) {
+    if (!bound.empty()) throw WrongValue("bound: expected none, got tensors");
     const std::vector<Argument> operands = arguments(tensors, "operand");
     if (operands.empty()) throw WrongValue("operands: expected at least one tensor");
     const Argument &data = operands[0], code = argument(program, "program");

@@ -114,6 +114,16 @@ struct Operators {
     Binding::run(problem, x, false);
   }
 
+  template <class Numbers>
+  static void strided_conv(const Tensor& x_, const Tensor& weight, const Tensor& out, Numbers stride, Numbers padding) {
+    const Argument x = argument(x_, "x");
+    check_data(x, x);
+    Binding::check(x);
+    if (stride.size() != 3 || padding.size() != 3) throw WrongValue("stride, padding: expected three numbers");
+    Binding::run(strided_conv_of(x, argument(weight, "weight"), argument(out, "out"), stride.data(), padding.data()), x,
+                 false);
+  }
+
   static void norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Optional& mean, const Optional& var,
                                       const Optional& gamma, const Optional& beta, double eps, double slope,
                                       const Tensor& dx_, const Optional& dgamma, const Optional& dbeta,

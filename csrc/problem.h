@@ -86,6 +86,12 @@ struct Forward {
   double negative_slope;  // of what is stored, 1 for none
 };
 
+// A convolution without padding of its own size, in any stride: of `shape` are the result's sizes, and `in` is what a
+// patch has, the kernel's pixels one after the other, each with all channels. The weight is laid out so, too.
+struct StridedConv : Forward {
+  int64_t size[3], kernel[3], stride[3], padding[3];  // d, h, w; of zeros on either side
+};
+
 struct Backward {
   Shape shape;
   Gradient grad;

@@ -15,7 +15,8 @@
 
 namespace fused_densenet {
 
-using Problem = std::variant<Place, PlaceBackward, Forward, Backward, NormReluPool, NormReluPoolBackward, NormReluMean>;
+using Problem = std::variant<Place, PlaceBackward, Forward, Backward, NormReluPool, NormReluPoolBackward, NormReluMean,
+                             StridedConv>;
 
 // Reads a program's numbers; `operands` are tensors as arguments, whose names are their numbers.
 class Decoder {
@@ -219,6 +220,14 @@ class Decoder {
         check_data(x, operand(0));
         check_means(out, x);
         return NormReluMean{image_of(x), pixels(x), norm_before(false, norm.on(x), norm.mean), pixels(out)};
+      }
+      case 7: {
+        const View x = image(), w = weight(), out = image();
+        int64_t stride[3], padding[3];
+        for (int64_t& number : stride) number = next();
+        for (int64_t& number : padding) number = next();
+        check_data(x, operand(0));
+        return strided_conv_of(x, w, out, stride, padding);
       }
       default:
         throw WrongValue("program: expected the number of a function");

@@ -66,6 +66,9 @@ class Executed(ABC):
             _present(out, mean, var),
         )
 
+    def strided_conv(self, x: Tensor, weight: Tensor, out: Tensor, *steps: int) -> None:
+        self.run("strided_conv", lambda at: problems.strided_conv(at, x, weight, out, *steps), x, [x, weight], [out])
+
     def norm_relu_conv_backward(
         self,
         grad: Gradient,

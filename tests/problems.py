@@ -79,6 +79,10 @@ class Forward(ctypes.Structure):
     ]
 
 
+class StridedConv(Forward):
+    _fields_ = [(name, _i64 * 3) for name in ("size", "kernel", "stride", "padding")]
+
+
 class Backward(ctypes.Structure):
     _fields_ = [
         ("shape", Shape),
@@ -137,6 +141,7 @@ PROBLEMS = {
     "norm_relu_pool_backward": NormReluPoolBackward,
     "update_running": RunningUpdates,
     "forward": Forward,
+    "strided_conv": StridedConv,
     "backward": Backward,
 }
 
@@ -201,6 +206,14 @@ def forward(
         _bias(at, bias, x),
         negative_slope,
     )
+
+
+def strided_conv(at: Arena, x: Tensor, weight: Tensor, out: Tensor, *steps: int) -> StridedConv:
+    patch, kernel = weight[0].numel(), weight.shape[2:]
+    read = Weight(at.address(weight), weight.dtype == torch.float32, (_i64 * 5)(patch, 1, 0, 0, 0))
+    shape = Shape(*out.shape[:4], 1, 1, 1, patch, len(weight), 1, 1, 1)
+    forward = shape, _pixels(at, x), Norm(), read, _pixels(at, out), Moments(), Bias(), 1.0
+    return StridedConv(*forward, *((_i64 * 3)(*three) for three in (x.shape[1:4], kernel, steps[:3], steps[3:])))
 
 
 def backward(

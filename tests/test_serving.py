@@ -16,7 +16,6 @@ import pytest
 import rebuilt_networks
 import residual_networks
 import torch
-import torch.nn.functional as F
 from networks import torchvisions
 from report import sections
 from snapshots import HEADS, Heads, assert_served, randomised, segments, small
@@ -30,7 +29,6 @@ from fused_densenet import (
     use_backend,
 )
 from fused_densenet.backends import BACKENDS
-from fused_densenet.ops import network
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 from allocator import call_memory
@@ -166,10 +164,9 @@ def test_weights_packed_once_are_those_packed_at_each_call(dtype: torch.dtype) -
     (segment,) = segments(optimize_for_inference(DenseNet(16, (2, 2), 32, num_classes=5), dtype=dtype))
     for batch, size in [(1, 33), (8, 64), (1, 64), (8, 33)]:
         x = torch.randn(batch, 3, size, size).to(dtype)
-        assert segment.stem is not None
         ours = segment(x)
-        image = F.conv2d(x, segment.stem_weight, None, *segment.stem)  # type: ignore[arg-type]
-        packed_again = network.Network(network.Parts(segment.parts))(image, segment.constants(), "cpu")
+        plan = segment._plans["cpu"]
+        packed_again = plan.network(x, plan.parameters, "cpu")
         assert packed_again is not None
         assert torch.equal(ours, packed_again.flatten(1))
 
@@ -199,7 +196,6 @@ def test_any_size() -> None:
 def test_memory_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two largest buffers, which are the stem's and the first block's."""
     monkeypatch.setattr(torch.autograd, "_profiler_enabled", lambda: False)  # for which single calls would be run
-    torch.use_deterministic_algorithms(False)  # fills what it allocates
     served, x = optimize_for_inference(peers.densenet121()), torch.randn(1, 3, 224, 224)
     theirs = peers.densenet121().eval()
     with torch.no_grad():
@@ -309,7 +305,7 @@ def test_bad_arguments() -> None:
 def test_copies(dtype: torch.dtype) -> None:
     served, x = optimize_for_inference(torchvisions(), dtype=dtype), torch.randn(2, 3, 33, 32).to(dtype)
     expected = served(x)
-    assert served._device is not None and pickle.loads(pickle.dumps(served))._device is None
+    assert served._autocasts is not None and pickle.loads(pickle.dumps(served))._autocasts is None
     file = io.BytesIO()
     torch.save(served, file)
     file.seek(0)

@@ -11,8 +11,10 @@ class ForwardKernel {
   using E = typename P::Element;
 
  public:
-  ForwardKernel(const Forward& f, void* workspace, int threads)
+  // `strided` is f, or null where that is none.
+  ForwardKernel(const Forward& f, void* workspace, int threads, const StridedConv* strided = nullptr)
       : f_(f),
+        strided_(strided),
         arena_(workspace),
         norm_(f.norm, f.shape.in, arena_),
         packed_(f.shape, false),
@@ -25,12 +27,14 @@ class ForwardKernel {
     parts_ = parts_of(grid_, threads);
     Arena& arena = arena_;
     weight_ = f.weight.packed ? static_cast<E*>(f.weight.data) : arena.take<E>(packed_.bytes() / sizeof(E));
-    partial_ = arena.take<A>(2 * grid_.count() * f.shape.out);
+    partial_ = arena.take<A>(f.moments.mean == nullptr ? 0 : 2 * grid_.count() * f.shape.out);
     next_boxes_ = arena.take<int64_t>(parts_ * kApart);
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
     const bool pointwise = f.shape.taps() == 1;
-    strip_ = pointwise ? most(kStripBytes / (chunk_ * kBlockBytes) / kTileRows, 1) * kTileRows : grid_.box[2];
+    const int64_t panel = least(chunk_ * kBlock, packed_.row_elements()) * packed_.width * int64_t{sizeof(E)};
+    const int64_t strip_rows = strip_bytes(panel) / (chunk_ * kBlockBytes);
+    strip_ = pointwise ? most(strip_rows / kTileRows, 1) * kTileRows : grid_.box[2];
     const int64_t loaded = reads_image() ? 0 : chunk_ * (pointwise ? strip_ : grid_.padded_pixels()) + kWhole - 1;
     operand_ = arena.take<E>(loaded * kBlock);
     result_ = arena.take<A>(packed_.winograd   ? grid_.box[1] * grid_.box[2] * ldc_
@@ -88,6 +92,11 @@ class ForwardKernel {
   // first-level cache. (AMX's registers keep their sums over all.)
   static constexpr int64_t kChunk = kWhole > 1 ? int64_t{1} << 30 : most(kStripBytes / (kTileRows * kBlockBytes), 1);
 
+  int64_t numbers_read() const {
+    const Shape& s = f_.shape;
+    return strided_ == nullptr ? s.pixels() * s.in
+                               : s.n * strided_->size[0] * strided_->size[1] * strided_->size[2] * f_.x.ld;
+  }
   bool pools() const { return windows_.count > 1; }
   bool finishes() const { return f_.bias.data != nullptr || f_.negative_slope != 1; }
 
@@ -104,17 +113,17 @@ class ForwardKernel {
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
     Prefetch prefetch;
-    if (i + 1 < end) {
+    if (i + 1 < end && strided_ == nullptr) {
       const int64_t next = grid_.pixel(grid_.at(i + 1), 0, 0, 0);
       prefetch.add(static_cast<const T*>(f_.x.data) + (pools() ? windows_.first_pixel(next) : next) * f_.x.ld,
                    b.size[0] * b.size[1] * b.size[2] * windows_.count, f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
     }
     const bool wanted = f_.moments.mean != nullptr;
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;
-    Output<T> output(static_cast<T*>(f_.out.data), f_.out.ld, f_.shape.out, mean,
-                     wanted ? mean + f_.shape.out : nullptr, of_part(rest_, part), of_part(seen_, part),
-                     {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)},
-                     Output<T>::streams(f_.out, f_.shape.out_pixels(), f_.shape.out));
+    Output<T> output(
+        static_cast<T*>(f_.out.data), f_.out.ld, f_.shape.out, mean, wanted ? mean + f_.shape.out : nullptr,
+        of_part(rest_, part), of_part(seen_, part), {finishes() ? bias_ : nullptr, static_cast<A>(f_.negative_slope)},
+        Output<T>::streams(f_.out, f_.shape.out_pixels() * f_.shape.out / parts_, numbers_read() / parts_));
     prefetch.spread(work(b));
     if (pools()) windows_.first_pixels(b.begin[2], b.size[2], of_part(first_pixels_, part));
     const int64_t strips = ceil_div(b.size[2], strip_);
@@ -135,6 +144,11 @@ class ForwardKernel {
     const int64_t width = grid_.padded_width(b.size[2]), height = b.size[1] + 2 * grid_.margin[1];
     const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * height * width * kBlock;
     if (reads_image()) return by_patches(b, part, 0, 0, output, prefetch);
+    if (strided_ != nullptr) {
+      Im2col<T, P>(*strided_).load(b.begin[2], b.size[2], blocks, packed_.row_elements(), of_part(operand_, part),
+                                   block_size);
+      return tap_by_tap(b, blocks, part, height, width, block_size, output, prefetch);
+    }
     with_activation<T>(f_.x, norm_, [&](const auto& activation) {
       if (pools()) {
         const int64_t* first_pixels = of_part(first_pixels_, part);
@@ -256,6 +270,7 @@ class ForwardKernel {
   }
 
   const Forward& f_;
+  const StridedConv* strided_;
   Arena arena_;
   NormVectors<T> norm_;
   PackedWeight<P> packed_;
@@ -268,6 +283,12 @@ class ForwardKernel {
   Step* steps_;
   int64_t *first_pixels_, *seen_, *next_boxes_;
   size_t for_parts_, part_bytes_;
+};
+
+template <class T, class P>
+struct StridedConvKernel : ForwardKernel<T, P> {
+  StridedConvKernel(const StridedConv& f, void* workspace, int threads)
+      : ForwardKernel<T, P>(f, workspace, threads, &f) {}
 };
 
 }  // namespace fused_densenet::FD_ISA

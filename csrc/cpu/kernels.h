@@ -16,6 +16,7 @@
 #include "weight.h"
 #include "reduce.h"
 #include "plan.h"
+#include "im2col.h"
 #include "forward.h"
 #include "backward.h"
 #include "place.h"
@@ -49,6 +50,7 @@ constexpr Kernels kernels = {
     entry<NormReluPoolKernel<T>, NormReluPool>,
     entry<NormReluPoolBackwardKernel<T>, NormReluPoolBackward>,
     entry<NormReluMeanKernel<T>, NormReluMean>,
+    entry<StridedConvKernel<T, P>, StridedConv>,
     ForwardKernel<T, P>::packing(),
 };
 

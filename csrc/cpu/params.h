@@ -47,6 +47,7 @@ struct Kernels {
   Entry<NormReluPool> norm_relu_pool;
   Entry<NormReluPoolBackward> norm_relu_pool_backward;
   Entry<NormReluMean> norm_relu_mean;
+  Entry<StridedConv> strided_conv;
   Packing packing;
 };
 
@@ -59,6 +60,7 @@ inline const Entry<NormReluPoolBackward>& entry(const Kernels& k, const NormRelu
   return k.norm_relu_pool_backward;
 }
 inline const Entry<NormReluMean>& entry(const Kernels& k, const NormReluMean&) { return k.norm_relu_mean; }
+inline const Entry<StridedConv>& entry(const Kernels& k, const StridedConv&) { return k.strided_conv; }
 
 // The kernels for a data type where torch uses an instruction set (as it names them: "AVX512", "AVX2", anything else is
 // the least), and their name.

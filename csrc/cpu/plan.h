@@ -6,6 +6,13 @@ constexpr int64_t kCacheBytes = 384 << 10;  // of a core's second-level cache, f
 // For the activations of a strip of pixels: of the first-level cache; of the second, where AMX reads each of them far
 // less often than the next strip's wait for what was just stored.
 constexpr int64_t kStripBytes = (kWhole > 1 ? 64 : 16) << 10;
+// Of a first-level cache of 48 KiB, those of AVX-512's newer cores: more, where a panel of the weight leaves as much.
+#if defined(FD_AVX512)
+constexpr int64_t kFirstCacheBytes = kWhole > 1 ? 0 : 40 << 10;
+#else
+constexpr int64_t kFirstCacheBytes = 0;
+#endif
+inline int64_t strip_bytes(int64_t panel) { return most(kStripBytes, kFirstCacheBytes - panel); }
 
 // A 1x1 convolution sees one long row of pixels. Boxes are as equal as they can be, and as many as fill the threads
 // evenly; where `even`, of an even height and width but for the last.

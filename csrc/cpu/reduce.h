@@ -49,11 +49,12 @@ class Output {
     std::memset(seen, 0, static_cast<size_t>(ceil_div(channels, columns)) * sizeof(*seen));
   }
 
-  // Whether numbers go past the caches: more of them than those keep until they are read, which would first be fetched.
-  static bool streams(const Pixels& out, int64_t pixels, int64_t channels) {
-    constexpr size_t line = 64;
-    return reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.ld * sizeof(T) % line == 0 &&
-           pixels * channels * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  // Whether a part's numbers go past the caches: more of them, beside so many that are `read` meanwhile, than those
+  // keep until they are read themselves, so that each line would be fetched and written out for nothing.
+  static bool streams(const Pixels& out, int64_t numbers, int64_t read) {
+    constexpr size_t line = 64, size = sizeof(T);
+    return reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.ld * size % line == 0 &&
+           numbers * size >= kStreamBytes && (numbers + read) * size >= kCacheBytes;
   }
 
   // Rows of c, from `channel` on, as neighbouring pixels from `pixel`.
@@ -88,7 +89,7 @@ class Output {
 
  private:
   static constexpr int64_t kRows = 32, kFirstRows = 16;
-  static constexpr int64_t kStreamBytes = 3 << 20;  // more than a core's second-level cache of 1 or 2 MiB
+  static constexpr size_t kCacheBytes = 2 << 20, kStreamBytes = kCacheBytes / 4 * 3;  // of a second-level cache
 
   struct Rows {
     const A* c;

@@ -278,6 +278,15 @@ void stream(A* p, Vec<A> x) {
 inline void fence() {}
 #endif
 
+// `n` numbers of 16 bits, up to as many as a vector of float32 has.
+inline void copy_16_bits(void* to, const void* from, int n) {
+#if defined(FD_AVX512)
+  store_16_bits(to, load_16_bits(from, n), n);
+#else
+  std::memcpy(to, from, 2 * static_cast<size_t>(n));
+#endif
+}
+
 // Stores numbers, past the caches where it `streams` (then a whole vector, aligned), and returns what was stored.
 template <bool streams, class T, class V>
 V put(T* p, V x, int n) {

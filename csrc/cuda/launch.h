@@ -116,6 +116,9 @@ inline Launcher<NormReluPool> launcher(const NormReluPool&) { return {norm_relu_
 inline Launcher<NormReluMean> launcher(const NormReluMean&) {
   throw std::runtime_error("norm_relu_mean: there is no kernel for CUDA");
 }
+inline Launcher<StridedConv> launcher(const StridedConv&) {
+  throw std::runtime_error("strided_conv: there is no kernel for CUDA");
+}
 inline Launcher<NormReluPoolBackward> launcher(const NormReluPoolBackward&) {
   return {norm_relu_pool_backward_workspace, norm_relu_pool_backward};
 }

@@ -38,8 +38,11 @@ Two more serve a network's stem; the norm's ``negative_slope`` is 0 there:
     ``dx = scale * dz`` and its sums, as above, for the gradient ``grad`` of ``out``, a plain tensor. A maximum's gradient
     goes to the first of its window's pixels that has it.
 
-One more serves a network's end, in inference; a backend may have none:
+Two more serve a network's begin and end, in inference; a backend may have none:
 
+``strided_conv(x, weight, out, *stride, *padding)``
+    ``out = conv(x, weight)`` of three strides and three numbers of zeros on either side, of depth, height and width. The
+    weight, of any sizes, is in the data's dtype and channels-last in memory: ``(K, kd, kh, kw, C)`` without gaps.
 ``norm_relu_mean(x, norm, out)``
     ``out`` of one pixel, the means of the activations ``a`` over all pixels of each image.
 

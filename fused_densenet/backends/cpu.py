@@ -81,6 +81,10 @@ def norm_relu_mean(x: Tensor, norm: Norm, out: Tensor) -> None:
     torch.ops.fused_densenet.norm_relu_mean(x, *norm, out)
 
 
+def strided_conv(x: Tensor, weight: Tensor, out: Tensor, *steps: int) -> None:
+    torch.ops.fused_densenet.strided_conv(x, weight, out, steps[:3], steps[3:])
+
+
 def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owed: Owed) -> None:
     torch.ops.fused_densenet.norm_relu_pool_backward(grad, x, *norm, dx, *owed)
 
@@ -128,14 +132,21 @@ def check_unchanged(stand_in: Tensor) -> None:
     torch.ops.fused_densenet.check_unchanged.default(stand_in)
 
 
-def run_program(
-    code: Tensor, operands: list[Tensor], bound: Sequence[Tensor] = (), spare: Tensor | None = None
-) -> None:
+def run_program(code: Tensor, operands: list[Tensor], bound: Sequence[Tensor] = ()) -> None:
     """All calls of a recorded program (:mod:`fused_densenet.ops.program`), without Python between them.
 
-    The last operands are those that are ``bound``. All calls but the first may work in ``spare`` memory.
+    The last operands are those that are ``bound``.
     """
-    torch.ops.fused_densenet.run_program.default(code, operands, False, bound, spare)
+    torch.ops.fused_densenet.run_program.default(code, operands, False, bound)
+
+
+def run_network(code: Tensor, x: Tensor, layout: Sequence[int], spent: bool, flat: bool, bound: Tensor) -> Tensor:
+    """The last image of a recorded program whose other operands are an image ``x``, images as ``layout`` has them, and what is ``bound``.
+
+    ``layout`` is that of :class:`fused_densenet.ops.network.Layout`. Memory of an ``x`` that is ``spent`` is used again. A
+    result of one pixel may be ``flat``, ``(N, C)``.
+    """
+    return torch.ops.fused_densenet.run_network.default(code, x, layout, spent, flat, bound)
 
 
 def update_running(

@@ -37,13 +37,15 @@ PRIMITIVES = (
     f"norm_relu_pool(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
     f"norm_relu_pool_backward(Tensor grad, Tensor x, {_NORM}, Tensor(a!) dx, {_OWED}) -> ()",
     f"norm_relu_mean(Tensor x, {_NORM}, Tensor(a!) out) -> ()",
+    "strided_conv(Tensor x, Tensor weight, Tensor(a!) out, int[] stride, int[] padding) -> ()",
 )
 """The primitives (:mod:`fused_densenet.backends.contract`) as operators.
 ``tf32`` lets a GPU multiply float32 data in TF32; other devices and dtypes ignore it."""
 
 SCHEMAS = (
     *PRIMITIVES,
-    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32, Tensor[] bound, Tensor(b!)? spare=None) -> ()",
+    "run_program(Tensor program, Tensor(a!)[] operands, bool tf32, Tensor[] bound) -> ()",
+    "run_network(Tensor program, Tensor x, int[] layout, bool spent, bool flat, Tensor bound) -> Tensor",
     "update_running(Tensor[] stats, Tensor[] inside, int[] groups, Tensor(a!)[] buffers, float[] momenta, "
     "float[] unbiased, Tensor? bound=None) -> ()",
     "bind(Tensor[] tensors, bool constant=False) -> Tensor",
@@ -54,7 +56,7 @@ SCHEMAS = (
     "empty_like(Tensor[] tensors) -> Tensor[]",
 )
 """The operators of every compiled library, defined below, once, so that the libraries load alone or together in any order.
-What is bound, the CPU's library keeps from call to call; it alone has the last six, and ``norm_relu_mean``."""
+What is bound, the CPU's library keeps from call to call; it alone has the last six, ``run_network``, ``norm_relu_mean`` and ``strided_conv``."""
 
 
 FUNCTIONS = tuple(schema.partition("(")[0] for schema in PRIMITIVES)

@@ -19,8 +19,8 @@ from ..fallback.checks import check_image
 from ..fallback.reasons import has_global_hooks
 from ..fallback.recording import one_call, refuse_script
 from ..ops.block import Parameters
-from ..ops.network import Network, NormReluPool, Parts, places
-from ..ops.program import Bound, without_autocast
+from ..ops.network import Network, NormReluPool, Parts, StridedConvolution, places
+from ..ops.program import Bound
 from ..ops.subclasses import on_plain
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -35,12 +35,16 @@ _GRAPHS = 8
 
 
 class Stem(NamedTuple):
-    """How torch's convolution is called that stands before a program."""
+    """How torch's convolution is called that stands before a program, or is its first part where a backend has that."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    def is_plain(self) -> bool:
+        """Whether it is a :class:`fused_densenet.ops.network.StridedConvolution`."""
+        return self.groups == 1 and set(self.dilation) == {1} and not isinstance(self.padding, str)
 
 
 class Frozen(nn.Module):
@@ -112,21 +116,23 @@ class Segment(Frozen):
             return result
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot record a snapshot: trace the model that it was made from")
-        return _outside_of_graphs(self, input)
+        return _outside_of_graphs(self, input) if torch.compiler.is_compiling() else on_plain(input, self._run)
 
     def _run(self, x: Tensor) -> Tensor:
-        first = self.weights0 if self.stem is None else self.stem_weight
+        first = self._buffers["weights0" if self.stem is None else "stem_weight"]
+        assert first is not None
         self._check(x, first)
         backend = choose(x.device, x.dtype)
         plan = self._plans.get(backend)
         if plan is None:
-            plan = self._plans[backend] = _Plan.of(Parts(self.parts), self.constants(), backend)
-        image = x if self.stem is None else _CONVOLVE[x.dim() - 2](x, first, None, *self.stem)
-        out = plan.network(image, plan.parameters, backend, plan.bound, image is not x)
+            plan = self._plans[backend] = _Plan.of(self, backend)
+        image = plan.convolve(x)
+        flat = self.flat and plan.head is _nothing
+        out = plan.network(image, plan.parameters, backend, plan.bound, image is not x, flat)
         if out is None:
             raise ValueError(f"input: expected larger images, got shape {tuple(x.shape)}")
         out = plan.head(out)
-        return out.flatten(1) if self.flat else out
+        return out.flatten(1) if self.flat and out.dim() > 2 else out
 
     def _check(self, x: Tensor, first: Tensor) -> None:
         groups = 1 if self.stem is None else self.stem.groups
@@ -163,16 +169,25 @@ def _outside_of_graphs(segment: Segment, x: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """What a backend runs of a segment, and what torch does behind it: the network's end, where it has no primitive for that."""
+    """What a backend runs of a segment, and what torch does before and behind it: the network's first convolution, and its
+    end, where the backend has no primitives for them."""
 
+    convolve: Callable[[Tensor], Tensor]
     network: Network
     parameters: Parameters
     bound: Bound | None
     head: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of(cls, parts: Parts, constants: Parameters, backend: str) -> "_Plan":
-        kernels, head = BACKENDS[backend], _nothing
+    def of(cls, segment: "Segment", backend: str) -> "_Plan":
+        kernels, head, parts, constants = BACKENDS[backend], _nothing, Parts(segment.parts), segment.constants()
+        stem, convolve = segment.stem, _nothing
+        if stem is not None and hasattr(kernels, "strided_conv") and stem.is_plain():
+            weight = segment.stem_weight.movedim(1, -1).contiguous().movedim(-1, 1)
+            parts = Parts([StridedConvolution(tuple(weight.shape), stem.stride, stem.padding), *parts])
+            constants = constants._replace(weights=[weight, *constants.weights])
+        elif stem is not None:
+            convolve = functools.partial(_convolve, weight=segment.stem_weight, stem=stem)
         cut = next((i for i, part in enumerate(parts) if isinstance(part, NormReluPool) and part.means), None)
         if cut is not None and not hasattr(kernels, "norm_relu_mean"):
             before, layers = places(parts)[cut + 1], parts[cut + 1 :]
@@ -184,11 +199,15 @@ class _Plan(NamedTuple):
         end = places(parts)[-1]
         ends = end.weight, end.bias, end.norm, end.norm, end.running
         parameters = Parameters(*[kind[:count] for kind, count in zip(constants, ends, strict=True)])
-        return cls(Network(parts), parameters, Bound.by(kernels, parameters, constant=True), head)
+        return cls(convolve, Network(parts), parameters, Bound.by(kernels, parameters, constant=True), head)
 
 
 def _nothing(x: Tensor) -> Tensor:
     return x
+
+
+def _convolve(x: Tensor, weight: Tensor, stem: Stem) -> Tensor:
+    return _CONVOLVE[x.dim() - 2](x, weight, None, *stem)
 
 
 def _mean_and_linear(layers: Sequence[Any], weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
@@ -225,8 +244,9 @@ class Snapshot(Frozen):
         super().__init__()
         self.inside, self.dtype, self.notes, self.cuda_graphs = inside, dtype, notes, cuda_graphs
         self.programs = nn.ModuleList(programs)  # of which the modules inside do not tell
+        self._whole = _only_segment(inside)
         self._graphs: _Graphs | None = None
-        self._device: torch.device | None = None
+        self._autocasts: str | None = None  # the kind of device whose autocast there is, "" where there is none
         super().train(False)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -245,27 +265,33 @@ class Snapshot(Frozen):
                 "input: expected a tensor without a tangent: a snapshot is for inference, and has no forward-mode "
                 "derivative; call the model that it was made from"
             )
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors((inputs, options))):
+        records = torch.is_grad_enabled()
+        if records and any(t.requires_grad for t in _tensors((inputs, options))):
             raise RuntimeError(
                 "input: expected a tensor that requires no gradient: a snapshot is for inference, and has none; "
                 "call it in torch.no_grad() or with input.detach()"
             )
-        if self._device is None:
-            self._device = self.device
-        device = self._device
-        autocasts = torch.amp.is_autocast_available(device.type)
-        with torch.no_grad(), without_autocast(device) if autocasts else contextlib.nullcontext():
-            x = inputs[0] if len(inputs) == 1 and not options else None
-            if (
-                self.cuda_graphs
-                and isinstance(x, Tensor)
-                and x.is_cuda
-                and not torch.cuda.is_current_stream_capturing()
-            ):
-                if self._graphs is None:
-                    self._graphs = _Graphs(self.inside)
-                return self._graphs(x)
-            return self.inside(*inputs, **options)
+        if self._autocasts is None:
+            device = self.device.type
+            self._autocasts = device if torch.amp.is_autocast_available(device) else ""
+        kind = self._autocasts
+        autocasts = kind != "" and torch.is_autocast_enabled(kind)
+        if not records and not autocasts:
+            return self._run(*inputs, **options)
+        with torch.no_grad(), torch.autocast(kind, enabled=False) if autocasts else contextlib.nullcontext():
+            return self._run(*inputs, **options)
+
+    def _run(self, *inputs: Any, **options: Any) -> Any:
+        x, inside = inputs[0] if len(inputs) == 1 and not options else None, self._modules["inside"]
+        assert inside is not None
+        if self.cuda_graphs and isinstance(x, Tensor) and x.is_cuda and not torch.cuda.is_current_stream_capturing():
+            if self._graphs is None:
+                self._graphs = _Graphs(inside)
+            return self._graphs(x)
+        segment = None if self._whole is None or x is None else inside._modules[self._whole]
+        if segment is not None and not inside._forward_hooks and not inside._forward_pre_hooks:
+            return segment(x)
+        return inside(*inputs, **options)
 
     @property
     def device(self) -> torch.device:
@@ -291,11 +317,21 @@ class Snapshot(Frozen):
         raise RuntimeError(_KEEPS)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._graphs = self._device = None
+        self._graphs = self._autocasts = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": None, "_device": None}
+        return {**self.__dict__, "_graphs": None, "_autocasts": None}
+
+
+def _only_segment(module: nn.Module) -> str | None:
+    """The name of the one child that does all that a graph does with its first argument, None where there is none."""
+    if not isinstance(module, torch.fx.GraphModule):
+        return None
+    calls = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+    inputs, end = module.graph.find_nodes(op="placeholder"), module.graph.output_node()
+    alone = len(calls) == 1 and calls[0].op == "call_module" and end.args == (calls[0],)
+    return str(calls[0].target) if alone and inputs and calls[0].args == (inputs[0],) else None
 
 
 def _equal(a: Any, b: Any) -> bool:

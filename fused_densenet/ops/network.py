@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
 from ..backends.contract import Norm
 from .block import Parameters
 from .layout import channels_last, empty_channels_last, strides_of
-from .operator import shown
+from .operator import is_plain, shown
 from .program import Bound, Context, Image, Program, Vector, Weight, execute, without_autocast
 from .schedule import PARAMETERS, Before, Names, Structure, fill
 
@@ -61,8 +62,25 @@ class Convolution(NamedTuple):
         return False
 
 
+class StridedConvolution(NamedTuple):
+    """A network's first one, of zero padding: ``weight`` ``(K, C, *kernel)``, channels-last in memory, and no bias."""
+
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    @property
+    def batch_stats(self) -> bool:
+        return False
+
+    def sizes(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        """Of its result; 0 where an image is smaller than the kernel."""
+        each = zip(spatial, self.weight[2:], self.stride, self.padding, strict=True)
+        return tuple([max(0, (size + 2 * padding - kernel) // stride + 1) for size, kernel, stride, padding in each])
+
+
 Moments = tuple[Vector, Vector]
-Part = Structure | NormReluPool | Reduction | Convolution
+Part = Structure | NormReluPool | Reduction | Convolution | StridedConvolution
 """Of a network; a block is its structure."""
 
 
@@ -101,6 +119,8 @@ def sizes(parts: Parts, spatial: tuple[int, ...]) -> list[tuple[int, ...]] | Non
             spatial = (1,) * len(spatial)
         elif isinstance(part, Reduction) and part.pools:
             spatial = tuple([size // 2 for size in spatial])
+        elif isinstance(part, StridedConvolution):
+            spatial = part.sizes(spatial)
         result.append(spatial)
     return result if all(map(all, result)) else None
 
@@ -111,27 +131,40 @@ class Network:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.program = record(self.parts)
-        reads = [Image("x", 0, channels(self.parts[0])[0]) in call.arguments for call in self.program.calls]
-        self._reads_once = not any(reads[1:])
         self._layout_of = functools.lru_cache(maxsize=64)(functools.partial(_layout, self.parts))
 
     def __call__(
-        self, x: Tensor, parameters: Parameters, backend: str, bound: Bound | None = None, spent: bool = False
+        self,
+        x: Tensor,
+        parameters: Parameters,
+        backend: str,
+        bound: Bound | None = None,
+        spent: bool = False,
+        flat: bool = False,
     ) -> Tensor | None:
         """The result of ``x`` ``(N, C, *spatial)``, channels-last; None where an image is too small for a part.
 
         Parameters are contiguous, running statistics float32 (float64 for float64); ``bound`` are the same. Nobody reads
-        an ``x`` again that is ``spent``.
+        an ``x`` again that is ``spent``. A result of one pixel may be ``flat``, ``(N, C)``.
         """
         layout = self._layout_of(x.shape)
         if layout is None:
             return None
-        source = channels_last(x)
-        images, spare = layout.images(source, spent or source is not x)
+        source, kernels = channels_last(x), BACKENDS[backend]
+        spent = spent or source is not x
+        if (
+            bound is not None
+            and hasattr(kernels, "run_network")
+            and is_plain(x)
+            and not torch.autograd._profiler_enabled()
+        ):
+            code = self.program.code((1,) * (len(layout.views) + 2) + bound.lengths)
+            out: Tensor = kernels.run_network(code, source, layout.numbers, spent, flat, bound.holder)
+            return out
+        images = layout.images(source, spent)
         operands = dict(zip(self.program.operands, [[source], *[[i] for i in images], *parameters], strict=True))
         with shown("network"), without_autocast(x.device):
-            held, spare = [] if bound is None else [bound], spare if self._reads_once else None
-            execute(self.program, operands, BACKENDS[backend], layout.context, held, spare)
+            execute(self.program, operands, kernels, layout.context, [] if bound is None else [bound])
         return images[-1]
 
 
@@ -143,22 +176,23 @@ class Layout(NamedTuple):
         entries: of the two places. Nothing is written to the first as long as the input is read.
         result: shape, and entries from one pixel to the next.
         context: of the program.
+        numbers: ``entries``; which place is lent to the calls for work, from which entry and which call on; sizes and strides of
+            the result; of each view its place, its sizes and its strides.
     """
 
     views: list[tuple[tuple[int, ...], list[int], int]]
     entries: tuple[int, int]
     result: tuple[tuple[int, ...], int]
     context: Context
+    numbers: list[int]
 
-    def images(self, x: Tensor, spent: bool) -> tuple[list[Tensor], Tensor | None]:
-        """Uninitialised: scratches, then owned images; where the input ``x`` is ``spent``, in its memory too, and what of
-        that is left."""
+    def images(self, x: Tensor, spent: bool) -> list[Tensor]:
+        """Uninitialised: scratches, then owned images; where the input ``x`` is ``spent``, in its memory too."""
         first, second = self.entries
-        left = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() - first if spent else -1
-        memory = [x if left >= 0 else x.new_empty(first), x.new_empty(second)]
+        fits = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() >= first
+        memory = [x if spent and fits else x.new_empty(first), x.new_empty(second)]
         views = [memory[place].as_strided(shape, strides) for shape, strides, place in self.views]
-        spare = x.as_strided((left,), (1,), x.storage_offset() + first) if left > 0 else None
-        return [*views, empty_channels_last(*self.result, x)], spare
+        return [*views, empty_channels_last(*self.result, x)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -192,7 +226,7 @@ def record(parts: Parts) -> Program:
             out, into = following.image("buffer", 0, width), following.moments(0, width)
         elif i + 1 < len(parts):
             into = _moments(i + 1, parts[i + 1])
-        if i + 1 == len(parts) or not wants(parts[i + 1]) or isinstance(part, NormReluPool):
+        if i + 1 == len(parts) or not wants(parts[i + 1]) or isinstance(part, NormReluPool | StridedConvolution):
             into = None
         _convolve_or_pool(program, part, source, out, before[i], read, into)
         source, read = out, into
@@ -201,7 +235,7 @@ def record(parts: Parts) -> Program:
 
 def _convolve_or_pool(
     program: Program,
-    part: "NormReluPool | Reduction | Convolution",
+    part: "NormReluPool | Reduction | Convolution | StridedConvolution",
     source: Image,
     out: Image,
     before: Before,
@@ -209,6 +243,11 @@ def _convolve_or_pool(
     into: Moments | None,
 ) -> None:
     width = channels(part)[0]
+    if isinstance(part, StridedConvolution):
+        missing = [0] * (5 - len(part.weight))
+        steps = [*[1 for _ in missing], *part.stride, *missing, *part.padding]
+        program.strided_conv(source, Weight("weight", before.weight, part.weight[2:]), out, *steps)
+        return
     if isinstance(part, Convolution):
         weight, bias = _kernel(part, before)
         program.norm_relu_conv(source, None, weight, out, *(into or (None, None)), bias, part.slope)
@@ -262,7 +301,8 @@ def places(parts: Parts) -> list[Before]:
         if isinstance(part, Structure):
             counts = len(part.weights), sum(part.biased), len(part.eps), 2 * part.batch_stats.count(False)
         else:
-            convolves, normalises = isinstance(part, Reduction | Convolution), not isinstance(part, Convolution)
+            convolves = isinstance(part, Reduction | Convolution | StridedConvolution)
+            normalises = isinstance(part, Reduction | NormReluPool)
             biased = isinstance(part, Reduction | Convolution) and part.biased
             counts = int(convolves), int(biased), int(normalises), 0 if part.batch_stats or not normalises else 2
         found.append(Before(*[a + b for a, b in zip(found[-1], counts, strict=True)]))
@@ -296,9 +336,18 @@ def _layout(parts: Parts, shape: Sequence[int]) -> Layout | None:
     for i, place in places.items():
         wanted.append((place, (batch, channels(parts[i])[1], *spatial[i]), pixel_stride(parts[i])))
     inside, result = wanted[:-1], wanted[-1][1:]
-    entries = [0, 0]
-    for place, (_, _, *sizes_of_one), stride in inside:
-        entries[place] = max(entries[place], batch * math.prod(sizes_of_one) * stride)
+    rooms = [(place, batch * math.prod(sizes_of_one) * stride) for place, (_, _, *sizes_of_one), stride in inside]
+    entries = tuple([max((room for of, room in rooms if of == place), default=0) for place in range(2)])
     views = [(shape, strides_of(shape, stride), place) for place, shape, stride in inside]
     context = Context(None, batch * math.prod(image), batch * math.prod(spatial[-1]))
-    return Layout(views, (entries[0], entries[1]), result, context)
+    # What is lent when it has been read is the largest image, but for what stands there later.
+    lent, lender, begin = Image("x", 0, channels(parts[0])[0]), 0, entries[0]
+    if isinstance(parts[0], StridedConvolution) and 0 in list(places)[:-1]:
+        lent, lender = Image("buffer0", 0, channels(parts[0])[1]), places[0]
+        del rooms[len(scratches(parts))]
+        begin = max((room for of, room in rooms if of == lender), default=0)
+    calls = 1 + max(i for i, call in enumerate(record(parts).calls) if lent in call.arguments)
+    numbers = [*entries, lender, begin, calls, *result[0], *strides_of(*result)]
+    for sizes_of_view, strides, place in views:
+        numbers += [place, *sizes_of_view, *strides]
+    return Layout(views, (entries[0], entries[1]), result, context, numbers)

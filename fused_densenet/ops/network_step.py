@@ -25,6 +25,7 @@ from .network import (
     NormReluPool,
     Parts,
     Reduction,
+    StridedConvolution,
     channels,
     owned,
     pixel_stride,
@@ -173,7 +174,7 @@ class NetworkStep(Differentiable):
                 constants: Any = part.eps, part.slope, True, part.pools, "", None
                 lists_of_one = p.weights, p.biases, p.gammas, p.betas
                 x = transition.by_operators(TransitionArguments(x, *lists_of_one, [], None, *constants))
-            elif isinstance(part, Convolution):
+            elif isinstance(part, Convolution | StridedConvolution):
                 raise NotImplementedError("a convolution alone has no training step")
             elif part.pools:
                 x = stem.by_operators(StemArguments(x, p.gammas, p.betas, [], None, part.eps, True, True, "", None))

@@ -127,12 +127,10 @@ def execute(
     backend: ModuleType,
     context: "Context",
     bound: Sequence[Bound] = (),
-    spare: Tensor | None = None,
 ) -> None:
     """Runs ``program`` on tensors: whole where the backend can and no profiler wants to see the calls, else one by one.
 
-    The program's last operands are those that are ``bound``: a backend that keeps tensors may work in ``spare`` memory,
-    which the first call may read.
+    The program's last operands are those that are ``bound``.
     """
     lengths = [length for one in bound for length in one.lengths]
     given = len(program.operands) - len(lengths)
@@ -141,7 +139,7 @@ def execute(
         x, code = lists[0][0], program.code((*map(len, lists), *lengths))
         sizes = (context.fewest or context.pixels, context.pixels)
         if code is not None and backend.runs_program(x.device, x.dtype, sizes, program.kinds):
-            held = ([one.holder for one in bound], spare) if bound else ()
+            held = [[one.holder for one in bound]] if bound else []
             backend.run_program(code, [*itertools.chain(*lists)], *held)
             return
     looked_up = [tensors for one in bound for tensors in one.lists()]
@@ -242,6 +240,7 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "norm_relu_pool": (Image, Norm, Image),
     "norm_relu_pool_backward": (Image, Image, Norm, Image, Owed),
     "norm_relu_mean": (Image, Norm, Image),
+    "strided_conv": (Image, Weight, Image, *[int] * 6),
 }
 """Of the arguments of a function."""
 
@@ -258,7 +257,7 @@ def _numbers(kind: Any, argument: Any, slots: Mapping[str, int]) -> Iterable[int
     if kind in _PARTS:
         parts = _NOTHING[kind] if argument is None else argument
         return [n for part, a in zip(_PARTS[kind], parts, strict=True) for n in _numbers(part, a, slots)]
-    if kind is bool:
+    if kind in (bool, int):
         return [int(argument)]
     if kind is float:
         return struct.unpack("<q", struct.pack("<d", argument))

@@ -65,6 +65,7 @@ serving::Answer execute(const Head& head, const void* problem, uint64_t bytes, v
   if (name == "norm_relu_pool") return answer<NormReluPool>(head, problem, bytes, workspace);
   if (name == "norm_relu_pool_backward") return answer<NormReluPoolBackward>(head, problem, bytes, workspace);
   if (name == "forward") return answer<Forward>(head, problem, bytes, workspace);
+  if (name == "strided_conv") return answer<StridedConv>(head, problem, bytes, workspace);
   if (name == "backward") return answer<Backward>(head, problem, bytes, workspace);
   return {0, name + " is no primitive"};
 }

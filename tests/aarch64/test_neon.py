@@ -16,6 +16,7 @@ from primitives import Guarded, Shape, check_moments, load, load_magnitude, load
 from problems import Place
 from served import ProgramError
 from stem_cases import STEMS, StemCase, run_stem, run_stem_nan
+from strided_cases import STRIDED, StridedCase, run_strided
 from test_cpu_primitives import check_backward, check_forward
 from tolerances import assert_entries, tolerance, ulp
 
@@ -119,6 +120,13 @@ def test_stems(way: tuple[Aarch64, torch.dtype], case: StemCase) -> None:
     backend, dtype = way
     if dtype != torch.float64:
         run_stem(case, dtype, backend)
+
+
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_strided_convolutions(way: tuple[Aarch64, torch.dtype], case: StridedCase) -> None:
+    backend, dtype = way
+    run_strided(case, dtype, backend, 2, 1)
+    run_strided(case, dtype, backend)
 
 
 def test_halves_are_rounded_to_even(way: tuple[Aarch64, torch.dtype]) -> None:

@@ -86,6 +86,7 @@ def timed_parts(spent: dict[str, float]) -> Iterator[None]:
         ("execute", network_step, "execute"),
         ("execute", network_parameters, "execute"),
         ("kernels", BACKENDS["cpu"], "run_program"),
+        ("whole", BACKENDS["cpu"], "run_network"),
         ("statistics", BACKENDS["cpu"], "update_running"),
         ("look", standing.Standing, "holds"),
     ]
@@ -97,13 +98,16 @@ def timed_parts(spent: dict[str, float]) -> Iterator[None]:
 
 def parts_of(spent: dict[str, float]) -> dict[str, float]:
     """Of times that contain one another, those that do not; but for ``look``, which is part of the first."""
-    found = dict.fromkeys(("features", "network", "backward", "execute", "kernels", "statistics", "look"), 0.0) | spent
+    found = (
+        dict.fromkeys(("features", "network", "backward", "execute", "kernels", "whole", "statistics", "look"), 0.0)
+        | spent
+    )
     return {
         "modules and gate": found["features"] - found["network"] - found["statistics"],
         "look": found["look"],
-        "autograd": found["network"] + found["backward"] - found["execute"],
+        "autograd": found["network"] + found["backward"] - found["execute"] - found["whole"],
         "program": found["execute"] - found["kernels"],
-        "kernels": found["kernels"],
+        "kernels": found["kernels"] + found["whole"],
         "statistics": found["statistics"],
     }
 

@@ -222,8 +222,7 @@ struct Cpu {
   class Workspace {
    public:
     explicit Workspace(size_t bytes)
-        : owner_(at::empty({static_cast<int64_t>(bytes) + kAlignment}, at::kByte)),
-          memory_{aligned(owner_.data_ptr()), bytes} {}
+        : owner_(empty_bytes(static_cast<int64_t>(bytes) + kAlignment)), memory_{aligned(owner_.data_ptr()), bytes} {}
     explicit Workspace(const Memory& memory)
         : memory_{aligned(memory.data), std::max<size_t>(memory.bytes, kAlignment) - kAlignment} {}
     const Memory& memory() const { return memory_; }
@@ -347,6 +346,8 @@ FD_EXPORTED const char* fused_densenet_cpu_instruction_set(bool narrow) {
 
 // Of the tensors that the data of a holder are.
 FD_EXPORTED bool fused_densenet_bound_holds(const void* bound) { return static_cast<const Bound*>(bound)->holds(); }
+
+FD_EXPORTED void fused_densenet_in_large_pages(const void* memory, int64_t bytes) { in_large_pages(memory, bytes); }
 
 FD_EXPORTED const char* fused_densenet_cpu_compiler() { return __VERSION__; }
 

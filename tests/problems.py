@@ -141,7 +141,6 @@ PROBLEMS = {
     "norm_relu_pool_backward": NormReluPoolBackward,
     "update_running": RunningUpdates,
     "forward": Forward,
-    "strided_conv": StridedConv,
     "backward": Backward,
 }
 

@@ -239,3 +239,20 @@ def test_bad_argument_of_the_forward_primitive(name: str, value: Tensor | None, 
 def assert_state(block: FusedDenseBlock, state: dict[str, Tensor]) -> None:
     for name, value in block.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ([64, 64, 0, 64], "layout: expected five numbers, and sizes and strides of images"),
+        ([64, 64, 2, 64, 1, *[1] * 8], "layout: expected five numbers, and sizes and strides of images"),
+        ([64, 64, 0, 64, 1, *[1] * 8, 0, 1, 4], "layout: expected five numbers, and sizes and strides of images"),
+        ([64, 64, 0, 64, 1, *[1] * 8, 2, 1, 4, 4, 4, 64, 1, 16, 4], "layout: expected images inside of a place"),
+        ([64, 64, 0, 64, 1, *[1] * 8, 1, 1, 4, 4, 5, 80, 1, 20, 4], "layout: expected images inside of a place"),
+    ],
+)
+def test_bad_layout_of_a_network(layout: list[int], message: str) -> None:
+    code, bound = torch.tensor([], dtype=torch.int64), BACKENDS["cpu"].bind([torch.ones(1)])
+    x = torch.randn(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=message):
+        BACKENDS["cpu"].run_network(code, x, layout, False, False, bound)

@@ -208,6 +208,33 @@ def test_memory_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours <= two_largest + tolerance("vectors MiB")
 
 
+def test_memory_is_kept_for_the_next_call() -> None:
+    """Not where torch fills what it allocates, as in all other tests; of the largest image so far, and none of its numbers are seen."""
+    torch.use_deterministic_algorithms(False)
+    served = optimize_for_inference(small(), dtype=torch.float32)
+    images = [torch.randn(n, 3, size, size) for n, size in [(2, 64), (1, 32), (3, 96)]]
+    expected = [copy.deepcopy(served)(x) for x in images]
+    for x, y in zip([*images, *reversed(images)], [*expected, *reversed(expected)], strict=True):
+        assert torch.equal(served(x), y)
+    buffer = 64 * 48 * 48 * 3 * 4
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "_profiler_enabled", lambda: False)
+        assert call_memory(lambda: served(images[2])) < buffer / 2
+
+
+def test_hooks_on_what_is_inside_are_called() -> None:
+    served, seen, x = optimize_for_inference(small()), [], torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    served(x)
+    (segment,) = segments(served)
+    handles = [module.register_forward_hook(lambda *_: seen.append(1)) for module in (segment, served.inside)]
+    served(x)
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    served(x)
+    assert len(seen) == 2
+
+
 def test_it_has_no_gradients() -> None:
     served, x = optimize_for_inference(torchvisions()), torch.randn(1, 3, 32, 32, dtype=torch.float64)
     assert not served(x).requires_grad

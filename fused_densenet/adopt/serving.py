@@ -29,8 +29,8 @@ def optimize_for_inference(
 
     Taken are the networks that :func:`fused_densenet.fuse` takes. Batch normalisations are folded, in float64, into the
     convolutions that they follow (the stem's, each bottleneck's), the last BN-ReLU and the mean over all pixels are one
-    pass, a classifier of one linear layer is part of the program. A first convolution of a stride runs as torch's own
-    before it. What no program has is left to the model's own modules and functions, which :func:`fused_densenet.explain`
+    pass, a classifier of one linear layer is part of the program. A first convolution of a stride is part of it on the CPU,
+    and runs as torch's own before it elsewhere. What no program has is left to the model's own modules and functions, which :func:`fused_densenet.explain`
     of the snapshot lists with the reasons: whatever has hooks, other heads, a ``forward`` that is no sequence of calls.
 
     ``model`` is not changed, nor is the snapshot by what happens to it. Images of any batch and size may come, in the

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_densenet.nn import serving
+from fused_densenet.nn import graphs as module
 
 
 class _FakeGraphs:
@@ -27,7 +27,7 @@ class _FakeGraphs:
             "device": lambda _: _nothing(),
             "Event": lambda: types.SimpleNamespace(record=lambda *_: None, synchronize=lambda: None),
         }
-        monkeypatch.setattr(serving.torch, "cuda", types.SimpleNamespace(**fakes))
+        monkeypatch.setattr(module.torch, "cuda", types.SimpleNamespace(**fakes))
 
     def _replay(self) -> None:
         self.replays += 1
@@ -42,7 +42,7 @@ def test_cuda_graphs_by_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch)
     """One for each layout and shape, the oldest let go of; an image goes to the graph's memory and the result out of it."""
     fake = _FakeGraphs(monkeypatch)
     calls: list[Tensor] = []
-    graphs = serving._Graphs(lambda x: calls.append(x) or {"double": 2 * x})
+    graphs = module.Graphs(lambda x: calls.append(x) or {"double": 2 * x})
     first, second = torch.randn(2, 3), torch.randn(2, 3)
     one = graphs(first)
     assert len(calls) == 2 and calls[0] is calls[1] and calls[0] is not first
@@ -50,8 +50,8 @@ def test_cuda_graphs_by_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 2 and fake.replays == 2
     assert torch.equal(calls[0], second)
     assert torch.equal(one["double"], 2 * first) and one["double"] is not two["double"]
-    for size in range(1, 2 + serving._GRAPHS):
+    for size in range(1, 2 + module.GRAPHS):
         graphs(torch.randn(size, 5))
-    assert len(graphs._captured) == serving._GRAPHS
+    assert len(graphs._captured) == module.GRAPHS
     graphs(first)
-    assert len(calls) == 2 * (serving._GRAPHS + 3)
+    assert len(calls) == 2 * (module.GRAPHS + 3)

@@ -54,7 +54,7 @@ class Output {
   static bool streams(const Pixels& out, int64_t numbers, int64_t read) {
     constexpr size_t line = 64, size = sizeof(T);
     return reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.ld * size % line == 0 &&
-           numbers * size >= kStreamBytes && (numbers + read) * size >= kCacheBytes;
+           numbers * size >= kStreamBytes && (numbers + read) * size >= kKeptBytes;
   }
 
   // Rows of c, from `channel` on, as neighbouring pixels from `pixel`.
@@ -89,7 +89,7 @@ class Output {
 
  private:
   static constexpr int64_t kRows = 32, kFirstRows = 16;
-  static constexpr size_t kCacheBytes = 2 << 20, kStreamBytes = kCacheBytes / 4 * 3;  // of a second-level cache
+  static constexpr size_t kKeptBytes = 2 << 20, kStreamBytes = kKeptBytes / 4 * 3;  // of a second-level cache
 
   struct Rows {
     const A* c;

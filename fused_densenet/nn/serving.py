@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,6 +20,7 @@ from ..ops.block import Parameters
 from ..ops.network import Network, NormReluPool, Parts, StridedConvolution, places
 from ..ops.program import Bound
 from ..ops.subclasses import on_plain
+from .graphs import Graphs
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _KINDS = Parameters._fields
@@ -30,8 +29,6 @@ _KEEPS = (
     "a snapshot keeps the weights that it was made with: load others into the model and call "
     "optimize_for_inference again; to keep a snapshot, torch.save it whole"
 )
-_GRAPHS = 8
-"""Captured graphs that a snapshot keeps, the last ones used."""
 
 
 class Stem(NamedTuple):
@@ -245,7 +242,7 @@ class Snapshot(Frozen):
         self.inside, self.dtype, self.notes, self.cuda_graphs = inside, dtype, notes, cuda_graphs
         self.programs = nn.ModuleList(programs)  # of which the modules inside do not tell
         self._whole = _only_segment(inside)
-        self._graphs: _Graphs | None = None
+        self._graphs: Graphs | None = None
         self._autocasts: str | None = None  # the kind of device whose autocast there is, "" where there is none
         super().train(False)
 
@@ -286,7 +283,7 @@ class Snapshot(Frozen):
         assert inside is not None
         if self.cuda_graphs and isinstance(x, Tensor) and x.is_cuda and not torch.cuda.is_current_stream_capturing():
             if self._graphs is None:
-                self._graphs = _Graphs(inside)
+                self._graphs = Graphs(inside)
             return self._graphs(x)
         segment = None if self._whole is None or x is None else inside._modules[self._whole]
         if segment is not None and not inside._forward_hooks and not inside._forward_pre_hooks:
@@ -356,55 +353,3 @@ def _has_tangent(t: Tensor) -> bool:
 def _held(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-class _Graphs:
-    """CUDA graphs of a function of one image, by its shape, dtype and device; one call at a time, on whichever stream.
-
-    A graph reads and writes memory of its own: an image is copied there, and the result copied out, on the caller's
-    stream, so that it is the caller's. A call waits for the one before it, whose stream may be another.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        self._function = function
-        self._lock = threading.Lock()
-        self._captured: OrderedDict[Any, _Captured] = OrderedDict()
-
-    def __call__(self, x: Tensor) -> Any:
-        key = x.shape, x.stride(), x.dtype, x.device
-        with self._lock, torch.cuda.device(x.device):
-            captured = self._captured.pop(key, None) or _Captured(self._function, x)
-            self._captured[key] = captured
-            result = captured.replay(x)
-            if len(self._captured) > _GRAPHS:
-                _, oldest = self._captured.popitem(last=False)
-                oldest.wait()
-            return result
-
-
-class _Captured:
-    def __init__(self, function: Callable[[Tensor], Any], x: Tensor) -> None:
-        self._input = x.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are chosen and compiled, and weights prepared, outside of the graph
-            function(self._input)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = function(self._input)
-        self._done = torch.cuda.Event()
-        self._done.record()
-
-    def replay(self, x: Tensor) -> Any:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)
-        self._input.copy_(x)
-        self._graph.replay()
-        result = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._result)
-        self._done.record(stream)
-        return result
-
-    def wait(self) -> None:
-        """Until nothing of it runs."""
-        self._done.synchronize()

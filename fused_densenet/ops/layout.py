@@ -52,7 +52,7 @@ def empty_images(count: int, shape: Sequence[int], like: Tensor) -> Tensor:
 
 def in_large_pages(memory: Tensor) -> Tensor:
     """``memory``, which nobody has written yet: of much of it, on the CPU, the system is asked to map large pages."""
-    if memory.device.type == "cpu" and memory.nbytes >= _MUCH and extension.cpu is not None and _has_data(memory):
+    if extension.cpu is not None and memory.device.type == "cpu" and _has_data(memory) and memory.nbytes >= _MUCH:
         extension.cpu.fused_densenet_in_large_pages(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.nbytes))
     return memory
 

@@ -89,10 +89,11 @@ class Bound {
     if (bytes > 0) kept_.push_back(empty_bytes(static_cast<int64_t>(bytes)));
     std::vector<void*> result;
     for (size_t i = 0; i < weights.size(); ++i) {
-      const auto [found, is_new] = packed_.try_emplace(weights[i], nullptr);
-      if (is_new) {
-        found->second = static_cast<char*>(kept_.back().data_ptr()) + missing[weights[i]];
-        pack(i, found->second);
+      auto found = packed_.find(weights[i]);
+      if (found == packed_.end()) {
+        void* const memory = static_cast<char*>(kept_.back().data_ptr()) + missing[weights[i]];
+        pack(i, memory);
+        found = packed_.emplace(weights[i], memory).first;
       }
       result.push_back(found->second);
     }

@@ -222,7 +222,8 @@ struct Cpu {
   class Workspace {
    public:
     explicit Workspace(size_t bytes)
-        : owner_(empty_bytes(static_cast<int64_t>(bytes) + kAlignment)), memory_{aligned(owner_.data_ptr()), bytes} {}
+        : owner_(at::empty({static_cast<int64_t>(bytes) + kAlignment}, at::kByte)),
+          memory_{aligned(owner_.data_ptr()), bytes} {}
     explicit Workspace(const Memory& memory)
         : memory_{aligned(memory.data), std::max<size_t>(memory.bytes, kAlignment) - kAlignment} {}
     const Memory& memory() const { return memory_; }

@@ -348,8 +348,6 @@ FD_EXPORTED const char* fused_densenet_cpu_instruction_set(bool narrow) {
 // Of the tensors that the data of a holder are.
 FD_EXPORTED bool fused_densenet_bound_holds(const void* bound) { return static_cast<const Bound*>(bound)->holds(); }
 
-FD_EXPORTED void fused_densenet_in_large_pages(const void* memory, int64_t bytes) { in_large_pages(memory, bytes); }
-
 FD_EXPORTED const char* fused_densenet_cpu_compiler() { return __VERSION__; }
 
 }  // namespace fused_densenet

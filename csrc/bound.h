@@ -33,21 +33,16 @@ inline bool fills_empty_memory() {
   return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
 }
 
-// Asks for large pages where there is room for some: fewer are mapped when memory is first written, and fewer missed
-// when it is read from end to end.
-inline void in_large_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
+// Uninitialised, in large pages where there is room for some: what is kept, and read from end to end, misses few of
+// them.
+inline at::Tensor empty_bytes(int64_t bytes) {
+  at::Tensor memory = at::empty({bytes}, at::kByte);
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data_ptr()), end = begin + static_cast<uintptr_t>(bytes);
   const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-}
-
-// Uninitialised.
-inline at::Tensor empty_bytes(int64_t bytes) {
-  at::Tensor memory = at::empty({bytes}, at::kByte);
-  in_large_pages(memory.data_ptr(), bytes);
   return memory;
 }
 
@@ -110,7 +105,7 @@ class Bound {
     }
     if (!found.defined() || found.numel() < bytes) {
       found.reset();
-      found = empty_bytes(bytes);
+      found = constant_ ? empty_bytes(bytes) : at::empty({bytes}, at::kByte);
     }
     return found;
   }

@@ -1,6 +1,5 @@
 """Channels-last memory: how images and weights are laid out, and seen by the backends."""
 
-import ctypes
 import itertools
 from collections.abc import Sequence
 
@@ -39,33 +38,14 @@ def channels_last(x: Tensor) -> Tensor:
 
 def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:
     """Uninitialised, of the dtype and device of ``like``."""
-    result = torch.empty_strided(tuple(shape), strides_of(shape, pixel_stride), dtype=like.dtype, device=like.device)
-    return in_large_pages(result)
+    return torch.empty_strided(tuple(shape), strides_of(shape, pixel_stride), dtype=like.dtype, device=like.device)
 
 
 def empty_images(count: int, shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialised: so many images ``(N, C, *spatial)`` as one tensor ``(count, N, D, H, W, C)``, missing sizes equal to 1."""
     batch, channels, *spatial = shape
     sizes = count, batch, *[1] * (3 - len(spatial)), *spatial, channels
-    return in_large_pages(torch.empty(sizes, dtype=like.dtype, device=like.device))
-
-
-def in_large_pages(memory: Tensor) -> Tensor:
-    """``memory``, which nobody has written yet: of much of it, on the CPU, the system is asked to map large pages."""
-    if extension.cpu is not None and memory.device.type == "cpu" and _has_data(memory) and memory.nbytes >= _MUCH:
-        extension.cpu.fused_densenet_in_large_pages(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.nbytes))
-    return memory
-
-
-_MUCH = 2**24
-"""Bytes: what allocators give back to the system, and map anew when they are asked for as much again."""
-
-
-def _has_data(t: Tensor) -> bool:
-    """Whether it is no stand-in for another tensor, or for none."""
-    if type(t) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return not torch._C._are_functorch_transforms_active()
+    return torch.empty(sizes, dtype=like.dtype, device=like.device)
 
 
 def empty_like(tensors: list[Tensor]) -> list[Tensor]:

@@ -96,10 +96,11 @@ struct Cpu {
     }
     const int64_t size = x.element_size(), of_x = x.storage().nbytes() - x.storage_offset() * size;
     const bool inside = spent && of_x >= layout[0] * size;
-    const int64_t first_bytes = inside ? 0 : (layout[0] * size + kAlignment - 1) / kAlignment * kAlignment + kApart;
-    const Borrowed memory(Bound::of(bound), first_bytes + layout[1] * size);
-    const Memory places[2] = {inside ? Memory{input.data, static_cast<size_t>(of_x)} : memory.part(0, first_bytes),
-                              memory.part(first_bytes, layout[1] * size)};
+    const int64_t first = layout[0] * size, second = layout[1] * size;
+    const int64_t second_begin = inside ? 0 : (first + kAlignment - 1) / kAlignment * kAlignment + kApart;
+    const Borrowed memory(Bound::of(bound), second_begin + second);
+    const Memory places[2] = {inside ? Memory{input.data, static_cast<size_t>(of_x)} : memory.part(0, first),
+                              memory.part(second_begin, second)};
     const at::IntArrayRef sizes = layout.slice(5, dim), strides = layout.slice(5 + dim, dim);
     flat = flat && std::all_of(sizes.begin() + 2, sizes.end(), [](int64_t size) { return size == 1; });
     const size_t dims = flat ? 2 : dim;
@@ -158,6 +159,9 @@ struct Cpu {
   // size that they need. Behind `operands` come those that are bound.
   static void execute(const Tensor& program, std::vector<Argument>& operands, at::TensorList bound,
                       const Spare& spare = {}) {
+    size_t count = operands.size();
+    for (const Tensor& holder : bound) count += Bound::of(holder).tensors().size();
+    operands.reserve(count);
     for (const Tensor& holder : bound) {
       for (const Tensor& t : Bound::of(holder).tensors()) operands.push_back(argument(t, "operand"));
     }

@@ -75,22 +75,23 @@ class Bound {
   std::vector<void*> packed(const std::vector<Packed>& weights, Bytes bytes_of, Pack pack) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     constexpr size_t line = 64;
+    std::vector<void*> result(weights.size());
     std::map<Packed, size_t> missing;
     size_t bytes = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
-      if (packed_.contains(weights[i]) || !missing.try_emplace(weights[i], bytes).second) continue;
-      bytes += (bytes_of(i) + line - 1) / line * line;
+      if (const auto found = packed_.find(weights[i]); found != packed_.end())
+        result[i] = found->second;
+      else if (missing.try_emplace(weights[i], bytes).second)
+        bytes += (bytes_of(i) + line - 1) / line * line;
     }
-    if (bytes > 0) kept_.push_back(empty_bytes(static_cast<int64_t>(bytes)));
-    std::vector<void*> result;
+    if (missing.empty()) return result;
+    kept_.push_back(empty_bytes(static_cast<int64_t>(bytes)));
     for (size_t i = 0; i < weights.size(); ++i) {
-      auto found = packed_.find(weights[i]);
-      if (found == packed_.end()) {
-        void* const memory = static_cast<char*>(kept_.back().data_ptr()) + missing[weights[i]];
-        pack(i, memory);
-        found = packed_.emplace(weights[i], memory).first;
-      }
-      result.push_back(found->second);
+      if (result[i] != nullptr) continue;
+      result[i] = static_cast<char*>(kept_.back().data_ptr()) + missing[weights[i]];
+      if (packed_.contains(weights[i])) continue;
+      pack(i, result[i]);
+      packed_.emplace(weights[i], result[i]);
     }
     return result;
   }
@@ -99,7 +100,7 @@ class Bound {
   // the next one, so that the system need not map it again; of calls at once as much as they were.
   at::Tensor borrow(int64_t bytes) const {
     at::Tensor found;
-    if (constant_ && !fills_empty_memory()) {
+    if (reuses()) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!free_.empty()) found = std::move(free_.back()), free_.pop_back();
     }
@@ -110,7 +111,7 @@ class Bound {
     return found;
   }
   void give_back(at::Tensor memory) const {
-    if (!constant_ || fills_empty_memory()) return;
+    if (!reuses()) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(std::move(memory));
   }
@@ -127,6 +128,8 @@ class Bound {
   }
 
  private:
+  bool reuses() const { return constant_ && !fills_empty_memory(); }
+
   static void destroy(void* bound) { delete static_cast<Bound*>(bound); }
 
   Bound(std::vector<at::Tensor> tensors, bool constant) : tensors_(std::move(tensors)), constant_(constant) {

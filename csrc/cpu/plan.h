@@ -7,8 +7,8 @@ constexpr int64_t kCacheBytes = 384 << 10;  // of a core's second-level cache, f
 // less often than the next strip's wait for what was just stored.
 constexpr int64_t kStripBytes = (kWhole > 1 ? 64 : 16) << 10;
 // Of a first-level cache of 48 KiB, those of AVX-512's newer cores: more, where a panel of the weight leaves as much.
-#if defined(FD_AVX512)
-constexpr int64_t kFirstCacheBytes = kWhole > 1 ? 0 : 40 << 10;
+#if defined(FD_AVX512) && !defined(FD_AMX)
+constexpr int64_t kFirstCacheBytes = 40 << 10;
 #else
 constexpr int64_t kFirstCacheBytes = 0;
 #endif

@@ -337,7 +337,7 @@ def _layout(parts: Parts, shape: Sequence[int]) -> Layout | None:
         wanted.append((place, (batch, channels(parts[i])[1], *spatial[i]), pixel_stride(parts[i])))
     inside, result = wanted[:-1], wanted[-1][1:]
     rooms = [(place, batch * math.prod(sizes_of_one) * stride) for place, (_, _, *sizes_of_one), stride in inside]
-    entries = tuple([max((room for of, room in rooms if of == place), default=0) for place in range(2)])
+    entries = _largest(rooms, 0), _largest(rooms, 1)
     views = [(shape, strides_of(shape, stride), place) for place, shape, stride in inside]
     context = Context(None, batch * math.prod(image), batch * math.prod(spatial[-1]))
     # What is lent when it has been read is the largest image, but for what stands there later.
@@ -345,9 +345,13 @@ def _layout(parts: Parts, shape: Sequence[int]) -> Layout | None:
     if isinstance(parts[0], StridedConvolution) and 0 in list(places)[:-1]:
         lent, lender = Image("buffer0", 0, channels(parts[0])[1]), places[0]
         del rooms[len(scratches(parts))]
-        begin = max((room for of, room in rooms if of == lender), default=0)
+        begin = _largest(rooms, lender)
     calls = 1 + max(i for i, call in enumerate(record(parts).calls) if lent in call.arguments)
     numbers = [*entries, lender, begin, calls, *result[0], *strides_of(*result)]
     for sizes_of_view, strides, place in views:
         numbers += [place, *sizes_of_view, *strides]
-    return Layout(views, (entries[0], entries[1]), result, context, numbers)
+    return Layout(views, entries, result, context, numbers)
+
+
+def _largest(rooms: Sequence[tuple[int, int]], place: int) -> int:
+    return max((room for of, room in rooms if of == place), default=0)

@@ -10,6 +10,7 @@ accumulation of gradients, what comes after the dense blocks.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import statistics
@@ -98,10 +99,7 @@ def timed_parts(spent: dict[str, float]) -> Iterator[None]:
 
 def parts_of(spent: dict[str, float]) -> dict[str, float]:
     """Of times that contain one another, those that do not; but for ``look``, which is part of the first."""
-    found = (
-        dict.fromkeys(("features", "network", "backward", "execute", "kernels", "whole", "statistics", "look"), 0.0)
-        | spent
-    )
+    found = collections.defaultdict(float, spent)
     return {
         "modules and gate": found["features"] - found["network"] - found["statistics"],
         "look": found["look"],

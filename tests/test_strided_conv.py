@@ -7,11 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strided_cases import STRIDED, StridedCase, run_strided, run_strided_nan
+from test_cpu_primitives import all_dtypes
 
 from fused_densenet.backends import BACKENDS
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @all_dtypes

@@ -41,8 +41,9 @@ class BackwardKernel {
     result_ = arena.take<A>((result_pixels(grid_) + kWhole - 1) * kBlock);
     steps_ = arena.take<Step>(f.shape.taps() * grad_blocks_);
     product_ = {f.shape.out, kBlock};
-    patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
-    products_ = arena.take<A>(packed_.winograd ? product_.products_size() : 0);
+    constexpr int64_t row_of_patches = 4 * kChain * kBlock;
+    patches_ = arena.take<E>(packed_.winograd ? most(product_.patches_size(), row_of_patches) : 0);
+    products_ = arena.take<A>(packed_.winograd ? most(product_.products_size(), row_of_patches) : 0);
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     row_steps_ = arena.take<Step>(grid_.box[0] * grid_.box[1]);
     part_bytes_ = arena.used() - for_parts_;
@@ -223,7 +224,7 @@ class BackwardKernel {
         product.run(plane, padded_plane(plane, of_part(grad_, part) + d * plane_size, block_size),
                     weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
                     of_part(result_, part) + d * b.size[1] * b.size[2] * kBlock, kBlock, of_part(patches_, part),
-                    of_part(products_, part), of_part(steps_, part), prefetch);
+                    of_part(products_, part), prefetch);
       }
     }
   }
@@ -327,20 +328,24 @@ class BackwardKernel {
                                   Prefetch& prefetch) const {
     if constexpr (P::pair == 1) {
       const TilePlane plane{b.size[1], b.size[2]};
-      const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, product_.strip());
+      const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, kChain);
       const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * plane_size;
       A *patches = of_part(patches_, part), *gradients = of_part(products_, part);
       for (int64_t s = 0; s < b.size[0] * strips; ++s) {
         const int64_t d = s / strips;
         const Range range = split(all, strips, s % strips);
         const int64_t tiles = range.size();
+        const auto pixels = padded_plane(plane, of_part(activation_, part) + d * plane_size, 0);
         for (int64_t row = 0; row < 4; ++row) {
-          transform_patches(plane, padded_plane(plane, of_part(activation_, part) + d * plane_size, 0), range.begin,
-                            tiles, channels, row, patches);
+          const auto transform =
+              row == 1 || row == 2 ? transform_gradients<true, A> : transform_gradients<false, A>;
+          transform_patches<false>(plane, pixels, range.begin, tiles, channels, row, patches, 3 * tiles * kBlock);
+          transform_patches<true>(plane, pixels, range.begin, tiles, channels, row, patches + tiles * kBlock,
+                                  tiles * kBlock);
           for (int64_t k = 0; k < pixel_blocks_; ++k) {
             const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
-            transform_gradients(plane, plane_inside(plane, of_part(grad_, part) + k * block_size + d * plane_size),
-                                range.begin, tiles, count, row, gradients);
+            transform(plane, plane_inside(plane, of_part(grad_, part) + k * block_size + d * plane_size), range.begin,
+                      tiles, count, row, gradients);
             const Step step{0, 0, tiles};
             for (int64_t i = 0; i < 4; ++i) {
               A* dweight =

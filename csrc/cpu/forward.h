@@ -258,7 +258,7 @@ class ForwardKernel {
           return padded_plane(plane, of_part(operand_, part) + d * plane_size, block_size);
         };
         product_.run(plane, pixels(), weight_, packed_.panel_size(), of_part(result_, part), ldc_,
-                     of_part(patches_, part), of_part(products_, part), of_part(steps_, part), prefetch);
+                     of_part(patches_, part), of_part(products_, part), prefetch);
         for (int64_t h = 0; h < b.size[1]; ++h) {
           for (int64_t j = 0; j < f_.shape.out; j += Output<T>::columns) {
             output.store_rows(of_part(result_, part) + h * b.size[2] * ldc_ + j, ldc_, grid_.pixel(b, d, h, 0),

@@ -8,7 +8,6 @@
 namespace fused_densenet::FD_ISA {
 
 constexpr int64_t kPositions = 16;
-constexpr int64_t kPatchBytes = 28 << 10;  // of a core's first-level cache, for a row of a strip's patches
 
 // Whether a convolution runs this way: float32 arithmetic, 3x3 in the plane, and enough channels and pixels to gain.
 template <class P>
@@ -40,7 +39,8 @@ template <class A>
 struct PixelPlane {
   const A* first;
   int64_t pixel, row, block, top, bottom, left, right;
-  PixelPlane at_block(int64_t k) const { return {first + k * block, pixel, row, block, top, bottom, left, right}; }
+  PixelPlane from(int64_t elements) const { return {first + elements, pixel, row, block, top, bottom, left, right}; }
+  PixelPlane at_block(int64_t k) const { return from(k * block); }
 };
 
 // An operand [block][padded pixel][kBlock] whose margin is 1.
@@ -76,46 +76,100 @@ struct PatchRow {
 };
 constexpr PatchRow kPatchRows[4] = {{0, 2, -1}, {1, 2, 1}, {2, 1, -1}, {1, 3, -1}};
 
-// A row of patches: `count` channels of tiles [first, first + tiles) of pixels with a margin of 1, to
-// out[4][tile][kBlock]. (All four rows at once would fill more than the first-level cache.)
-template <class A>
-void transform_patches(const TilePlane& plane, const PixelPlane<A>& pixels, int64_t first, int64_t tiles, int64_t count,
-                       int64_t row, A* out) {
+// The outer or the inner two of a row's four numbers of each patch: `vectors` vectors of channels of tiles [first,
+// first + tiles) of pixels with a margin of 1, to out[tile][kBlock] and `apart` elements behind it. (More at once would
+// go through the second-level cache, where a store takes four times as long.)
+template <bool inner, int vectors, class A>
+void transform_patches(const TilePlane& plane, const PixelPlane<A>& pixels, int64_t first, int64_t tiles, int64_t row,
+                       A* out, int64_t apart) {
   using V = Vec<A>;
   const PatchRow r = kPatchRows[row];
   const V sign = V::all(static_cast<A>(r.sign));
-  const int64_t next = tiles * kBlock;
-  plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
-    with_pixels<4>(pixels, y, x, [&](auto at) {
-      A* to = out + t * kBlock;
-      for (int64_t c = 0; c < count; c += V::size) {
-        V d[4];
+  int64_t y = first / plane.columns() * 2, x = first % plane.columns() * 2;
+  for (int64_t t = 0; t < tiles;) {
+    A* to = out + t * kBlock;
+    const bool rows_inside = y >= pixels.top && y + 4 <= pixels.bottom && x >= pixels.left;
+    const int64_t inside = rows_inside ? (pixels.right - x) / 2 - 1 : 0;
+    const int64_t neighbours = least(least(inside, plane.columns() - x / 2), tiles - t);
+    if (neighbours <= 0) {
+      with_pixels<4>(pixels, y, x, [&](auto at) {
+        const A *upper[4], *lower[4];
+        for (int i = 0; i < 4; ++i) upper[i] = at(r.first, i), lower[i] = at(r.second, i);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) d[i] = fma(sign, load(at(r.second, i) + c), load(at(r.first, i) + c));
-        store(to + c, d[0] - d[2]);
-        store(to + next + c, d[1] + d[2]);
-        store(to + 2 * next + c, d[2] - d[1]);
-        store(to + 3 * next + c, d[1] - d[3]);
+        for (int64_t v = 0; v < vectors * V::size; v += V::size) {
+          const auto column = [&](int i) { return fma(sign, load(lower[i] + v), load(upper[i] + v)); };
+          store(to + v, inner ? column(1) + column(2) : column(0) - column(2));
+          store(to + apart + v, inner ? column(2) - column(1) : column(1) - column(3));
+        }
+      });
+    } else {
+      const A* upper = pixels.first + (y + r.first) * pixels.row + x * pixels.pixel;
+      const A* lower = pixels.first + (y + r.second) * pixels.row + x * pixels.pixel;
+      const auto column = [&](int64_t i, int v) {
+        const int64_t at = i * pixels.pixel + v * V::size;
+        return fma(sign, load(lower + at), load(upper + at));
+      };
+      V d0[vectors], d1[vectors];  // the columns that a tile has from its neighbour
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors && !inner; ++v) d0[v] = column(0, v), d1[v] = column(1, v);
+      for (int64_t i = 0; i < neighbours; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          if constexpr (inner) {
+            const V left = column(1, v), right = column(2, v);
+            store(to + v * V::size, left + right);
+            store(to + apart + v * V::size, right - left);
+          } else {
+            const V d2 = column(2, v), d3 = column(3, v);
+            store(to + v * V::size, d0[v] - d2);
+            store(to + apart + v * V::size, d1[v] - d3);
+            d0[v] = d2;
+            d1[v] = d3;
+          }
+        }
+        to += kBlock;
+        upper += 2 * pixels.pixel;
+        lower += 2 * pixels.pixel;
       }
-    });
-  });
+    }
+    t += most(neighbours, 1);
+    x += 2 * most(neighbours, 1);
+    if (x >= plane.width) x = 0, y += 2;
+  }
 }
 
-// A row of tiles of gradients: as above, of pixels without a margin; A g A'.
-template <class A>
+template <bool inner, class A>
+void transform_patches(const TilePlane& plane, const PixelPlane<A>& pixels, int64_t first, int64_t tiles, int64_t count,
+                       int64_t row, A* out, int64_t apart) {
+  constexpr int64_t size = Vec<A>::size;
+  int64_t c = 0;
+  const auto in_vectors = [&]<int vectors>() {
+    for (; c + vectors * size <= round_up(count, size); c += vectors * size) {
+      transform_patches<inner, vectors>(plane, pixels.from(c), first, tiles, row, out + c, apart);
+    }
+  };
+  in_vectors.template operator()<4>();
+  in_vectors.template operator()<2>();
+  in_vectors.template operator()<1>();
+}
+
+// A row of tiles of gradients, of pixels without a margin, to out[4][tile][kBlock]; A g A'.
+template <bool both_rows, class A>
 void transform_gradients(const TilePlane& plane, const PixelPlane<A>& pixels, int64_t first, int64_t tiles,
                          int64_t count, int64_t row, A* out) {
   using V = Vec<A>;
+  const V sign = V::all(A(row < 2 ? 1 : -1));
   const int64_t next = tiles * kBlock;
-  const auto combined = [&](V upper, V lower) {
-    return row == 0 ? upper : row == 1 ? upper + lower : row == 2 ? upper - lower : V::zero() - lower;
-  };
   plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
     with_pixels<2>(pixels, y, x, [&](auto at) {
+      const A *upper[2] = {at(0, 0), at(0, 1)}, *lower[2] = {at(1, 0), at(1, 1)};
+      const A* const* only = row == 0 ? upper : lower;
       A* to = out + t * kBlock;
       for (int64_t c = 0; c < count; c += V::size) {
-        const V left = combined(load(at(0, 0) + c), load(at(1, 0) + c));
-        const V right = combined(load(at(0, 1) + c), load(at(1, 1) + c));
+        const auto column = [&](int i) {
+          return both_rows ? fma(sign, load(lower[i] + c), load(upper[i] + c)) : sign * load(only[i] + c);
+        };
+        const V left = column(0), right = column(1);
         store(to + c, left);
         store(to + next + c, left + right);
         store(to + 2 * next + c, left - right);
@@ -125,22 +179,29 @@ void transform_gradients(const TilePlane& plane, const PixelPlane<A>& pixels, in
   });
 }
 
-// What a row of products m[4][tile][ld] adds to pixels result[pixel][ldc]: A' m A.
+// Products m[16][tile][ld] to pixels result[pixel][ldc]: A' m A.
 template <class A>
 void transform_outputs(const TilePlane& plane, const A* m, int64_t ld, int64_t first, int64_t tiles, int64_t columns,
-                       int64_t row, A* result, int64_t ldc) {
+                       A* result, int64_t ldc) {
   using V = Vec<A>;
   plane.for_each(first, tiles, [&](int64_t t, int64_t y, int64_t x) {
     A* to = result + (y * plane.width + x) * ldc;
     const bool right = x + 1 < plane.width, below = y + 1 < plane.height;
     for (int64_t c = 0; c < columns; c += V::size) {
-      const A* from = m + t * ld + c;
-      const V m1 = load(from + tiles * ld), m2 = load(from + 2 * tiles * ld);
-      const V sums[2] = {load(from) + m1 + m2, m1 - m2 - load(from + 3 * tiles * ld)};
-      for (int64_t j = 0; j < (right ? 2 : 1); ++j) {
-        A *upper = to + j * ldc + c, *lower = upper + plane.width * ldc;
-        if (row < 3) store(upper, row == 0 ? sums[j] : load(upper) + sums[j]);
-        if (row > 0 && below) store(lower, row == 1 ? sums[j] : load(lower) - sums[j]);
+      V sums[4][2];
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i) {
+        const A* from = m + (4 * i * tiles + t) * ld + c;
+        const V m1 = load(from + tiles * ld), m2 = load(from + 2 * tiles * ld);
+        sums[i][0] = load(from) + m1 + m2;
+        sums[i][1] = m1 - m2 - load(from + 3 * tiles * ld);
+      }
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < 2; ++j) {
+        if (j == 1 && !right) break;
+        A* upper = to + j * ldc + c;
+        store(upper, sums[0][j] + sums[1][j] + sums[2][j]);
+        if (below) store(upper + plane.width * ldc, sums[1][j] - sums[2][j] - sums[3][j]);
       }
     }
   });
@@ -193,8 +254,8 @@ void transform_dweight(const V* u, V* w) {
   }
 }
 
-// The convolution of a plane of pixels with a weight packed as 16 matrices, to result[pixel][ldc]; a strip of tiles at
-// a time, and of their patches a row, which stays in the first-level cache. `patches` and `products` hold that.
+// The convolution of a plane of pixels with a weight packed as 16 matrices, to result[pixel][ldc]; a strip of tiles and
+// two matrices at a time, whose `patches` stay in the first-level cache. `products` holds a strip's.
 template <class P>
 class WinogradProduct {
   using A = typename P::Acc;
@@ -203,37 +264,36 @@ class WinogradProduct {
  public:
   int64_t rows, columns;  // channels read and written
   int64_t blocks() const { return ceil_div(rows, kBlock); }
-  int64_t strip() const {
-    return most(kPatchBytes / (4 * blocks() * kBlock * static_cast<int64_t>(sizeof(A))) / kTileRows, 1) * kTileRows;
-  }
-  int64_t patches_size() const { return blocks() * 4 * strip() * kBlock; }
-  int64_t products_size() const { return 4 * strip() * round_up(columns, width); }
+  int64_t patches_size() const { return 2 * kTileRows * kBlock; }
+  int64_t products_size() const { return kPositions * kTileRows * round_up(columns, width); }
   int64_t work(const TilePlane& plane) const {
-    const int64_t strips = ceil_div(plane.rows() * plane.columns(), strip());
-    return strips * kPositions * rows *
-           tiles_of<P, Reduce::channels>(ceil_div(plane.rows() * plane.columns(), strips), columns);
+    return kPositions * rows * tiles_of<P, Reduce::channels>(plane.rows() * plane.columns(), columns);
   }
 
   void run(const TilePlane& plane, const PixelPlane<A>& pixels, const A* weight, int64_t panel_size, A* result,
-           int64_t ldc, A* patches, A* products, Step* steps, Prefetch& prefetch) const {
-    const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, strip()), ld = round_up(columns, width);
+           int64_t ldc, A* patches, A* products, Prefetch& prefetch) const {
+    const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, kTileRows), ld = round_up(columns, width);
     for (int64_t s = 0; s < strips; ++s) {
       const Range range = split(all, strips, s);
-      const int64_t tiles = range.size();
+      const int64_t tiles = range.size(), apart = tiles * kBlock;
       for (int64_t row = 0; row < 4; ++row) {
         for (int64_t k = 0; k < blocks(); ++k) {
-          const int64_t count = least(kBlock, rows - k * kBlock);
-          transform_patches(plane, pixels.at_block(k), range.begin, tiles, count, row,
-                            patches + k * 4 * tiles * kBlock);
-          steps[k] = {k * 4 * tiles * kBlock, k * kBlock * width, count};
+          const PixelPlane<A> block = pixels.at_block(k);
+          const Step step{0, k * kBlock * width, least(kBlock, rows - k * kBlock)};
+          const auto product = [&](const A* patches, int64_t position) {
+            multiply<P, Reduce::channels>(patches, kBlock, weight + position * rows * width, panel_size,
+                                          products + position * tiles * ld, ld, tiles, columns, &step, 1, k > 0,
+                                          prefetch);
+          };
+          transform_patches<false>(plane, block, range.begin, tiles, step.k, row, patches, apart);
+          product(patches, 4 * row);
+          product(patches + apart, 4 * row + 3);
+          transform_patches<true>(plane, block, range.begin, tiles, step.k, row, patches, apart);
+          product(patches, 4 * row + 1);
+          product(patches + apart, 4 * row + 2);
         }
-        for (int64_t i = 0; i < 4; ++i) {
-          multiply<P, Reduce::channels>(patches + i * tiles * kBlock, kBlock, weight + (4 * row + i) * rows * width,
-                                        panel_size, products + i * tiles * ld, ld, tiles, columns, steps, blocks(),
-                                        false, prefetch);
-        }
-        transform_outputs(plane, products, ld, range.begin, tiles, columns, row, result, ldc);
       }
+      transform_outputs(plane, products, ld, range.begin, tiles, columns, result, ldc);
     }
   }
 };

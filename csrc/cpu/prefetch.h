@@ -2,7 +2,8 @@
 
 namespace fused_densenet::FD_ISA {
 
-// Fetches rows of memory into the second-level cache, a few lines at a time.
+// Fetches rows of memory into the second-level cache, a few lines at a time: a core waits for no more than some ten of
+// them at once, so that they are best spread over what is computed meanwhile.
 class Prefetch {
  public:
   // `rows` rows of `bytes` from `first`, `stride` bytes apart.
@@ -13,16 +14,27 @@ class Prefetch {
   }
   // Over so much work, in elements of the reduction summed over all tiles.
   void spread(int64_t work) { rate_ = lines_ * kUnit / most(work, 1) + 1; }
-  // Those that are due when so much of it was done.
+  // Those that are due when so much of it was done, fetched here.
   void some(int64_t work) {
     for (due_ += work * rate_; due_ >= kUnit; due_ -= kUnit, at_ += kLine) {
       if (at_ == end_ && !next_row()) return;
       __builtin_prefetch(at_, 0, 2);
     }
   }
+  // Or by a tile of so much work, before the next call.
+  Lines lines(int64_t work) {
+    int64_t count = 0;
+    const int64_t most_lines = least(work, kAtOnce);
+    for (due_ += work * rate_; due_ >= kUnit && count < most_lines; due_ -= kUnit, at_ += kLine) {
+      if (at_ == end_ && !next_row()) break;
+      for_tile_[count++] = at_;
+    }
+    if (count == 0) for_tile_[count++] = reinterpret_cast<const char*>(this);
+    return {for_tile_, for_tile_ + count - 1};
+  }
 
  private:
-  static constexpr int64_t kLine = 64, kStreams = 4, kUnit = 1 << 16;
+  static constexpr int64_t kLine = 64, kStreams = 4, kUnit = 1 << 16, kAtOnce = 64;
   struct Stream {
     const char* first;
     int64_t rows, bytes, stride;
@@ -42,6 +54,7 @@ class Prefetch {
   }
 
   Stream streams[kStreams];
+  const char* for_tile_[kAtOnce];
   const char *at_ = nullptr, *end_ = nullptr;
   int64_t streams_ = 0, lines_ = 0, stream_ = 0, rate_ = 0, due_ = 0;
 };

@@ -56,6 +56,11 @@ struct Paired {
 };
 #endif
 
+// Lines of memory to fetch, one for each element of the reduction; the last one over and over.
+struct Lines {
+  const char *const *next, *const *last;
+};
+
 // Where in A and B a stretch of the reduction starts, and its length in elements.
 struct Step {
   int64_t a, b, k;
@@ -93,7 +98,7 @@ struct ToMemory {
 // Adds what is `before` in memory, rows `ld` apart, unless that is null.
 template <class P, Reduce R, class To, int rows, int vectors>
 void tile(const typename P::Element* a0, const typename P::Element* b0, const Step* steps, int64_t count,
-          const typename P::Acc* before, int64_t ld, const To& to) {
+          const typename P::Acc* before, int64_t ld, Lines lines, const To& to) {
   using L = Layout<P, R>;
   using V = Vec<typename P::Acc>;
   V acc[rows][vectors];
@@ -110,6 +115,8 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + kAhead * L::b_k + v * V::size);
       }
+      __builtin_prefetch(*lines.next, 0, 2);
+      lines.next += lines.next != lines.last;
       typename P::Operand bv[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) bv[v] = P::read(b + v * V::size);
@@ -135,7 +142,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
 template <class P, Reduce R, class To>
 struct Tiles {
   using Function = void (*)(const typename P::Element*, const typename P::Element*, const Step*, int64_t,
-                            const typename P::Acc*, int64_t, const To&);
+                            const typename P::Acc*, int64_t, Lines, const To&);
   Function of_size[kTileRows][kTileVectors];
 
   constexpr Tiles() : of_size() { add<kTileRows>(); }

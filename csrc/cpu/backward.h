@@ -337,8 +337,7 @@ class BackwardKernel {
         const int64_t tiles = range.size();
         const auto pixels = padded_plane(plane, of_part(activation_, part) + d * plane_size, 0);
         for (int64_t row = 0; row < 4; ++row) {
-          const auto transform =
-              row == 1 || row == 2 ? transform_gradients<true, A> : transform_gradients<false, A>;
+          const auto transform = row == 1 || row == 2 ? transform_gradients<true, A> : transform_gradients<false, A>;
           transform_patches<false>(plane, pixels, range.begin, tiles, channels, row, patches, 3 * tiles * kBlock);
           transform_patches<true>(plane, pixels, range.begin, tiles, channels, row, patches + tiles * kBlock,
                                   tiles * kBlock);

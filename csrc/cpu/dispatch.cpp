@@ -26,10 +26,11 @@ namespace {
 
 bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
-// A dot product of Intel's takes four times as long as a multiply-add and does twice the work: they gain nothing over
-// float32's arithmetic, which Winograd's filtering serves, too. Tests ask for them by name.
+// A dot product of Intel's takes four times as long as a multiply-add and does twice the work: nothing is gained over
+// float32's arithmetic, which Winograd's filtering serves, too. Tests ask for dot products by name.
 bool gains_by_dot_products() {
-  return has_avx512_bf16() && (!__builtin_cpu_is("intel") || asked_for("avx512_bf16"));
+  static const bool found = has_avx512_bf16() && (!__builtin_cpu_is("intel") || asked_for("avx512_bf16"));
+  return found;
 }
 
 // Linux lends the tile registers to a process that asks for them.
@@ -44,8 +45,8 @@ bool may_use_tiles() {
 
 // ATen counts AMX as AVX-512: who asks for that by name gets no more.
 bool has_amx() {
-  static const bool found = !asked_for("avx512") && !asked_for("avx512_bf16") && has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
-                            __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+  static const bool found = !asked_for("avx512") && !asked_for("avx512_bf16") && has_avx512_bf16() &&
+                            __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
   return found;
 }
 

@@ -272,7 +272,8 @@ class WinogradProduct {
 
   void run(const TilePlane& plane, const PixelPlane<A>& pixels, const A* weight, int64_t panel_size, A* result,
            int64_t ldc, A* patches, A* products, Prefetch& prefetch) const {
-    const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, kTileRows), ld = round_up(columns, width);
+    const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, kTileRows);
+    const int64_t ld = round_up(columns, width);
     for (int64_t s = 0; s < strips; ++s) {
       const Range range = split(all, strips, s);
       const int64_t tiles = range.size(), apart = tiles * kBlock;

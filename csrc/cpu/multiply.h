@@ -40,7 +40,9 @@ void multiply_tile(const typename P::Element* a, const typename P::Element* b, t
     }
     const A* before = accumulate ? c : nullptr;
     const auto run = [&](const auto& functions, const auto& to) {
-      functions.of_size[rows - 1][vectors - 1](a, b, steps + s, next - s, before, ldc, prefetch.lines(k), to);
+      const Lines lines = kFetches ? prefetch.lines(k) : Lines{};
+      functions.of_size[rows - 1][vectors - 1](a, b, steps + s, next - s, before, ldc, lines, to);
+      if (!kFetches) prefetch.some(k);
     };
     if (next == count && finish.takes(column)) {
       return run(tiles<P, R, typename Finish::To>, finish.at(row, column));

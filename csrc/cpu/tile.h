@@ -56,7 +56,9 @@ struct Paired {
 };
 #endif
 
-// Lines of memory to fetch, one for each element of the reduction; the last one over and over.
+// Lines of memory that a tile fetches while it multiplies, where its vectors are lines of the cache themselves: one for
+// each element of the reduction, the last one over and over.
+constexpr bool kFetches = Vec<float>::size * sizeof(float) == 64;
 struct Lines {
   const char *const *next, *const *last;
 };
@@ -98,7 +100,7 @@ struct ToMemory {
 // Adds what is `before` in memory, rows `ld` apart, unless that is null.
 template <class P, Reduce R, class To, int rows, int vectors>
 void tile(const typename P::Element* a0, const typename P::Element* b0, const Step* steps, int64_t count,
-          const typename P::Acc* before, int64_t ld, Lines lines, const To& to) {
+          const typename P::Acc* before, int64_t ld, [[maybe_unused]] Lines lines, const To& to) {
   using L = Layout<P, R>;
   using V = Vec<typename P::Acc>;
   V acc[rows][vectors];
@@ -111,12 +113,14 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
     const typename P::Element* a = a0 + steps[s].a;
     const typename P::Element* b = b0 + steps[s].b;
     for (int64_t k = steps[s].k; k > 0; --k, a += L::a_k, b += L::b_k) {
-      if constexpr (R == Reduce::channels && sizeof(V) == 64) {  // a vector is a line of the cache
+      if constexpr (kFetches) {
+        __builtin_prefetch(*lines.next, 0, 2);
+        lines.next += lines.next != lines.last;
+      }
+      if constexpr (kFetches && R == Reduce::channels) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + kAhead * L::b_k + v * V::size);
       }
-      __builtin_prefetch(*lines.next, 0, 2);
-      lines.next += lines.next != lines.last;
       typename P::Operand bv[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) bv[v] = P::read(b + v * V::size);

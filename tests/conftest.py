@@ -16,6 +16,18 @@ os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # without it cuBLAS is not deterministic, which torch refuses
 
+SLOW = {
+    "test_claims.py",
+    "test_cuda_ptx.py",
+    "test_cuda_work.py",
+    "test_gpu_report.py",
+    "test_instruction_sets.py",
+    "test_interpreted.py",
+    "test_offline.py",
+    "test_ptx.py",
+}
+"""Files that take longer than a minute."""
+
 with contextlib.suppress(ModuleNotFoundError):  # the tests of a GPU need no hypothesis
     import strategies  # noqa: F401
 
@@ -52,8 +64,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # one of several processes, which share the cores
+    if hasattr(config, "workerinput"):  # one of several processes, which share the cores, as do those that they start
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+    elif hasattr(config.option, "loadscopereorder"):  # by the number of tests, of which the slowest files have few
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes come first: one begun last would leave every other process without work."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

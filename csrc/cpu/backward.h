@@ -159,12 +159,13 @@ class BackwardKernel {
     template <int rows, int vectors>
     void operator()(V (&acc)[rows][vectors]) const {
       T* dx = static_cast<T*>(f.dx.data) + pixel * f.dx.ld + channel;
-      const int64_t ld = f.dx.ld;
+      const int64_t ld = f.dx.ld, first_pixel = pixel;
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         Masked<form> masked{activation.column(channel + v * V::size, V::size), f.accumulate};
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) masked.store_pixel(acc[r][v], pixel + r, dx + r * ld + v * V::size, V::size);
+        for (int r = 0; r < rows; ++r)
+          masked.store_pixel(acc[r][v], first_pixel + r, dx + r * ld + v * V::size, V::size);
         if constexpr (form == Form::no_norm) continue;
         A *to = sums + v * V::size, *to_centered = to + f.shape.in;
         store(to, first ? masked.sum : load(to) + masked.sum);

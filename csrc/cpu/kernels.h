@@ -2,10 +2,11 @@
 // the compiler for its instructions; no header of the standard library may be included here or below.
 
 #include "vec.h"
-// vec.h comes first: everything below is written in its vectors.
-#include "tile.h"
+// vec.h comes first: everything below is written in its vectors, each file in those before it.
 // clang-format off
+#include "counts.h"
 #include "prefetch.h"
+#include "tile.h"
 #include "amx.h"
 #include "multiply.h"
 #include "transpose.h"

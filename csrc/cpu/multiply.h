@@ -18,37 +18,24 @@ int64_t tiles_of(int64_t rows, int64_t columns) {
 
 // What becomes of a tile: it lies in C and is `done`; or, where `takes(column)`, it goes from the registers to
 // `at(row, column)`.
-template <class A>
 struct StaysInMemory {
-  using To = ToMemory<A>;
+  using To = ToMemory;
   static bool takes(int64_t) { return false; }
   To at(int64_t, int64_t) const { return {}; }
   void done(int64_t, int64_t, int64_t) const {}
 };
 
-// One tile of vectors, in chains.
+// One tile of vectors.
 template <class P, Reduce R, class Finish>
 void multiply_tile(const typename P::Element* a, const typename P::Element* b, typename P::Acc* c, int64_t ldc,
-                   int64_t rows, int64_t columns, const Step* steps, int64_t count, bool accumulate, Prefetch& prefetch,
-                   int64_t row, int64_t column, const Finish& finish) {
-  using A = typename P::Acc;
-  const int vectors = columns > Vec<A>::size ? 2 : 1;
-  for (int64_t s = 0, next = 0; s < count; s = next, accumulate = true) {
-    int64_t k = 0;
-    for (; next < count && (next == s || k + steps[next].k <= kChain * P::pair); ++next) {
-      k += steps[next].k;
-    }
-    const A* before = accumulate ? c : nullptr;
-    const auto run = [&](const auto& functions, const auto& to) {
-      const Lines lines = kFetches ? prefetch.lines(k) : Lines{};
-      functions.of_size[rows - 1][vectors - 1](a, b, steps + s, next - s, before, ldc, lines, to);
-      if (!kFetches) prefetch.some(k);
-    };
-    if (next == count && finish.takes(column)) {
-      return run(tiles<P, R, typename Finish::To>, finish.at(row, column));
-    }
-    run(tiles<P, R, ToMemory<A>>, ToMemory<A>{c, ldc});
-  }
+                   int64_t rows, int64_t columns, const Step* steps, int64_t count, int64_t work, bool accumulate,
+                   Prefetch& prefetch, int64_t row, int64_t column, const Finish& finish) {
+  const int vectors = columns > Vec<typename P::Acc>::size ? 2 : 1;
+  const auto run = [&](const auto& functions, const auto& to) {
+    functions.of_size[rows - 1][vectors - 1](a, b, steps, steps + count, work, c, ldc, accumulate, prefetch, to);
+  };
+  if (finish.takes(column)) return run(tiles<P, R, typename Finish::To>, finish.at(row, column));
+  run(tiles<P, R, ToMemory>, ToMemory{});
   finish.done(row, rows, column);
 }
 
@@ -61,6 +48,8 @@ void multiply(const typename P::Element* a, int64_t a_stride, const typename P::
               bool accumulate, Prefetch& prefetch, const Finish& finish) {
   constexpr int64_t panel = Layout<P, R>::panel;
   const int64_t row_tiles = ceil_div(rows, kTileRows);
+  int64_t work = 0;
+  for (int64_t s = 0; s < count; ++s) work += steps[s].k;
   for (int64_t j = 0; j < columns; j += panel) {
     for (int64_t i = 0; i < row_tiles; ++i) {
       const Range whole{i * kTileRows, least(rows, (i + 1) * kTileRows)};
@@ -72,8 +61,8 @@ void multiply(const typename P::Element* a, int64_t a_stride, const typename P::
                             accumulate, prefetch);
       finish.done(r.begin, r.size(), j);
 #else
-      multiply_tile<P, R>(from, panel_of_b, to, c.ld, r.size(), least(panel, columns - j), steps, count, accumulate,
-                          prefetch, r.begin, j, finish);
+      multiply_tile<P, R>(from, panel_of_b, to, c.ld, r.size(), least(panel, columns - j), steps, count, work,
+                          accumulate, prefetch, r.begin, j, finish);
 #endif
     }
   }
@@ -85,7 +74,7 @@ void multiply(const typename P::Element* a, int64_t a_stride, const typename P::
               bool accumulate, Prefetch& prefetch) {
   using A = typename P::Acc;
   multiply<P, R>(a, a_stride, b, b_panel, Result<A>{c, ldc, ldc, Layout<P, R>::panel}, rows, columns, steps, count,
-                 accumulate, prefetch, StaysInMemory<A>{});
+                 accumulate, prefetch, StaysInMemory{});
 }
 
 }  // namespace fused_densenet::FD_ISA

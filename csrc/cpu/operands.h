@@ -230,10 +230,21 @@ struct Fill;
 template <class A, class S>
 struct Fill<Plain<A>, S> {
   using V = Vec<A>;
+  static constexpr int kTogether = 4;  // vectors of a pixel, whose lines are neighbours
   // `count` channels from `c` of `width` pixels; out[pixel][kBlock].
   static void by_channel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
                          A* out) {
-    for (int64_t j = 0; j < count; j += V::size) {
+    int64_t j = 0;
+    for (; j + kTogether * V::size <= count; j += kTogether * V::size) {
+      const auto column = [&](int v) { return s.column(c + j + v * V::size, V::size); };
+      const decltype(column(0)) columns[kTogether] = {column(0), column(1), column(2), column(3)};
+      for (int64_t i = low; i < high; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTogether; ++v)
+          store(out + i * kBlock + j + v * V::size, columns[v].at(first + i, V::size));
+      }
+    }
+    for (; j < count; j += V::size) {
       const int n = static_cast<int>(least(V::size, count - j));
       const auto column = s.column(c + j, n);
       const auto pixels = [&](int lanes) {  // a constant for whole vectors

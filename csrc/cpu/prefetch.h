@@ -2,6 +2,13 @@
 
 namespace fused_densenet::FD_ISA {
 
+// Lines that a tile fetches while it multiplies, where its vectors are lines of the cache themselves: one for each
+// element of the reduction, the last one over and over. Elsewhere they are fetched between two chains of a tile.
+constexpr bool kFetches = Vec<float>::size * sizeof(float) == 64;
+struct Lines {
+  const char *const *next, *const *last;
+};
+
 // Fetches rows of memory into the second-level cache, a few lines at a time: a core waits for no more than some ten of
 // them at once, so that they are best spread over what is computed meanwhile.
 class Prefetch {
@@ -22,19 +29,21 @@ class Prefetch {
     }
   }
   // Or by a tile of so much work, before the next call.
-  Lines lines(int64_t work) {
+  __attribute__((noinline)) Lines lines(int64_t work) {
+    due_ += work * rate_;
+    const int64_t due = least(due_ / kUnit, least(work, kAtOnce));
+    due_ -= due * kUnit;
     int64_t count = 0;
-    const int64_t most_lines = least(work, kAtOnce);
-    for (due_ += work * rate_; due_ >= kUnit && count < most_lines; due_ -= kUnit, at_ += kLine) {
-      if (at_ == end_ && !next_row()) break;
-      for_tile_[count++] = at_;
+    while (count < due && (at_ != end_ || next_row())) {
+      for (const int64_t row = least(due, count + (end_ - at_) / kLine); count < row; at_ += kLine)
+        for_tile_[count++] = at_;
     }
     if (count == 0) for_tile_[count++] = reinterpret_cast<const char*>(this);
     return {for_tile_, for_tile_ + count - 1};
   }
 
  private:
-  static constexpr int64_t kLine = 64, kStreams = 4, kUnit = 1 << 16, kAtOnce = 64;
+  static constexpr int64_t kLine = 64, kStreams = 4, kUnit = 1 << 16, kAtOnce = 256;
   struct Stream {
     const char* first;
     int64_t rows, bytes, stride;

@@ -56,13 +56,6 @@ struct Paired {
 };
 #endif
 
-// Lines of memory that a tile fetches while it multiplies, where its vectors are lines of the cache themselves: one for
-// each element of the reduction, the last one over and over.
-constexpr bool kFetches = Vec<float>::size * sizeof(float) == 64;
-struct Lines {
-  const char *const *next, *const *last;
-};
-
 // Where in A and B a stretch of the reduction starts, and its length in elements.
 struct Step {
   int64_t a, b, k;
@@ -80,73 +73,77 @@ struct Layout {
   static constexpr int b_k = R == Reduce::channels ? panel : P::pair * kBlock;
 };
 
-// Where a tile goes: to memory.
-template <class A>
+// Where a tile goes: nowhere else than to c.
 struct ToMemory {
   static constexpr bool whole = false;
-  A* c;
-  int64_t ld;
-
-  template <int rows, int vectors>
-  void operator()(Vec<A> (&acc)[rows][vectors]) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) store(c + r * ld + v * Vec<A>::size, acc[r][v]);
-    }
-  }
 };
 
-// Adds what is `before` in memory, rows `ld` apart, unless that is null.
+// The reduction's steps, `work` elements, are summed in chains; what a chain is added to lies in c, rows `ld` apart,
+// unless there is nothing to `accumulate` on yet. The last sum goes `to` where the tile goes.
 template <class P, Reduce R, class To, int rows, int vectors>
-void tile(const typename P::Element* a0, const typename P::Element* b0, const Step* steps, int64_t count,
-          const typename P::Acc* before, int64_t ld, [[maybe_unused]] Lines lines, const To& to) {
+void tile(const typename P::Element* a0, const typename P::Element* b0, const Step* step, const Step* end, int64_t work,
+          typename P::Acc* c, int64_t ld, bool accumulate, Prefetch& prefetch, [[maybe_unused]] const To& to) {
   using L = Layout<P, R>;
   using V = Vec<typename P::Acc>;
-  V acc[rows][vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) acc[r][v] = V::zero();
-  }
-  for (int64_t s = 0; s < count; ++s) {
-    const typename P::Element* a = a0 + steps[s].a;
-    const typename P::Element* b = b0 + steps[s].b;
-    for (int64_t k = steps[s].k; k > 0; --k, a += L::a_k, b += L::b_k) {
-      if constexpr (kFetches) {
-        __builtin_prefetch(*lines.next, 0, 2);
-        lines.next += lines.next != lines.last;
-      }
-      if constexpr (kFetches && R == Reduce::channels) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + kAhead * L::b_k + v * V::size);
-      }
-      typename P::Operand bv[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) bv[v] = P::read(b + v * V::size);
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const auto av = P::broadcast(a[r * L::a_row]);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) acc[r][v] = P::multiply_add(av, bv[v], acc[r][v]);
-      }
-    }
-  }
-  if (before != nullptr) {
+  [[maybe_unused]] Lines lines = kFetches ? prefetch.lines(work) : Lines{};
+  for (;; accumulate = true) {
+    V acc[rows][vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) acc[r][v] = load(before + r * ld + v * V::size) + acc[r][v];
+      for (int v = 0; v < vectors; ++v) acc[r][v] = V::zero();
     }
+    int64_t left = kChain * P::pair;
+    do {
+      const typename P::Element* a = a0 + step->a;
+      const typename P::Element* b = b0 + step->b;
+      left -= step->k;
+      for (int64_t k = step->k; k > 0; --k, a += L::a_k, b += L::b_k) {
+        if constexpr (kFetches) {
+          __builtin_prefetch(*lines.next, 0, 2);
+          lines.next += lines.next != lines.last;
+        }
+        if constexpr (kFetches && R == Reduce::channels) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + kAhead * L::b_k + v * V::size);
+        }
+        typename P::Operand bv[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) bv[v] = P::read(b + v * V::size);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const auto av = P::broadcast(a[r * L::a_row]);
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) acc[r][v] = P::multiply_add(av, bv[v], acc[r][v]);
+        }
+      }
+    } while (++step != end && step->k <= left);
+    if constexpr (!kFetches) prefetch.some(kChain * P::pair - left);
+    asm volatile("" : "+r"(ld));  // or a tile of one chain would wait for the addresses of all its rows
+    if (accumulate) {
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) acc[r][v] = load(c + r * ld + v * V::size) + acc[r][v];
+      }
+    }
+    if constexpr (To::whole) {
+      if (step == end) return to(acc);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) store(c + r * ld + v * V::size, acc[r][v]);
+    }
+    if (step == end) return;
   }
-  to(acc);
 }
 
 // The tile functions of every size up to the largest; of tiles of `whole` panels only those with all vectors.
 template <class P, Reduce R, class To>
 struct Tiles {
-  using Function = void (*)(const typename P::Element*, const typename P::Element*, const Step*, int64_t,
-                            const typename P::Acc*, int64_t, Lines, const To&);
+  using Function = void (*)(const typename P::Element*, const typename P::Element*, const Step*, const Step*, int64_t,
+                            typename P::Acc*, int64_t, bool, Prefetch&, const To&);
   Function of_size[kTileRows][kTileVectors];
 
   constexpr Tiles() : of_size() { add<kTileRows>(); }
@@ -159,16 +156,5 @@ struct Tiles {
 };
 template <class P, Reduce R, class To>
 constexpr Tiles<P, R, To> tiles;
-
-// The i-th of `parts` near-equal stretches of [0, count).
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-inline Range split(int64_t count, int64_t parts, int64_t i) { return {count * i / parts, count * (i + 1) / parts}; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace fused_densenet::FD_ISA

@@ -86,6 +86,13 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
   using L = Layout<P, R>;
   using V = Vec<typename P::Acc>;
   [[maybe_unused]] Lines lines = kFetches ? prefetch.lines(work) : Lines{};
+  if (R == Reduce::pixels && accumulate) {  // c is a weight's gradient, in the second-level cache
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(c + r * ld + v * V::size, 1, 3);
+    }
+  }
   for (;; accumulate = true) {
     V acc[rows][vectors];
 #pragma GCC unroll 16
@@ -128,7 +135,15 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
       }
     }
     if constexpr (To::whole) {
-      if (step == end) return to(acc);
+      if (step == end) {
+        V sums[rows][vectors];  // acc itself stays in registers even where this call is not inlined
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) sums[r][v] = acc[r][v];
+        }
+        return to(sums);
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {

@@ -1,46 +1,26 @@
 """The whole tile stays in registers: its inner loop, as the compiler made it, loads operands and multiplies."""
 
-import re
 from collections import Counter
 
 import cross
 import pytest
 import report
+from inner_loops import inner_loop, tiles
 
 ROWS, VECTORS = 14, 2  # kTileRows and kTileVectors of csrc/cpu/tile.h
 TILES = [("neon", "Plain<float>"), ("neon", "Plain<double>"), ("neon_bf16", "Paired")]
 REDUCTIONS = {"channels": 0, "pixels": 1}
 
 
-def largest_tiles(name: str, arithmetic: str, reduction: int) -> dict[str, str]:
-    """The largest tile's functions, by where they leave it."""
-    space = f"fused_densenet::{name}"
-    begin = f"<void {space}::tile<{space}::{arithmetic}, ({space}::Reduce){reduction}, "
-    symbol = re.compile(f"{re.escape(begin)}(.*), {ROWS}, {VECTORS}>")
-    functions = cross.disassembly(name).split("\n\n")
-    matches = [(symbol.search(function.partition("\n")[0]), function) for function in functions]
-    return {match[1].replace(f"{space}::", ""): function for match, function in matches if match}
-
-
-def inner_loop(function: str, product: str) -> list[str]:
-    """The instructions of the innermost loop with all products: B's vectors and A's numbers of one step."""
-    lines = re.findall(r"^ *([0-9a-f]+):\t(.*)$", function, re.MULTILINE)
-    code = [(int(address, 16), instruction) for address, instruction in lines]
-    jumps = [(address, re.match(r"(?:b\S*|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <", text)) for address, text in code]
-    loops = [(int(jump[1], 16), address) for address, jump in jumps if jump and int(jump[1], 16) <= address]
-    bodies = [[text for address, text in code if begin <= address <= end] for begin, end in loops]
-    return min((b for b in bodies if sum(text.startswith(product) for text in b) >= ROWS * VECTORS), key=len)
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("name", "arithmetic"), TILES, ids=[arithmetic for _, arithmetic in TILES])
 def test_nothing_but_operands_is_loaded(name: str, arithmetic: str, reduction: str) -> None:
-    tiles = largest_tiles(name, arithmetic, REDUCTIONS[reduction])
-    assert any(to.startswith("ToMemory") for to in tiles)
-    assert reduction == "pixels" or any("FromRegisters" in to for to in tiles)
+    found = tiles(cross.disassembly(name), name, arithmetic, REDUCTIONS[reduction], ROWS, VECTORS)
+    assert "ToMemory" in found
+    assert reduction == "pixels" or any("FromRegisters" in to for to in found)
     product = "bfdot" if arithmetic == "Paired" else "fmla"
-    for to, function in tiles.items():
-        loop = inner_loop(function, product)
+    for to, function in found.items():
+        loop = inner_loop(function, product, ROWS * VECTORS)
         kinds = Counter(instruction.split()[0] for instruction in loop)
         figure = f"{kinds[product]} {product} of {len(loop)} instructions"
         report.sections["aarch64's largest tile, its inner loop"].append(

@@ -19,6 +19,7 @@
 #include "bound.h"
 #include "cpu/params.h"
 #include "operators.h"
+#include "pages.h"
 #include "program.h"
 #include "running.h"
 
@@ -338,6 +339,8 @@ TORCH_LIBRARY_IMPL(fused_densenet, AutogradCPU, m) {
   m.impl("check_unchanged", check_unchanged);
 }
 
+TORCH_LIBRARY_IMPL(fused_densenet, CompositeExplicitAutograd, m) { m.impl("empty_pages", empty_pages); }
+
 // Of gradients that are batched.
 TORCH_LIBRARY_IMPL(fused_densenet, FuncTorchBatched, m) { m.impl("bind", Bound::bind); }
 TORCH_LIBRARY_IMPL(fused_densenet, Batched, m) { m.impl("bind", Bound::bind); }
@@ -351,6 +354,8 @@ FD_EXPORTED const char* fused_densenet_cpu_instruction_set(bool narrow) {
 
 // Of the tensors that the data of a holder are.
 FD_EXPORTED bool fused_densenet_bound_holds(const void* bound) { return static_cast<const Bound*>(bound)->holds(); }
+
+FD_EXPORTED void fused_densenet_release_pages() { Pages::instance().release(); }
 
 FD_EXPORTED const char* fused_densenet_cpu_compiler() { return __VERSION__; }
 

@@ -8,6 +8,7 @@ from .adopt.explain import explain
 from .adopt.fuse import fuse, unfuse
 from .adopt.serving import optimize_for_inference
 from .backends import use_backend
+from .backends.cpu import empty_cache
 from .fallback.reasons import FallbackError, FallbackWarning, strict
 from .nn.block import FusedDenseBlock, FusedDenseLayer
 from .nn.csp import CSPDenseBlock, CSPDenseNet, csp_densenet121, csp_densenet169, csp_densenet201, csp_densenet264
@@ -51,6 +52,7 @@ __all__ = [
     "densenet264",
     "densenet_bc",
     "densenet_cifar",
+    "empty_cache",
     "explain",
     "fuse",
     "optimize_for_inference",

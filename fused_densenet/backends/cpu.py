@@ -35,6 +35,17 @@ def compiler(library: ctypes.CDLL) -> str:
     return library.fused_densenet_cpu_compiler().decode()
 
 
+def empty_cache() -> None:
+    """Gives the memory that is kept for the next images on the CPU back to the system, as ``torch.cuda.empty_cache`` does a GPU's.
+
+    Large images (8 MiB and more) that blocks, transitions, stems and networks allocate while they train, or run in
+    evaluation, come from pages that are kept when they are freed: never more, with those in use, than were in use at
+    once. They are given back when a fused module is collected, and by this.
+    """
+    if extension.cpu is not None:
+        extension.cpu.fused_densenet_release_pages()
+
+
 def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:
     torch.ops.fused_densenet.place(x, out, mean, var)
 

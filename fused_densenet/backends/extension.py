@@ -54,9 +54,10 @@ SCHEMAS = (
     "stand_ins(Tensor[] bound) -> Tensor[]",
     "check_unchanged(Tensor stand_in) -> ()",
     "empty_like(Tensor[] tensors) -> Tensor[]",
+    "empty_pages(int[] size, int[] stride, ScalarType dtype) -> Tensor",
 )
 """The operators of every compiled library, defined below, once, so that the libraries load alone or together in any order.
-What is bound, the CPU's library keeps from call to call; it alone has the last six, ``run_network``, ``norm_relu_mean`` and ``strided_conv``."""
+What is bound, the CPU's library keeps from call to call; it alone has the last seven, ``run_network``, ``norm_relu_mean`` and ``strided_conv``."""
 
 
 FUNCTIONS = tuple(schema.partition("(")[0] for schema in PRIMITIVES)

@@ -8,7 +8,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import nn
@@ -206,5 +206,6 @@ def known_of(module: nn.Module, work_out: Callable[[], tuple[Any, Iterable[nn.Mo
     if known is None or kind is not type(module) or not known.holds():
         plan, inside = work_out()
         known = Standing(plan, module, inside)
+        finalize(known, cpu.empty_cache).atexit = False  # what its steps kept goes with the module
         _standing[module] = type(module), known
     return Known(known.plan, known.tensors if known.one_device else None)

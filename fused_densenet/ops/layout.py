@@ -1,12 +1,17 @@
 """Channels-last memory: how images and weights are laid out, and seen by the backends."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends import extension
+from .operator import is_batched, is_plain
+
+_LARGE = 8 << 20
+"""Bytes: of what is smaller, malloc keeps most itself."""
 
 
 def pixels_last(x: Tensor) -> Tensor:
@@ -36,16 +41,24 @@ def channels_last(x: Tensor) -> Tensor:
     return empty_channels_last(x.shape, x.shape[1], x).copy_(x)
 
 
+def empty(size: Sequence[int], stride: Sequence[int], like: Tensor) -> Tensor:
+    """Uninitialised, of the dtype and device of ``like``: on the CPU, what is large in pages that others gave back (``csrc/pages.h``)."""
+    plain = like.device.type == "cpu" and extension.cpu is not None and is_plain(like) and not is_batched(like)
+    if plain and math.prod(size) * like.itemsize >= _LARGE:  # of symbolic sizes nothing is asked
+        return torch.ops.fused_densenet.empty_pages.default(size, stride, like.dtype)
+    return torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
+
+
 def empty_channels_last(shape: Sequence[int], pixel_stride: int, like: Tensor) -> Tensor:
     """Uninitialised, of the dtype and device of ``like``."""
-    return torch.empty_strided(tuple(shape), strides_of(shape, pixel_stride), dtype=like.dtype, device=like.device)
+    return empty(tuple(shape), strides_of(shape, pixel_stride), like)
 
 
 def empty_images(count: int, shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialised: so many images ``(N, C, *spatial)`` as one tensor ``(count, N, D, H, W, C)``, missing sizes equal to 1."""
     batch, channels, *spatial = shape
     sizes = count, batch, *[1] * (3 - len(spatial)), *spatial, channels
-    return torch.empty(sizes, dtype=like.dtype, device=like.device)
+    return empty(sizes, [math.prod(sizes[i + 1 :]) for i in range(len(sizes))], like)
 
 
 def empty_like(tensors: list[Tensor]) -> list[Tensor]:

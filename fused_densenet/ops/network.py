@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.contract import Norm
 from .block import Parameters
-from .layout import channels_last, empty_channels_last, strides_of
+from .layout import channels_last, empty, empty_channels_last, strides_of
 from .operator import is_plain, shown
 from .program import Bound, Context, Image, Program, Vector, Weight, execute, without_autocast
 from .schedule import PARAMETERS, Before, Names, Structure, fill
@@ -190,7 +190,7 @@ class Layout(NamedTuple):
         """Uninitialised: scratches, then owned images; where the input ``x`` is ``spent``, in its memory too."""
         first, second = self.entries
         fits = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset() >= first
-        memory = [x if spent and fits else x.new_empty(first), x.new_empty(second)]
+        memory = [x if spent and fits else empty((first,), (1,), x), empty((second,), (1,), x)]
         views = [memory[place].as_strided(shape, strides) for shape, strides, place in self.views]
         return [*views, empty_channels_last(*self.result, x)]
 

@@ -19,7 +19,7 @@ from ..backends.contract import Gradient, Norm, Owed, accumulate_dtype
 from . import schedule
 from .block import Arguments as BlockArguments
 from .block import backward_operands, block
-from .layout import channels_last, empty_channels_last, empty_images, pixels_last
+from .layout import channels_last, empty, empty_channels_last, empty_images, pixels_last
 from .network import (
     Convolution,
     NormReluPool,
@@ -363,4 +363,4 @@ def _backward_of(part: NormReluPool | Reduction, begin: int, end: int, total: in
 
 
 def _like(image: Tensor) -> Tensor:
-    return torch.empty_strided(image.shape, image.stride(), dtype=image.dtype, device=image.device)
+    return empty(image.shape, image.stride(), image)

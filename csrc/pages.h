@@ -38,9 +38,9 @@ class Pages final : public c10::Allocator {
     Region region = take(size);
     if (region.empty()) return c10::GetCPUAllocator()->allocate(bytes);  // which says that there is no memory
     void* const data = region.front().data;
-    lent_.emplace(data, Lent{std::move(region), size});
-    lent_bytes_ += size;
-    report(data, static_cast<int64_t>(size));
+    lent_.emplace(data, Lent{{std::move(region), size}, bytes});
+    lent_bytes_ += bytes;
+    report(data, static_cast<int64_t>(bytes));
     return {data, data, give_back, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -48,7 +48,7 @@ class Pages final : public c10::Allocator {
   // Gives what is kept back to the system.
   void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const Lent& kept : kept_) {
+    for (const Kept& kept : kept_) {
       for (const Piece& piece : kept.region) munmap(piece.data, piece.bytes);
     }
     kept_.clear();
@@ -64,14 +64,18 @@ class Pages final : public c10::Allocator {
     size_t bytes;
   };
   using Region = std::vector<Piece>;  // neighbours
-  struct Lent {
+  struct Kept {
     Region region;
     size_t bytes;
+  };
+  struct Lent {
+    Kept pages;
+    size_t bytes;  // that were asked for
   };
 
   // Nothing where there is no room for it.
   Region take(size_t bytes) {
-    const auto same = std::find_if(kept_.begin(), kept_.end(), [&](const Lent& kept) { return kept.bytes == bytes; });
+    const auto same = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& kept) { return kept.bytes == bytes; });
     if (same != kept_.end()) {
       Region region = std::move(same->region);
       kept_.erase(same);
@@ -83,7 +87,7 @@ class Pages final : public c10::Allocator {
     Region region;
     size_t filled = 0;
     while (filled < bytes && !kept_.empty()) {
-      Lent& from = kept_.front();
+      Kept& from = kept_.front();
       Piece& piece = from.region.back();
       const size_t moved = std::min(piece.bytes, bytes - filled);
       char* const source = piece.data + piece.bytes - moved;
@@ -102,8 +106,7 @@ class Pages final : public c10::Allocator {
 
   // New memory, whose pages are mapped when they are first touched.
   static char* map(size_t bytes) {
-    void* const found =
-        mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const found = mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (found == MAP_FAILED) return nullptr;
     char* const first = static_cast<char*>(found);
     const size_t before = (kUnit - reinterpret_cast<uintptr_t>(first) % kUnit) % kUnit;
@@ -115,11 +118,12 @@ class Pages final : public c10::Allocator {
   static void give_back(void* data) {
     Pages& pages = instance();
     const std::lock_guard<std::mutex> lock(pages.mutex_);
-    auto lent = pages.lent_.extract(data);
-    const size_t bytes = lent.mapped().bytes;
+    const auto found = pages.lent_.find(data);
+    const size_t bytes = found->second.bytes;
     pages.lent_bytes_ -= bytes;
-    pages.kept_bytes_ += bytes;
-    pages.kept_.push_back(std::move(lent.mapped()));
+    pages.kept_bytes_ += found->second.pages.bytes;
+    pages.kept_.push_back(std::move(found->second.pages));
+    pages.lent_.erase(found);
     pages.report(data, -static_cast<int64_t>(bytes));
   }
 
@@ -129,7 +133,7 @@ class Pages final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::list<Lent> kept_;  // the longest kept first
+  std::list<Kept> kept_;  // the longest kept first
   std::unordered_map<void*, Lent> lent_;
   size_t kept_bytes_ = 0, lent_bytes_ = 0;
 };

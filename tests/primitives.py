@@ -235,15 +235,16 @@ def operators(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Operator by operator in the dtype of ``x``: output, and derivatives by name.
 
-    Products of a volume of depth 2 are float32, rounded afterwards: torch's weight gradient of such a bfloat16
-    convolution reads unwritten memory.
+    Products of a volume of depth 2, and of a kernel that reaches beyond the whole image, are float32, rounded
+    afterwards: torch's weight gradient of such a bfloat16 convolution reads unwritten memory.
     """
     first = x.permute(0, 4, 1, 2, 3).contiguous().detach().requires_grad_()
     gamma, beta = norm.weight.float().requires_grad_(), norm.bias.float().requires_grad_()
     z = F.batch_norm(first, norm.mean, norm.var, gamma, beta, False, 0.0, norm.eps)
     w = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     a, narrow = F.relu(z), w.to(x.dtype)
-    if x.shape[1] == 2:
+    beyond = any(size // 2 > side for size, side in zip(weight.shape[2:], x.shape[1:4], strict=True))
+    if x.shape[1] == 2 or beyond:
         a, narrow = a.to(accumulate_dtype(x.dtype)), narrow.to(accumulate_dtype(x.dtype))
     out = _convolve(a, narrow).to(x.dtype)
     out = _pool(out) if pool else out

@@ -7,6 +7,7 @@
 #include <ATen/ops/fill.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -27,7 +28,12 @@ namespace fused_densenet {
 class Pages final : public c10::Allocator {
  public:
   static Pages& instance() {
-    static Pages* const pages = new Pages;  // tensors may outlive every static object
+    static Pages* const pages = [] {  // tensors may outlive every static object
+      // A child that another thread's allocation would leave locked.
+      pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                     [] { instance().mutex_.unlock(); });
+      return new Pages;
+    }();
     return *pages;
   }
 

@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import resource
+import signal
 import threading
 
 import pytest
@@ -117,6 +118,43 @@ def test_from_several_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_in_a_child_that_was_forked_while_another_thread_gave_pages_back() -> None:
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            image(8)
+            empty_cache()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    states: list[int] = []
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)  # ends it where it waits for ever
+            image(8)[0] = 1
+            os._exit(0)
+        states.append(os.waitpid(child, 0)[1])
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert states == [0] * 100
+
+
+def test_a_switch_to_evaluation_keeps_them() -> None:
+    torch.manual_seed(0)
+    block = FusedDenseBlock(2, 32, 2, 16)
+    block(torch.randn(4, 32, 96, 96)).sum().backward()
+    before = resident()
+    for training in (False, True):
+        block.train(training)
+        block(torch.randn(1, 32, 8, 8))
+    assert abs(resident() - before) < ELSEWHERE
 
 
 def test_is_a_tensor_like_every_other() -> None:

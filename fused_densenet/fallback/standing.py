@@ -8,7 +8,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch
 from torch import nn
@@ -170,6 +170,7 @@ class _Shapes:
 
 
 _standing: WeakKeyDictionary[nn.Module, tuple[type, Standing[Any]]] = WeakKeyDictionary()
+_keeping: WeakSet[nn.Module] = WeakSet()
 
 
 class Remembered(nn.Module):
@@ -206,6 +207,8 @@ def known_of(module: nn.Module, work_out: Callable[[], tuple[Any, Iterable[nn.Mo
     if known is None or kind is not type(module) or not known.holds():
         plan, inside = work_out()
         known = Standing(plan, module, inside)
-        finalize(known, cpu.empty_cache).atexit = False  # what its steps kept goes with the module
         _standing[module] = type(module), known
+        if module not in _keeping:
+            _keeping.add(module)
+            finalize(module, cpu.empty_cache).atexit = False  # what its steps kept goes with the module
     return Known(known.plan, known.tensors if known.one_device else None)

@@ -85,7 +85,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
           typename P::Acc* c, int64_t ld, bool accumulate, Prefetch& prefetch, [[maybe_unused]] const To& to) {
   using L = Layout<P, R>;
   using V = Vec<typename P::Acc>;
-  [[maybe_unused]] Lines lines = kFetches ? prefetch.lines(work) : Lines{};
+  [[maybe_unused]] Lines lines = kFetches ? prefetch.due(work) : Lines{};
   if (R == Reduce::pixels && accumulate) {  // c is a weight's gradient, in the second-level cache
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
@@ -106,10 +106,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
       const typename P::Element* b = b0 + step->b;
       left -= step->k;
       for (int64_t k = step->k; k > 0; --k, a += L::a_k, b += L::b_k) {
-        if constexpr (kFetches) {
-          __builtin_prefetch(*lines.next, 0, 2);
-          lines.next += lines.next != lines.last;
-        }
+        if constexpr (kFetches) lines.fetch();
         if constexpr (kFetches && R == Reduce::channels) {
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) __builtin_prefetch(b + kAhead * L::b_k + v * V::size);
@@ -125,7 +122,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
         }
       }
     } while (++step != end && step->k <= left);
-    if constexpr (!kFetches) prefetch.some(kChain * P::pair - left);
+    kFetches ? prefetch.fetched(lines) : prefetch.some(kChain * P::pair - left);
     asm volatile("" : "+r"(ld));  // or a tile of one chain would wait for the addresses of all its rows
     if (accumulate) {
 #pragma GCC unroll 16

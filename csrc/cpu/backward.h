@@ -392,18 +392,26 @@ class BackwardKernel {
     return (grid_.margin[0] * height + grid_.margin[1]) * width + grid_.margin[2];
   }
 
-  // Calls f(pixel, row) for every pixel of x that a row of a box's data gradients goes back to.
+  // Calls f(pixels), which calls its own function with pixel and row, for every pixel of x that a row of a box's data
+  // gradients goes back to: once for all neighbours, so that what f keeps meanwhile stays in registers.
   template <class F>
   void for_each_pixel(const Box& b, int64_t part, F f) const {
-    if (!pools()) {
-      for_each_row(grid_, b, false, [&](int64_t row, int64_t first, int64_t, int64_t) {
-        for (int64_t w = 0; w < b.size[2]; ++w) f(first + w, row * result_width(grid_, b) + w);
+    if (pools()) {
+      const int64_t* first_pixels = of_part(first_pixels_, part);
+      return f([&, rows = b.size[2]](auto one) {
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t i = 0; i < windows_.count; ++i) one(first_pixels[row] + windows_.offset[i], row);
+        }
       });
-      return;
     }
-    const int64_t* first_pixels = of_part(first_pixels_, part);
-    for (int64_t row = 0; row < b.size[2]; ++row) {
-      for (int64_t i = 0; i < windows_.count; ++i) f(first_pixels[row] + windows_.offset[i], row);
+    const int64_t width = b.size[2], ld = result_width(grid_, b);
+    const bool whole_rows = width == grid_.image[2] && width == ld;
+    const int64_t together = !whole_rows ? 1 : b.size[1] == grid_.image[1] ? b.size[0] * b.size[1] : b.size[1];
+    for (int64_t row = 0; row < b.size[0] * b.size[1]; row += together) {
+      const int64_t first = grid_.pixel(b, row / b.size[1], row % b.size[1], 0);
+      f([=](auto one) {
+        for (int64_t i = 0; i < together * width; ++i) one(first + i, row * ld + i);
+      });
     }
   }
 
@@ -411,21 +419,46 @@ class BackwardKernel {
   template <Form form>
   void store_data_gradient(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c, int64_t begin,
                            int64_t channels, A* sums) const {
-    const V share = V::all(A(1) / static_cast<A>(windows_.count));
-    T* dx = static_cast<T*>(f_.dx.data);
-    for (int64_t j = begin; j < channels; j += V::size) {
-      const int n = static_cast<int>(least(V::size, channels - j));
-      Masked<form> masked{activation.column(c + j, n), f_.accumulate};
-      const A* from = of_part(result_, part) + j;
-      const auto column = [&](int lanes) {  // a constant for whole vectors
-        for_each_pixel(b, part, [&](int64_t pixel, int64_t row) {
-          masked.store_pixel(load(from + row * kBlock) * share, pixel, dx + pixel * f_.dx.ld + c + j, lanes);
-        });
-      };
-      n == V::size ? column(V::size) : column(n);
-      if constexpr (form == Form::no_norm) continue;
-      store(sums + j, masked.sum, n);
-      store(sums + f_.shape.in + j, masked.sum_centered, n);
+    constexpr int together = kFetches ? 4 : 2;  // vectors of a pixel, whose lines are neighbours
+    int64_t j = begin;
+    for (; j + together * V::size <= channels; j += together * V::size) {
+      store_vectors<together, true>(activation, b, part, c, j, V::size, sums);
+    }
+    for (; j + V::size <= channels; j += V::size) store_vectors<1, true>(activation, b, part, c, j, V::size, sums);
+    if (j < channels) store_vectors<1, false>(activation, b, part, c, j, static_cast<int>(channels - j), sums);
+  }
+
+  // `lanes` of a vector that is not `whole`.
+  template <int vectors, bool whole, Form form>
+  void store_vectors(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c, int64_t j, int lanes,
+                     A* sums) const {
+    const int n = whole ? V::size : lanes;
+    Masked<form> masked[vectors];
+    for (int v = 0; v < vectors; ++v) masked[v] = {activation.column(c + j + v * V::size, n), f_.accumulate};
+    for_each_pixel(b, part, [&](auto pixels) {
+      Masked<form> here[vectors];
+      for (int v = 0; v < vectors; ++v) here[v] = masked[v];
+      const A* const from = of_part(result_, part) + j;
+      T* const dx = static_cast<T*>(f_.dx.data) + c + j;
+      const int64_t ld = f_.dx.ld;
+      const V share = V::all(A(1) / static_cast<A>(windows_.count));
+      pixels([=, &here](int64_t pixel, int64_t row) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          here[v].store_pixel(load(from + row * kBlock + v * V::size) * share, pixel, dx + pixel * ld + v * V::size,
+                              whole ? V::size : n);
+        }
+      });
+      for (int v = 0; v < vectors; ++v) {
+        masked[v].sum = here[v].sum;
+        masked[v].sum_centered = here[v].sum_centered;
+      }
+    });
+    if constexpr (form == Form::no_norm) return;
+    for (int v = 0; v < vectors; ++v) {
+      A* to = sums + j + v * V::size;
+      store(to, masked[v].sum, n);
+      store(to + f_.shape.in, masked[v].sum_centered, n);
     }
   }
 

@@ -44,7 +44,7 @@ void multiply_tile(const typename P::Element* a, const typename P::Element* b, t
 // while it is in the first-level cache.
 template <class P, Reduce R, class Finish>
 void multiply(const typename P::Element* a, int64_t a_stride, const typename P::Element* b, int64_t b_panel,
-              Result<typename P::Acc> c, int64_t rows, int64_t columns, const Step* steps, int64_t count,
+              const Result<typename P::Acc>& c, int64_t rows, int64_t columns, const Step* steps, int64_t count,
               bool accumulate, Prefetch& prefetch, const Finish& finish) {
   constexpr int64_t panel = Layout<P, R>::panel;
   const int64_t row_tiles = ceil_div(rows, kTileRows);

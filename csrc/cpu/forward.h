@@ -113,10 +113,16 @@ class ForwardKernel {
   void box(int64_t i, int64_t end, int64_t part) const {
     const Box b = grid_.at(i);
     Prefetch prefetch;
+    const auto fetch = [&](int64_t pixel, int64_t count) {
+      prefetch.add(static_cast<const T*>(f_.x.data) + (pools() ? windows_.first_pixel(pixel) : pixel) * f_.x.ld,
+                   count * windows_.count, f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
+    };
+    const bool first = i == split(grid_.count(), parts_, part).begin;
+    if (first && strided_ == nullptr && strip_ < b.size[2]) {  // what no box before it fetched
+      fetch(grid_.pixel(b, 0, 0, strip_), b.size[2] - strip_);
+    }
     if (i + 1 < end && strided_ == nullptr) {
-      const int64_t next = grid_.pixel(grid_.at(i + 1), 0, 0, 0);
-      prefetch.add(static_cast<const T*>(f_.x.data) + (pools() ? windows_.first_pixel(next) : next) * f_.x.ld,
-                   b.size[0] * b.size[1] * b.size[2] * windows_.count, f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
+      fetch(grid_.pixel(grid_.at(i + 1), 0, 0, 0), b.size[0] * b.size[1] * b.size[2]);
     }
     const bool wanted = f_.moments.mean != nullptr;
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;

@@ -44,7 +44,7 @@ rule nvcc
 rule nvcc_link
   command = $nvcc -shared $in -o $out $flags
 """
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g"]
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g1"]
 
 
 def main() -> None:

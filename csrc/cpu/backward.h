@@ -419,7 +419,7 @@ class BackwardKernel {
   template <Form form>
   void store_data_gradient(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c, int64_t begin,
                            int64_t channels, A* sums) const {
-    constexpr int together = kFetches ? 4 : 2;  // vectors of a pixel, whose lines are neighbours
+    constexpr int together = kTileRows > 6 ? kTogether : 2;  // fewer where there are half as many registers
     int64_t j = begin;
     for (; j + together * V::size <= channels; j += together * V::size) {
       store_vectors<together, true>(activation, b, part, c, j, V::size, sums);
@@ -445,8 +445,7 @@ class BackwardKernel {
       pixels([=, &here](int64_t pixel, int64_t row) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          here[v].store_pixel(load(from + row * kBlock + v * V::size) * share, pixel, dx + pixel * ld + v * V::size,
-                              whole ? V::size : n);
+          here[v].store_pixel(load(from + row * kBlock + v * V::size) * share, pixel, dx + pixel * ld + v * V::size, n);
         }
       });
       for (int v = 0; v < vectors; ++v) {

@@ -117,12 +117,10 @@ class ForwardKernel {
       prefetch.add(static_cast<const T*>(f_.x.data) + (pools() ? windows_.first_pixel(pixel) : pixel) * f_.x.ld,
                    count * windows_.count, f_.shape.in * sizeof(T), f_.x.ld * sizeof(T));
     };
-    const bool first = i == split(grid_.count(), parts_, part).begin;
-    if (first && strided_ == nullptr && strip_ < b.size[2]) {  // what no box before it fetched
-      fetch(grid_.pixel(b, 0, 0, strip_), b.size[2] - strip_);
-    }
-    if (i + 1 < end && strided_ == nullptr) {
-      fetch(grid_.pixel(grid_.at(i + 1), 0, 0, 0), b.size[0] * b.size[1] * b.size[2]);
+    if (strided_ == nullptr) {
+      const bool first = i == split(grid_.count(), parts_, part).begin;
+      if (first && strip_ < b.size[2]) fetch(grid_.pixel(b, 0, 0, strip_), b.size[2] - strip_);  // no box before it did
+      if (i + 1 < end) fetch(grid_.pixel(grid_.at(i + 1), 0, 0, 0), b.size[0] * b.size[1] * b.size[2]);
     }
     const bool wanted = f_.moments.mean != nullptr;
     A* mean = wanted ? partial_ + 2 * i * f_.shape.out : nullptr;

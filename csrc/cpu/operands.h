@@ -2,6 +2,8 @@
 
 namespace fused_densenet::FD_ISA {
 
+constexpr int kTogether = 4;  // vectors of a pixel, whose lines are neighbours
+
 enum class Form { relu, leaky, no_norm };
 
 template <class T, Form F = Form::relu>
@@ -230,7 +232,6 @@ struct Fill;
 template <class A, class S>
 struct Fill<Plain<A>, S> {
   using V = Vec<A>;
-  static constexpr int kTogether = 4;  // vectors of a pixel, whose lines are neighbours
   // `count` channels from `c` of `width` pixels; out[pixel][kBlock].
   static void by_channel(const S& s, int64_t first, int64_t low, int64_t high, int64_t width, int64_t c, int64_t count,
                          A* out) {

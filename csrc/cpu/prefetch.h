@@ -41,18 +41,11 @@ class Prefetch {
   // Over so much work, in elements of the reduction summed over all tiles.
   void spread(int64_t work) { rate_ = all_ * kUnit / most(work, 1) + 1; }
   // Those that are due when so much of it was done, at most one for each element; the caller says when they are.
-  Lines due(int64_t work) {
-    due_ += work * rate_;
-    if (current_.left == 0) next_stream();
-    current_.lines.due = least(least(due_ / kUnit, work), current_.left);
-    due_ -= current_.lines.due * kUnit;
-    current_.left -= current_.lines.due;
-    return current_.lines;
-  }
+  Lines due(int64_t work) { return due(work, work); }
   void fetched(const Lines& lines) { current_.lines = lines; }
-  // Or fetched here.
+  // Or fetched here, all that are due.
   void some(int64_t work) {
-    Lines lines = due(work);
+    Lines lines = due(work, all_);
     while (lines.due > 0) lines.fetch();
     fetched(lines);
   }
@@ -63,6 +56,15 @@ class Prefetch {
     Lines lines;
     int64_t left;
   };
+
+  Lines due(int64_t work, int64_t at_once) {
+    due_ += work * rate_;
+    if (current_.left == 0) next_stream();
+    current_.lines.due = least(least(due_ / kUnit, at_once), current_.left);
+    due_ -= current_.lines.due * kUnit;
+    current_.left -= current_.lines.due;
+    return current_.lines;
+  }
 
   void next_stream() {
     if (stream_ < streams_)

@@ -52,8 +52,8 @@ class Output {
   // Whether a part's numbers go past the caches: more of them, beside so many that are `read` meanwhile, than those
   // keep until they are read themselves, so that each line would be fetched and written out for nothing.
   static bool streams(const Pixels& out, int64_t numbers, int64_t read) {
-    constexpr size_t line = 64, size = sizeof(T);
-    return reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.ld * size % line == 0 &&
+    constexpr int64_t size = sizeof(T);
+    return reinterpret_cast<uintptr_t>(out.data) % kLine == 0 && out.ld * size % kLine == 0 &&
            numbers * size >= kStreamBytes && (numbers + read) * size >= kKeptBytes;
   }
 
@@ -89,7 +89,7 @@ class Output {
 
  private:
   static constexpr int64_t kRows = 32, kFirstRows = 16;
-  static constexpr size_t kKeptBytes = 2 << 20, kStreamBytes = kKeptBytes / 4 * 3;  // of a second-level cache
+  static constexpr int64_t kKeptBytes = 2 << 20, kStreamBytes = kKeptBytes / 4 * 3;  // of a second-level cache
 
   struct Rows {
     const A* c;

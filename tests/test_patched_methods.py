@@ -6,6 +6,7 @@ from typing import Any
 
 import peers
 import pytest
+import rebuilt_networks
 import torch
 from small_networks import network
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ def _dimensions_of_a_transitions_norm(model: Any, _: pytest.MonkeyPatch) -> None
     model.features.transition1.norm._check_input_dim = lambda x: x.mul_(0.5)
 
 
+def _helper_of_an_instance(model: Any, _: pytest.MonkeyPatch) -> None:
+    layer = model.features.denseblock1.denselayer2
+    layer.bn_function = _halved(layer.bn_function)
+
+
 def _class(owner: Any, name: str = "forward") -> Callable[[Any, pytest.MonkeyPatch], None]:
     def patch(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, _halved(getattr(owner, name)))
@@ -36,6 +42,8 @@ def _class(owner: Any, name: str = "forward") -> Callable[[Any, pytest.MonkeyPat
 PATCHES: dict[str, tuple[Callable[[Any, pytest.MonkeyPatch], None], str]] = {
     "_conv_forward of an instance": (_conv_of_an_instance, "denselayer2.conv1 has a forward of its own"),
     "_check_input_dim of an instance": (_dimensions_of_a_transitions_norm, "norm has a forward of its own"),
+    "bn_function of an instance": (_helper_of_an_instance, "denselayer2 has a forward of its own"),
+    "bn_function": (_class(peers.DenseLayer, "bn_function"), "the forward of _DenseLayer was replaced"),
     "ReLU": (_class(nn.ReLU), "the forward of ReLU was replaced"),
     "BatchNorm2d": (_class(nn.BatchNorm2d), "the forward of BatchNorm2d was replaced"),
     "Conv2d._conv_forward": (_class(nn.Conv2d, "_conv_forward"), "the forward of Conv2d was replaced"),
@@ -61,8 +69,8 @@ def test_patched_after_fuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.allclose(actual, before)
     monkeypatch.undo()
     for module in ours.modules():
-        module.__dict__.pop("_conv_forward", None)
-        module.__dict__.pop("_check_input_dim", None)
+        for method in ("_conv_forward", "_check_input_dim", "bn_function"):
+            module.__dict__.pop(method, None)
     with strict():
         torch.testing.assert_close(ours(x), before)
 
@@ -81,3 +89,22 @@ def test_patched_before_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with pytest.warns(FallbackWarning, match="the forward of ReLU was replaced"):
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("of_class", [True, False])
+def test_a_helper_of_an_unknown_class(of_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``bottleneck`` is what the ``forward`` of mmpretrain's layers calls."""
+    theirs = rebuilt_networks.built("mmpretrain").eval()
+    ours, x = fuse(copy.deepcopy(theirs)), torch.randn(2, 3, 20, 20, dtype=torch.float64)
+    with strict():
+        before = ours(x)
+    for model in (theirs, ours):
+        layer: Any = next(part for part in model.modules() if isinstance(part, rebuilt_networks.ListTaking))
+        if not of_class:
+            layer.bottleneck = _halved(layer.bottleneck)
+    if of_class:
+        monkeypatch.setattr(rebuilt_networks.ListTaking, "bottleneck", _halved(rebuilt_networks.ListTaking.bottleneck))
+    with pytest.warns(FallbackWarning):
+        actual = ours(x)
+    torch.testing.assert_close(actual, theirs(x))
+    assert not torch.allclose(actual, before)

@@ -376,3 +376,17 @@ def test_modules_that_share_a_norm_count_every_batch() -> None:
     torch.testing.assert_close(ours(x), theirs(x))
     assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")
     assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int32], ids=str)
+def test_counts_of_another_dtype(dtype: torch.dtype) -> None:
+    """As the average of several checkpoints has them."""
+    theirs = torchvisions()
+    ours = fuse(copy.deepcopy(theirs))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for model in (theirs, ours):
+        counts = {name: t.to(dtype) for name, t in model.state_dict().items() if name.endswith("num_batches_tracked")}
+        model.load_state_dict(counts, strict=False, assign=True)
+        for _ in range(2):
+            model(x)
+    assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")

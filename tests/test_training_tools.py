@@ -137,6 +137,19 @@ def test_inference_mode() -> None:
     assert_largest(out, theirs.eval()(x), "float64 whole block", "output")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_enabled_in_inference_mode(training: bool) -> None:
+    """There autograd records nothing; what was kept of it must serve a training step."""
+    ours, theirs = (network.train(training) for network in pair())
+    x = images(3)
+    with torch.inference_mode(), torch.enable_grad(), strict():
+        out, expected = ours(x), theirs(x)
+    assert out.is_inference() and not out.requires_grad
+    assert_largest(out, expected, "float64 whole block", "output")
+    ours.train(), theirs.train()
+    assert_same_step(step(ours, x), step(theirs, x))
+
+
 def test_deterministic_algorithms() -> None:
     """Nothing in a step has to be replaced or refused, and it gives the same bits again."""
     assert torch.are_deterministic_algorithms_enabled()

@@ -23,7 +23,7 @@ from ..fallback.anatomy import (
 from ..nn.block import FusedDenseBlock
 from ..nn.chain import Link
 from ..nn.gate import Gate
-from ..nn.passage import kind_of
+from ..nn.passage import kind_of, layout_of
 from ..nn.serving import Segment, Stem
 from ..nn.stem import MAX_POOLS, Step, is_stems_pooling, run_at
 from ..nn.transition import AVG_POOL, halves
@@ -87,11 +87,28 @@ class Draft:
         self.parts: list[Part] = []
         self.stem: tuple[Stem, Tensor] | None = None
         self.has_gates = self.flat = False
+        self.layout: torch.memory_format | None = None
         self._dims: int | None = None
         self._parameters = Parameters([], [], [], [], [])
 
     def take(self, modules: Sequence[tuple[str, nn.Module]], steps: Sequence[Step], i: int) -> int:
         """How many modules from place ``i`` on it takes as what follows; 0 where it cannot."""
+        count = self._take(modules, steps, i)
+        for _, module in modules[i : i + count]:
+            self._look_at_layout(module)
+        return count
+
+    def _look_at_layout(self, module: nn.Module) -> None:
+        """A dense block keeps that of its input, from which it copies."""
+        if isinstance(module, CONVS) and layout_of(module.weight) is not torch.contiguous_format:
+            self.layout = layout_of(module.weight)
+        elif isinstance(module, nn.AvgPool3d):
+            self.layout = torch.contiguous_format
+        elif not isinstance(module, FusedDenseBlock):
+            for child in module.children():
+                self._look_at_layout(child)
+
+    def _take(self, modules: Sequence[tuple[str, nn.Module]], steps: Sequence[Step], i: int) -> int:
         module = modules[i][1]
         if not isinstance(module, Gate) and _at(modules, i) is None:
             return 0
@@ -225,7 +242,7 @@ class Draft:
         if stem is not None:
             layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(stem[1].dim(), torch.contiguous_format)
             stem = stem[0], _own(stem[1], dtype).contiguous(memory_format=layout)
-        return Segment(Parts(self.parts), constants, stem, self.flat)
+        return Segment(Parts(self.parts), constants, stem, self.flat, self.layout)
 
 
 def _is_plain_norm(part: Part | None) -> bool:

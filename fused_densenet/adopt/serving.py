@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from ..fallback.anatomy import interceptions
 from ..fallback.reasons import FallbackError
@@ -33,8 +34,9 @@ def optimize_for_inference(
     and runs as torch's own before it elsewhere. What no program has is left to the model's own modules and functions, which :func:`fused_densenet.explain`
     of the snapshot lists with the reasons: whatever has hooks, other heads, a ``forward`` that is no sequence of calls.
 
-    ``model`` is not changed, nor is the snapshot by what happens to it. Images of any batch and size may come, in the
-    snapshot's dtype; several threads may call at once, and get the bits that one would get. A snapshot can be copied,
+    ``model`` is not changed, nor is the snapshot by what happens to it; other threads may call theirs while it is made.
+    Images of any batch and size may come, in the snapshot's dtype; several threads may call at once, and get the bits that
+    one would get. Feature maps that it returns have the layout that those of ``model`` have. A snapshot can be copied,
     pickled and moved to another device. It has no gradients, no training mode, takes no other weights and no other
     dtype: each is a RuntimeError.
 
@@ -49,7 +51,7 @@ def optimize_for_inference(
         What is called as ``model`` is.
 
     Raises:
-        TypeError: a bad argument.
+        TypeError: a bad argument, or a model that Python cannot copy.
         FallbackError: with ``strict``, as :func:`fused_densenet.fuse` does.
 
     Warns:
@@ -65,7 +67,7 @@ def optimize_for_inference(
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
     converts = dtype is not None
-    own = copy.deepcopy(model).eval().requires_grad_(False)
+    own = _copied(model).eval().requires_grad_(False)
     findings = adopted(own, strict=strict)
     order = {name: i for i, (name, _) in enumerate(own.named_modules())}
     if dtype is None:
@@ -81,6 +83,22 @@ def optimize_for_inference(
         _convert(part, dtype)
     reports = sorted(freezing.reports, key=lambda report: order.get(report.name, len(order)))
     return Snapshot(inside, dtype, reports, cuda_graphs, freezing.programs)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy, of tensors that were computed by their values alone: what is behind them torch does not copy.
+
+    Raises:
+        TypeError: there is something in it that Python does not copy.
+    """
+    held = pytree.tree_leaves([[*part.__dict__.values()] for part in model.modules()])
+    computed = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
+    try:
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"model: expected a module that can be copied, as a snapshot must be; copy.deepcopy says: {error}"
+        ) from error
 
 
 class _Freezing:
@@ -198,6 +216,7 @@ class _Freezing:
                 for whole in (own, other):
                     without_hooks(whole)
                     _convert(whole, dtype)
+                    _convert_attributes(whole, dtype)
                 same, _ = tried(own, other, [x.to(dtype)])
                 if same is False:
                     self.differing.append(Report(name, "other", False, reasons=[_DIFFERS]))
@@ -231,6 +250,14 @@ def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     for part in module.modules():
         if not isinstance(part, Segment):
             part._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+
+
+def _convert_attributes(module: nn.Module, dtype: torch.dtype) -> None:
+    """Tensors that are no buffers, as a hook keeps the weights that it computes: the hooks are gone."""
+    for part in module.modules():
+        for name, value in part.__dict__.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not isinstance(part, Segment):
+                part.__dict__[name] = value.to(dtype)
 
 
 def _has_gates(module: nn.Module) -> bool:

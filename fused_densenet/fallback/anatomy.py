@@ -4,9 +4,11 @@ torchvision, timm and TorchXRayVision keep a layer's modules in the layer, MONAI
 norms carry the activation; MONAI's dropout is a module, the others' a rate.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -73,7 +75,8 @@ def take_apart(layer: nn.Module, name: str) -> LayerParts:
     """The parts of ``layer``, which messages call ``name``, as far as they are there."""
     modules: Any = layer._modules
     nested = modules.get("layers")
-    if isinstance(nested, nn.Sequential):
+    in_turn = isinstance(nested, nn.Sequential)
+    if in_turn:
         modules = nested._modules
     stages = [take_stage(modules, f"{name}.", number) for number in "12" if number == "1" or "conv2" in modules]
     dropout = modules.get("dropout")
@@ -88,9 +91,19 @@ def take_apart(layer: nn.Module, name: str) -> LayerParts:
         stages,
         drop_rate if training else 0.0,
         isinstance(dropout, CHANNEL_DROPOUTS),
-        [f"{name}.{key} is no part of a dense layer" for key in modules if key not in _NAMES],
+        unfit_keys(modules, _NAMES, name, "a dense layer", in_turn),
         getattr(layer, "bottleneck_drop_rate", 0.0) if layer.training and "conv2" in modules else 0.0,
     )
+
+
+def unfit_keys(keys: Iterable[str], expected: Sequence[str], name: str, of: str, in_turn: bool) -> list[str]:
+    """Why ``keys`` are not the ``expected`` ones, some of which may be missing; in that order where they are called ``in_turn``."""
+    found = [key for key in keys if key in expected]
+    unknown = [f"{name}.{key}".strip(".") for key in keys if key not in expected]
+    reasons = [f"{key} is no part of {of}" for key in unknown]
+    if in_turn and found != [key for key in expected if key in found]:
+        reasons.append(f"{name or 'it'} calls {', '.join(found)} in this order")
+    return reasons
 
 
 def is_memory_efficient(layer: nn.Module) -> bool:
@@ -234,7 +247,7 @@ def interceptions(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
             continue
         if has_hooks(module):
             reasons.append(f"{name} has hooks")
-        if any(name in module.__dict__ for name in METHODS):
+        if any(method in module.__dict__ for method in method_names(own_class(module))):
             reasons.append(f"{name} has a forward of its own")
         if module._modules and is_batch_norm(module):
             reasons += interceptions((f"{name}.{key}", inner) for key, inner in module._modules.items())
@@ -253,8 +266,24 @@ def replacements(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
     return interceptions(listed) + patches(kinds_of(module for _, module in listed))
 
 
-METHODS = ("forward", "_conv_forward", "_check_input_dim")
+_METHODS = ("forward", "_conv_forward", "_check_input_dim")
 """What a ``forward`` is made of, in torch's modules; any of them can be assigned to a module or to its class."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def method_names(kind: type) -> tuple[str, ...]:
+    """What a class's ``forward`` is made of, or may be: the methods of somebody else's class are not known."""
+    return _method_names(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _method_names(kind: type) -> tuple[str, ...]:
+    theirs = [
+        base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "fused_densenet.", "builtins"))
+    ]
+    own = [name for base in theirs for name, value in vars(base).items() if callable(value)]
+    return tuple(dict.fromkeys([*_METHODS, *(name for name in own if not name.startswith("__"))]))
+
 
 _seen: dict[type, list[Any]] = {}
 
@@ -290,7 +319,7 @@ def is_everywhere(size: Any, number: int) -> bool:
 
 def methods_of(kind: Any) -> list[Any]:
     """What a class's ``forward`` is made of."""
-    return [getattr(kind, name, None) for name in METHODS]
+    return [getattr(kind, name, None) for name in method_names(kind)]
 
 
 for _kind in (

@@ -73,6 +73,13 @@ class Description:
             if (place.kinds or not found) and len(module._modules) != place.children:
                 return found, [f"{place.path or 'it'} has other modules inside than when fuse was called"]
             found.append(module)
+        for number, module in enumerate(found):
+            if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+                names = [place.name for place in self.places[1:] if place.parent == number]
+                if names != [name for name in module._modules if name in names]:
+                    return found, [
+                        f"{self.places[number].path or 'it'} has its modules in another order than when fuse was called"
+                    ]
         return found, [
             f"{self.places[number].path or 'it'} has another {name} than when fuse was called"
             for number, before in self.settings

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 from ..backends import cpu, extension
-from .anatomy import CONVS, HOOKS, METHODS, SWITCHES, own_class
+from .anatomy import CONVS, HOOKS, SWITCHES, method_names, own_class
 
 Plan = TypeVar("Plan")
-
-_NAMES = (*METHODS, *SWITCHES, "__call__")
 
 
 class Standing(Generic[Plan]):
@@ -40,7 +38,8 @@ class Standing(Generic[Plan]):
         held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
         tensors = [of_one[name] for of_one in attributes for name in ("_parameters", "_buffers") if of_one[name]]
         kinds = dict.fromkeys(map(own_class, (module, *modules)))
-        methods = [(kind, name) for kind in kinds for name in _NAMES if hasattr(kind, name)]
+        names = {kind: (*method_names(kind), *SWITCHES, "__call__") for kind in kinds}
+        methods = [(kind, name) for kind in kinds for name in names[kind] if hasattr(kind, name)]
         self._is_as_it_was = _watch(held, tensors, modules, methods)
         self._tensors = tensors
         kernels = [

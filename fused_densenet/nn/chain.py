@@ -16,7 +16,7 @@ from ..ops.block import Parameters
 from ..ops.network import Network, Part, Parts, channels, sizes
 from ..ops.network_parameters import Held
 from ..ops.network_step import Arguments, network_step
-from ..ops.operator import is_plain
+from ..ops.operator import is_plain, records
 from ..ops.program import Bound
 from .passage import Passage
 from .running import RunningStatistics
@@ -60,7 +60,7 @@ class Chain:
 
     def run(self, x: Tensor, tensors: object | None, passage: Passage) -> Tensor | None:
         """The result of all, of parameters that are others only where ``tensors`` is; None where they cannot run at once."""
-        if torch.is_grad_enabled() != self._in_training or tensors is None or not is_plain(x) or not x.numel():
+        if records() != self._in_training or tensors is None or not is_plain(x) or not x.numel():
             return None
         looked = self._looked
         if looked is None or looked.tensors is not tensors or looked.dtype is not x.dtype:

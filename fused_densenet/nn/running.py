@@ -59,7 +59,7 @@ class RunningStatistics:
             raise ValueError(
                 f"running statistics: expected them on {x.device}, where the input is, got {looked.devices}"
             )
-        if not hasattr(kernels, "update_running") or looked.dtypes != {moments.stats.dtype}:
+        if not hasattr(kernels, "update_running") or looked.dtypes != {moments.stats.dtype, torch.int64}:
             return False
         inside: list[Tensor] = []
         groups: list[int] = []
@@ -99,7 +99,7 @@ def _update_one_by_one(norms: Sequence[Any], moments: BatchMoments, x: Tensor) -
 
 
 class _Looked(NamedTuple):
-    """Means, variances and counts, when their tensors were these; devices and dtypes of the first two.
+    """Means, variances and counts, when their tensors were these; devices of the first two.
 
     ``bound`` has the buffers as a backend keeps them from call to call, where it does.
     """
@@ -116,9 +116,7 @@ class _Looked(NamedTuple):
         statistics = means + variances
         found = statistics + counts
         bound = kernels.bind(found) if tensors is not None and hasattr(kernels, "bind") else None
-        return cls(
-            tensors, found, [] if bound is None else [bound], {*map(_DEVICE, statistics)}, {*map(_DTYPE, statistics)}
-        )
+        return cls(tensors, found, [] if bound is None else [bound], {*map(_DEVICE, statistics)}, {*map(_DTYPE, found)})
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import BACKENDS, choose
 from ..fallback.checks import check_image
@@ -21,6 +22,7 @@ from ..ops.network import Network, NormReluPool, Parts, StridedConvolution, plac
 from ..ops.program import Bound
 from ..ops.subclasses import on_plain
 from .graphs import Graphs
+from .passage import layout_of
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _KINDS = Parameters._fields
@@ -50,7 +52,7 @@ class Frozen(nn.Module):
     dtype: torch.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        converted = fn(torch.empty(0, dtype=self.dtype)).dtype
+        converted = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if converted != self.dtype:
             raise RuntimeError(
                 f"a snapshot's weights were rounded to {self.dtype} when it was made: for {converted}, "
@@ -82,16 +84,22 @@ class Segment(Frozen):
         parameters: its constants: weights in the dtype of the data, vectors in that of its sums.
         stem: the convolution that reads the input, if there is one, and its weight, which has no bias.
         flat: a result of one pixel is ``(N, C)``.
+        layout: that the modules whose place it takes give to feature maps; None for that of what they read.
     """
 
     stem_weight: Tensor
     weights0: Tensor
 
     def __init__(
-        self, parts: Parts, parameters: Parameters, stem: tuple[Stem, Tensor] | None = None, flat: bool = False
+        self,
+        parts: Parts,
+        parameters: Parameters,
+        stem: tuple[Stem, Tensor] | None = None,
+        flat: bool = False,
+        layout: torch.memory_format | None = None,
     ) -> None:
         super().__init__()
-        self.parts, self.flat = tuple(parts), flat
+        self.parts, self.flat, self.layout = tuple(parts), flat, layout
         self.stem = None if stem is None else stem[0]
         self.register_buffer("stem_weight", None if stem is None else stem[1])
         for kind, tensors in zip(_KINDS, parameters, strict=True):
@@ -100,6 +108,7 @@ class Segment(Frozen):
         self._counts = [len(tensors) for tensors in parameters]
         self.dtype = parameters.weights[0].dtype
         self._plans: dict[str, _Plan] = {}
+        self._first = self._first_weight()  # tracers and torch.func put others in its place
         super().train(False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -113,23 +122,35 @@ class Segment(Frozen):
             return result
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot record a snapshot: trace the model that it was made from")
+        if not isinstance(input, Tensor):
+            return self._run(input)  # which says so
         return _outside_of_graphs(self, input) if torch.compiler.is_compiling() else on_plain(input, self._run)
 
     def _run(self, x: Tensor) -> Tensor:
-        first = self._buffers["weights0" if self.stem is None else "stem_weight"]
-        assert first is not None
+        first = self._first_weight()
+        if first is not self._first and not torch.compiler.is_compiling():
+            raise RuntimeError(_KEEPS)
         self._check(x, first)
         backend = choose(x.device, x.dtype)
         plan = self._plans.get(backend)
         if plan is None:
-            plan = self._plans[backend] = _Plan.of(self, backend)
+            with _disable_current_modes():  # of one that fakes tensors, the plan would keep those
+                plan = _Plan.of(self, backend)
+            if first is self._first:
+                self._plans[backend] = plan
         image = plan.convolve(x)
         flat = self.flat and plan.head is _nothing
         out = plan.network(image, plan.parameters, backend, plan.bound, image is not x, flat)
         if out is None:
             raise ValueError(f"input: expected larger images, got shape {tuple(x.shape)}")
         out = plan.head(out)
-        return out.flatten(1) if self.flat and out.dim() > 2 else out
+        return out.flatten(1) if self.flat and out.dim() > 2 else self._arranged(out, x)
+
+    def _arranged(self, out: Tensor, x: Tensor) -> Tensor:
+        """A feature map in the layout that it would have without a program."""
+        if out.dim() != x.dim():
+            return out
+        return out.contiguous(memory_format=self.layout or layout_of(x))
 
     def _check(self, x: Tensor, first: Tensor) -> None:
         groups = 1 if self.stem is None else self.stem.groups
@@ -145,6 +166,11 @@ class Segment(Frozen):
         stem = "" if self.stem is None else "a convolution, then "
         return f"{stem}{len(self.parts)} parts as one program, {self.dtype}"
 
+    def _first_weight(self) -> Tensor:
+        first = self._buffers["weights0" if self.stem is None else "stem_weight"]
+        assert first is not None
+        return first
+
     def constants(self) -> Parameters:
         """What the program reads, by kind."""
         named = dict(self.named_buffers())
@@ -153,7 +179,9 @@ class Segment(Frozen):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._plans = {}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._first = self._first_weight()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}
@@ -288,6 +316,8 @@ class Snapshot(Frozen):
         segment = None if self._whole is None or x is None else inside._modules[self._whole]
         if segment is not None and not inside._forward_hooks and not inside._forward_pre_hooks:
             return segment(x)
+        if isinstance(inside, Segment) and not inputs:  # by the name that the model has for it
+            return inside(*options.values())
         return inside(*inputs, **options)
 
     @property

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import choose
-from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons, take_stage, widths_of
+from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons, take_stage, unfit_keys, widths_of
 from ..fallback.checks import check_counts, check_parameters, check_spatial_dims
 from ..fallback.reasons import autocasts, meets, uses_batch_stats
 from ..fallback.standing import Known
@@ -168,8 +168,8 @@ class FusedTransition(Gate, nn.Sequential):
         """Its modules, taken apart."""
         modules: dict[str, Any] = {name: module for name, module in self._modules.items() if module is not None}
         pool = modules.get("pool")
-        unknown = [f"{name} is no part of a transition" for name in modules if name not in _NAMES]
-        return TransitionParts(modules, take_stage(modules), None if isinstance(pool, nn.Identity) else pool, unknown)
+        unfit = unfit_keys(modules, _NAMES, "", "a transition", True)
+        return TransitionParts(modules, take_stage(modules), None if isinstance(pool, nn.Identity) else pool, unfit)
 
     def work_out(self) -> tuple["TransitionPlan", list[nn.Module]]:
         parts = self.parts()

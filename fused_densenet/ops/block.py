@@ -18,7 +18,7 @@ from ..backends import BACKENDS, choose
 from ..backends.contract import accumulate_dtype
 from . import schedule
 from .layout import channels_last, empty_channels_last, empty_images
-from .operator import Operator, Outputs, act, norm_act
+from .operator import Operator, Outputs, act, norm_act, records
 from .program import Context, execute, without_autocast
 from .schedule import Structure
 from .statistics import BatchMoments
@@ -232,7 +232,7 @@ def run_block(
         masks = _draw_masks(x, weights, rates[-per_layer:], form.drop_channels, drop_layout)
         inside, keep = [None, *masks][-2:]
     tensors = (x, *weights, *gammas, *betas, *biases)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    differentiable = records() and any(t.requires_grad for t in tensors)
     dtype = accumulate_dtype(x.dtype)
     if differentiable:
         running = [t.clone() for t in running]  # a later training step may update them before this one's backward

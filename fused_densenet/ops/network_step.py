@@ -35,7 +35,7 @@ from .network import (
     statistics,
 )
 from .network_parameters import GivenPart, Held, HeldPart, lists_by_part
-from .operator import Differentiable, Outputs, is_batched, is_plain, norm_act, shown
+from .operator import Differentiable, Outputs, is_batched, is_plain, norm_act, records, shown
 from .program import Context, Image, Program, Vector, Weight, execute, without_autocast
 from .schedule import PARAMETERS, Structure
 from .statistics import BatchMoments
@@ -80,7 +80,7 @@ class NetworkStep(Differentiable):
     releases = True
 
     def _run(self, a: Arguments) -> Outputs:
-        if a.held is not None and torch.is_grad_enabled() and (stand_ins := a.held.stand_ins()):
+        if a.held is not None and records() and (stand_ins := a.held.stand_ins()):
             return _held_step.applied(a._replace(stand_in=stand_ins[0]), [a.x, *stand_ins])
         return super()._run(a)
 

@@ -93,7 +93,7 @@ class Differentiable(ABC):
     def applied(self, a: Any, tensors: Sequence[Tensor]) -> Outputs:
         """:meth:`forward`, differentiable by ``tensors``."""
         with shown(self.name):
-            if not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))):
+            if not (records() and any(map(_REQUIRES_GRAD, tensors))):
                 return self.forward(a)
             left: list[Outputs] = []
             apply = _Function.apply if torch._C._are_functorch_transforms_active() else _apply
@@ -317,6 +317,13 @@ def shown(name: str) -> contextlib.AbstractContextManager[Any]:
     if torch.autograd._profiler_enabled():
         return torch.profiler.record_function(f"fused_densenet::{name}")
     return contextlib.nullcontext()
+
+
+def records() -> bool:
+    """Whether autograd records what is computed; it does not in inference mode, even with gradients enabled inside."""
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()  # of which a compiler knows nothing
 
 
 def is_plain(x: Tensor) -> bool:

@@ -229,7 +229,7 @@ def _encode(program: Program, lengths: Sequence[int]) -> Tensor | None:
         numbers.append(extension.FUNCTIONS.index(function))
         for name, argument in zip(_KINDS[function], arguments, strict=True):
             numbers += _numbers(name, argument, slots)
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 _KINDS: dict[str, tuple[Any, ...]] = {

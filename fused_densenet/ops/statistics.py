@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.contract import accumulate_dtype
 from .layout import pixels_last
-from .operator import is_plain
+from .operator import is_plain, records
 from .ranks import merge_moments
 
 
@@ -72,7 +72,7 @@ def moments_of(
         return list(statistics.moments.unbind()), statistics.pixels
     assert running_mean is not None and running_var is not None
     running = [t.to(accumulate_dtype(t.dtype)).contiguous() for t in (running_mean, running_var)]
-    return (list(torch.stack(running).unbind()) if torch.is_grad_enabled() else running), None
+    return (list(torch.stack(running).unbind()) if records() else running), None
 
 
 def take_moments(x: Tensor, backend: str, group: str | None) -> list[Tensor]:

@@ -1,0 +1,150 @@
+"""Making a snapshot: what other threads do meanwhile, what a copy takes, and under which modes and default devices."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import torchvisions
+from snapshots import assert_served, small
+from tolerances import assert_largest
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Proxy
+from torch.nn.utils import prune
+
+from fused_densenet import DenseNet, explain, optimize_for_inference
+
+IMAGE = (2, 3, 40, 33)
+
+
+def image() -> Tensor:
+    return torch.randn(IMAGE, dtype=torch.float64)
+
+
+class Meanwhile(nn.Module):
+    """A network that lets another thread work while its ``forward`` is followed."""
+
+    work: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x: Any) -> Any:
+        if isinstance(x, Proxy):
+            thread = threading.Thread(target=Meanwhile.work)
+            thread.start()
+            thread.join()
+        return self.net(x)
+
+
+def test_other_threads_go_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, plain, served, model = image(), torchvisions().eval(), optimize_for_inference(small()), Meanwhile()
+    done: list[object] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            done.append(nn.Module.__call__)
+            done.append((plain(x), served(x), optimize_for_inference(small())(x)))
+
+    work()
+    monkeypatch.setattr(Meanwhile, "work", staticmethod(work))
+    assert_served(model, x)
+    assert done[2] is done[0] and nn.Module.__call__ is done[0]
+    assert len(done) == 4
+    for found, expected in zip(done[3], done[1], strict=True):  # type: ignore[call-overload]
+        assert torch.equal(found, expected)
+
+
+def test_classes_come_back_where_a_forward_raises() -> None:
+    class Raising(Meanwhile):
+        def forward(self, x: Any) -> Any:
+            if isinstance(x, Proxy):
+                raise ValueError("of an image only")
+            return self.net(x)
+
+    model = Raising()
+    served = assert_served(model, image())
+    assert {type(part) for part in model.modules()} >= {
+        type(part) for part in served.inside.modules() if part is not served.inside.net
+    }
+    assert type(served.inside) is Raising
+
+
+def pruned(model: Any) -> None:
+    prune.l1_unstructured(model.features.norm5, "weight", 0.3)
+
+
+def pruned_inside(model: Any) -> None:
+    prune.l1_unstructured(model.features.denseblock1.denselayer1.conv1, "weight", 0.3)
+
+
+def keeping(model: Any) -> None:
+    model.seen = {"last": [torch.ones(3, requires_grad=True) * 2]}
+
+
+@pytest.mark.parametrize("records", [True, False])
+@pytest.mark.parametrize("change", [pruned, pruned_inside, keeping])
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+def test_tensors_that_were_computed(change: Callable[[Any], None], records: bool) -> None:
+    """``copy.deepcopy`` refuses those that have a gradient's history."""
+    model = torchvisions().eval()
+    change(model)
+    with torch.set_grad_enabled(records):
+        model(image())
+    assert_served(model, image())
+    model.float()
+    with torch.set_grad_enabled(records):
+        model(image().float())
+    reports = explain(optimize_for_inference(model)).others
+    assert not [report for report in reports if "something else" in str(report)]
+
+
+def test_what_cannot_be_copied_is_said() -> None:
+    model = small()
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"expected a module that can be copied.*lock"):
+        optimize_for_inference(model)
+
+
+def test_a_first_call_with_fake_tensors() -> None:
+    model, x = small(), image()
+    served = optimize_for_inference(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert served(mode.from_tensor(x)).shape == (2, 5)
+    assert_largest(served(x), model(x), "float64 whole block", "output")
+
+
+@pytest.mark.parametrize("called_before", [True, False])
+def test_other_weights_by_a_functional_call(called_before: bool) -> None:
+    model, x = small(), image()
+    served = optimize_for_inference(model)
+    if called_before:
+        served(x)
+    zeros = {name: torch.zeros_like(t) for name, t in served.named_buffers()}
+    with pytest.raises(RuntimeError, match="keeps the weights"):
+        torch.func.functional_call(served, zeros, (x,))
+    assert_largest(served(x), model(x), "float64 whole block", "output")
+    assert_largest(copy.deepcopy(served)(x), model(x), "float64 whole block", "output")
+
+
+def test_under_another_default_device() -> None:
+    x = image()
+    model: Any = DenseNet(5, (1, 3), 6, bn_size=3, num_classes=2).double().eval()  # of no other test
+    with torch.device("meta"):
+        served = optimize_for_inference(model)
+        found = served(x)
+    assert_largest(found, model(x), "float64 whole block", "output")
+
+
+def test_a_block_called_by_name_and_what_is_no_tensor() -> None:
+    block = torchvisions().features.denseblock1.eval()  # type: ignore[union-attr,operator]
+    x = torch.randn(2, 16, 9, 8, dtype=torch.float64)
+    served: Any = optimize_for_inference(block)  # type: ignore[arg-type]
+    assert torch.equal(served(init_features=x), served(x))
+    for wrong in (x.numpy(), [1]):
+        with pytest.raises(TypeError, match="input: expected a Tensor"):
+            served(wrong)

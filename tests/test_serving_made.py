@@ -1,6 +1,8 @@
 """Making a snapshot: what other threads do meanwhile, what a copy takes, and under which modes and default devices."""
 
+import concurrent.futures
 import copy
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from networks import torchvisions
-from snapshots import assert_served, small
+from snapshots import assert_served, segments, small
 from tolerances import assert_largest
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +18,7 @@ from torch.fx import Proxy
 from torch.nn.utils import prune
 
 from fused_densenet import DenseNet, explain, optimize_for_inference
+from fused_densenet.nn.serving import Segment
 
 IMAGE = (2, 3, 40, 33)
 
@@ -43,35 +46,42 @@ class Meanwhile(nn.Module):
 
 def test_other_threads_go_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     x, plain, served, model = image(), torchvisions().eval(), optimize_for_inference(small()), Meanwhile()
-    done: list[object] = []
+    done: list[tuple[Tensor, Tensor]] = []
 
     def work() -> None:
         with torch.no_grad():
-            done.append(nn.Module.__call__)
-            done.append((plain(x), served(x), optimize_for_inference(small())(x)))
+            done.append((plain(x), served(x)))
 
     work()
     monkeypatch.setattr(Meanwhile, "work", staticmethod(work))
     assert_served(model, x)
-    assert done[2] is done[0] and nn.Module.__call__ is done[0]
-    assert len(done) == 4
-    for found, expected in zip(done[3], done[1], strict=True):  # type: ignore[call-overload]
+    assert len(done) == 2
+    for found, expected in zip(done[1], done[0], strict=True):
         assert torch.equal(found, expected)
 
 
-def test_classes_come_back_where_a_forward_raises() -> None:
-    class Raising(Meanwhile):
-        def forward(self, x: Any) -> Any:
-            if isinstance(x, Proxy):
-                raise ValueError("of an image only")
-            return self.net(x)
+def test_made_by_several_threads_at_once() -> None:
+    called, x, models = nn.Module.__call__, image(), [small() for _ in range(3)]
+    expected = optimize_for_inference(models[0])(x)
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for _ in range(4):
+            for served in threads.map(optimize_for_inference, models):
+                assert served.notes and torch.equal(served(x), expected)
+    assert nn.Module.__call__ is called
 
-    model = Raising()
-    served = assert_served(model, image())
-    assert {type(part) for part in model.modules()} >= {
-        type(part) for part in served.inside.modules() if part is not served.inside.net
-    }
-    assert type(served.inside) is Raising
+
+def test_nothing_of_its_making_is_kept() -> None:
+    model = small()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects())
+
+    optimize_for_inference(model)
+    before = alive()
+    for _ in range(3):
+        optimize_for_inference(model)
+    assert alive() == before
 
 
 def pruned(model: Any) -> None:
@@ -129,6 +139,58 @@ def test_other_weights_by_a_functional_call(called_before: bool) -> None:
         torch.func.functional_call(served, zeros, (x,))
     assert_largest(served(x), model(x), "float64 whole block", "output")
     assert_largest(copy.deepcopy(served)(x), model(x), "float64 whole block", "output")
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_the_same_weights_again(assign: bool) -> None:
+    served, x = optimize_for_inference(small()), image()
+    expected = served(x)
+    around = nn.Sequential(served)
+    around.load_state_dict(copy.deepcopy(around.state_dict()), assign=assign)
+    assert torch.equal(around(x), expected)
+    assert torch.equal(torch.func.functional_call(served, copy.deepcopy(served.state_dict()), (x,)), expected)
+
+
+def test_one_that_was_pickled_before_it_knew_layouts() -> None:
+    served, x = optimize_for_inference(small().features), image()
+    [segment] = segments(served)
+    state = segment.__getstate__()
+    del state["layout"], state["arranges"]
+    earlier = Segment.__new__(Segment)
+    earlier.__setstate__(copy.deepcopy(state))
+    assert torch.equal(earlier(x), served(x))
+
+
+class Maps(nn.Module):
+    """Every feature map of a network, as an encoder gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: Any = torchvisions().features
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for module in self.features:
+            x = module(x)
+            maps.append(x)
+        return maps
+
+
+def test_a_segment_reads_what_a_segment_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the layout in which it was written; who else reads that gets the model's layout."""
+    x, model = image(), Maps().eval()
+    served = assert_served(model, x)
+    read: list[bool] = []
+    run = Segment._run
+
+    def looked_at(segment: Segment, x: Tensor) -> Tensor:
+        read.append(x.is_contiguous(memory_format=torch.channels_last))
+        return run(segment, x)
+
+    monkeypatch.setattr(Segment, "_run", looked_at)
+    found, expected = served(x), model(x)
+    assert len(read) > 2 and all(read[1:])
+    assert [one.stride() for one in found] == [one.stride() for one in expected]
 
 
 def test_under_another_default_device() -> None:

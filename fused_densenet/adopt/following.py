@@ -1,10 +1,9 @@
 """A model's ``forward`` as a graph of modules and functions, by torch.fx, and the paths in it along which one feature map goes."""
 
-import contextlib
 import copy
-import functools
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,58 +31,21 @@ class NotFollowed(Exception):
     """Why a module's ``forward`` is no graph."""
 
 
+_TRACING = threading.Lock()
+"""While torch.fx traces, ``nn.Module.__call__`` is its own, for all threads of the process: one traces at a time."""
+
+
 class _Tracer(torch.fx.Tracer):
-    """Looks into modules as far as it can; what has hooks, and torch's own modules, are nodes.
+    """Looks into modules as far as it can; what has hooks, and torch's own modules, are nodes. Other threads call what they call."""
 
-    torch's own ``trace`` replaces ``nn.Module.__call__`` meanwhile, for all threads of the process.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
 
-    def graph_of(self, root: nn.Module) -> Graph:
-        """Of a module, which nobody else calls meanwhile, whose ``forward`` takes one argument."""
-        (argument,) = inspect.signature(root.forward).parameters.values()
-        default = () if argument.default is inspect.Parameter.empty else (argument.default,)
-        named = dict(root.named_modules())
-        self.root, self.root_module_name = root, type(root).__name__
-        self.submodule_paths = {module: name for name, module in named.items()}
-        self.tensor_attrs = {
-            value: f"{name}.{key}".strip(".")
-            for name, module in named.items()
-            for key, value in module.__dict__.items()
-            if isinstance(value, (Tensor, torch.ScriptObject))
-        }
-        self.graph = Graph(tracer_cls=type(self))
-        x = self.create_proxy("placeholder", argument.name, default, {})
-        with self._told_by(named.values()):
-            out = type(root).forward(root, x)
-        self.create_node("output", "output", (self.create_arg(out),), {})
-        return self.graph
-
-    @contextlib.contextmanager
-    def _told_by(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Meanwhile each call of one of ``modules`` is :meth:`call_module`, each parameter of its what :meth:`getattr` makes of it."""
-        originals, classes = {module: type(module) for module in modules}, dict[type, Any]()
-        for original in set(originals.values()):
-            classes[original] = self._telling(original)
-        try:
-            for module, original in originals.items():
-                module.__class__ = classes[original]
-            yield
-        finally:
-            for module, original in originals.items():
-                module.__class__ = original
-
-    def _telling(self, original: Any) -> Any:
-        cache = dict[str, torch.fx.Proxy]()
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.call_module(module, functools.partial(original.__call__, module), args, kwargs)
-
-        def attribute(module: nn.Module, name: str) -> Any:
-            return self.getattr(name, original.__getattr__(module, name), cache)
-
-        told = {"__call__": call, "__getattr__": attribute}
-        names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        return type(original)(original.__name__, (original,), {**told, **names})
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, Gate) or is_batch_norm(m) or interceptions([("", m)]):
@@ -93,6 +55,8 @@ class _Tracer(torch.fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if not self.is_leaf_module(m, name):
             known = set(self.graph.nodes)
@@ -120,7 +84,8 @@ def follow(module: nn.Module) -> GraphModule:
         raise NotFollowed("its forward takes something else than one tensor")
     own = copy.deepcopy(module)
     try:
-        graph = _Tracer().graph_of(own)
+        with _TRACING:
+            graph = _Tracer().trace(own)
     except Exception as error:
         raise NotFollowed(f"its forward cannot be followed: {type(error).__name__}: {_first_line(error)}") from error
     _flatten_views(graph, own)

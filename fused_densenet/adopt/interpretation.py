@@ -14,8 +14,9 @@ from ..fallback.description import (
     ResidualDescription,
     StagePlaces,
     TransitionDescription,
+    other_tensors,
 )
-from .trace import DROPOUTS, Node, Trace, pieces_of, plain_settings, rate
+from .trace import DROPOUTS, Node, Trace, kept_settings, pieces_of, rate
 
 _CONV = frozenset({"conv1d", "conv2d", "conv3d"})
 _RELU = frozenset({"relu", "leaky_relu"})
@@ -336,7 +337,9 @@ def _left_over(
         reasons.append("it uses a norm or a convolution more than once")
     for place in places:
         part = module.get_submodule(place.path)
-        if (place.kinds or not place.path) and (part._parameters or part._buffers) and place.path not in owners:
+        held = place.path not in owners and (part._parameters or part._buffers)
+        others = not all(is_none for _, is_none in place.tensors)
+        if (place.kinds or not place.path) and (held or others):
             reasons.append(f"{place.path or 'it'} has parameters or buffers that are no part of a layer")
     accounted = {id(node) for node in parts}
     for node in trace.nodes:
@@ -350,14 +353,15 @@ def _left_over(
 
 def _places(module: nn.Module, elsewhere: Collection[str]) -> list[Place]:
     """Every module inside; of the children ``elsewhere`` only that they are there."""
-    places = [Place(0, "", "", (), len(module._modules))]
+    places = [Place(0, "", "", (), len(module._modules), other_tensors(module))]
 
     def add(parent: int, prefix: str, owner: nn.Module) -> None:
         for name, child in owner._modules.items():
             if child is not None:
                 path = prefix + name
                 outside = path in elsewhere
-                places.append(Place(parent, name, path, () if outside else _kinds(child), len(child._modules)))
+                tensors = () if outside else other_tensors(child)
+                places.append(Place(parent, name, path, () if outside else _kinds(child), len(child._modules), tensors))
                 if not outside:
                     add(len(places) - 1, f"{path}.", child)
 
@@ -376,11 +380,16 @@ def _settings(module: nn.Module, places: Sequence[Place], rates: Collection[int 
     found = []
     for number, place in enumerate(places):
         part = module.get_submodule(place.path)
-        if (place.kinds or not number) and not isinstance(part, (*NORMS, *CONVS)):
-            ignored = (*SWITCHES, "inplace", *(["p"] if number in rates else []))
-            settings = {name: value for name, value in plain_settings(part).items() if name not in ignored}
+        if place.kinds or not number:
+            ignored = {*SWITCHES, "inplace", *(["p"] if number in rates else [])}
+            ignored |= _OF_NORMS_AND_CONVS if isinstance(part, (*NORMS, *CONVS)) else set()
+            settings = {name: value for name, value in kept_settings(part).items() if name not in ignored}
             found += [(number, settings)] if settings else []
     return tuple(found)
+
+
+_OF_NORMS_AND_CONVS = vars(nn.Conv2d(1, 1, 1)).keys() | vars(nn.SyncBatchNorm(1)).keys()
+"""What :func:`fused_densenet.fallback.anatomy.stage_reasons` looks at, and what is none of the module's doing."""
 
 
 def _switches(module: nn.Module, places: Sequence[Place]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from ..nn.residual import FusedResidualDenseBlock
 from ..nn.stem import FusedFeatures, run_at
 from ..nn.transition import FusedTransition
 from .interpretation import read_block, read_residual, read_transition
-from .swapping import Described, described_residual, described_transition
+from .swapping import Described, described_residual, described_transition, names_in_common
 from .trial import differs, observe, read
 
 _PACKAGES = {
@@ -296,6 +296,8 @@ def _obstacles(
     reasons += patches(kinds_of(module.modules()))
     if "forward" in module.__dict__:
         reasons.append("its forward was replaced")
+    if hidden := names_in_common(module, kind):
+        reasons.append(f"{kind.__name__} has attributes called {', '.join(hidden)}, as it has")
     if reasons:
         return reasons
     sizes = [parameter.shape for parameter in own.parameters()]

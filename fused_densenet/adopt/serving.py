@@ -1,7 +1,9 @@
 """``optimize_for_inference``: a snapshot of a network in which what ``fuse`` knows, and what stands around it, are programs."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..fallback.anatomy import interceptions
 from ..fallback.reasons import FallbackError
 from ..nn.gate import Gate
-from ..nn.serving import Segment, Snapshot
+from ..nn.serving import Arrangement, Segment, Snapshot
 from .drafts import Draft, alone, drafts
 from .explain import KINDS, Report
 from .following import Called, NotFollowed, follow, images, paths, tried, without_hooks
@@ -91,10 +93,14 @@ def _copied(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: there is something in it that Python does not copy.
     """
-    held = pytree.tree_leaves([[*part.__dict__.values()] for part in model.modules()])
+    held: list[Any] = []
+    with contextlib.suppress(RecursionError):  # of what holds itself
+        held = pytree.tree_leaves([[*part.__dict__.values()] for part in model.modules()])
     computed = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
     try:
         return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError) as error:
         raise TypeError(
             f"model: expected a module that can be copied, as a snapshot must be; copy.deepcopy says: {error}"
@@ -168,12 +174,14 @@ class _Freezing:
                 taken[-1].node.replace_all_uses_with(node)
                 for called in reversed(taken):
                     graph.graph.erase_node(called.node)
+        arranged = _arrange_for_others(graph, {key: draft for key, (draft, _) in found.items()})
         graph.delete_all_unused_submodules()
         graph.recompile()
 
         def built(dtype: torch.dtype, graph: GraphModule = graph) -> GraphModule:
             for key, (draft, _) in found.items():
-                graph._modules[key] = draft.segment(dtype)
+                graph._modules[key] = segment = draft.segment(dtype)
+                segment.arranges = key not in arranged
             return graph
 
         if self._differs(module, lambda dtype: built(dtype, copy.deepcopy(graph)), trials, name):
@@ -188,7 +196,7 @@ class _Freezing:
             inner, full = graph.get_submodule(str(target)), _joined(name, str(target))
             if isinstance(inner, Gate):
                 self._report(inner, full, None)
-            elif not isinstance(inner, Segment):
+            elif not isinstance(inner, Segment | Arrangement):
                 if _has_gates(inner):
                     self._called_by_code(inner, full)
                 else:
@@ -243,6 +251,36 @@ class _Freezing:
         self.reports.append(
             Report(name, kind, False, reasons=reasons or ["it runs fused, by itself: no program has what it computes"])
         )
+
+
+def _arrange_for_others(graph: GraphModule, segments: Mapping[str, Draft]) -> set[str]:
+    """Between segments feature maps stay as they were written; whoever else reads one of those gets the model's layout.
+
+    Returns:
+        The segments whose results are not arranged, or behind them.
+    """
+    handled = set()
+
+    def is_segment(node: Any) -> bool:
+        return node.op == "call_module" and node.target in segments
+
+    for key, draft in segments.items():
+        (node,) = graph.graph.find_nodes(op="call_module", target=key)
+        others = [user for user in node.users if not is_segment(user)]
+        if not is_segment(node.args[0]) and len(others) == len(node.users):
+            continue  # it does that itself
+        handled.add(key)
+        if not others:
+            continue
+        layout, source = draft.layout, node.args[0]
+        while is_segment(source):
+            layout, source = layout or segments[source.target].layout, source.args[0]
+        graph.add_submodule(f"{key}_arranged", Arrangement(layout))
+        with graph.graph.inserting_after(node):
+            arranged = graph.graph.call_module(f"{key}_arranged", (node, source))
+        for user in others:
+            user.replace_input_with(node, arranged)
+    return handled
 
 
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:

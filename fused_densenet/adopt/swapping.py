@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fallback.anatomy import LayerParts, is_memory_efficient, patches, remember_methods
+from ..fallback.anatomy import LayerParts, attribute_names, is_memory_efficient, patches, remember_methods
 from ..fallback.description import BlockDescription, ResidualDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
@@ -62,6 +62,15 @@ def swap_back(module: Any) -> None:
     module.__class__ = type(module).original_class
 
 
+def names_in_common(module: nn.Module, fused: type[nn.Module]) -> list[str]:
+    """What a module could not be asked for any more, or what would be asked for in vain, if it were of a class ``fused``."""
+    inside = {*module._modules, *module._parameters, *module._buffers}
+    attributes = {*attribute_names(type(module)), *vars(module)}
+    attributes -= {"memory_efficient", "num_input_features", "spatial_dims"}  # which mean the same there
+    ours = {"made_of", "original_class", "fused_settings"}
+    return sorted(n for n in inside | attributes if n in ours or (hasattr(fused, n) and not hasattr(nn.Module, n)))
+
+
 @functools.cache
 def _fused_class(original: Any, fused: Any, layer_class: Any) -> Any:
     """A class that runs as ``fused`` and is in everything else ``original``."""
@@ -107,7 +116,7 @@ def _forward(original: Any, fused: Any) -> Callable[..., Any]:
         if not torch.compiler.is_compiling():
             warn_of_foreign_modes()
         x = args[0] if len(args) == 1 and not options else only_argument(original, args, options)
-        if x is None:
+        if not isinstance(x, (Tensor, torch.fx.Proxy)):
             announce(OTHER_ARGUMENTS, fused.__name__)
             return original.forward(module, *args, **options)
         return alone(module, x)
@@ -170,7 +179,13 @@ def only_argument(original: Any, args: Sequence[Any], options: Mapping[str, Any]
     signature = inspect.signature(original.forward)
     (_, first), *others = list(signature.bind(None, *args, **options).arguments.items())[1:] or [("", None)]
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    return None if any(value is not defaults[name] and value != defaults[name] for name, value in others) else first
+    given = [name for name, value in others if value is not defaults[name] and not _is_default(value, defaults[name])]
+    return None if given else first
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Of plain values; whatever else compares equal, a tensor of ones for one, is another argument."""
+    return isinstance(value, bool | int | float | str | tuple) and type(value) is type(default) and value == default
 
 
 def _operator_by_operator(module: Any, x: Tensor) -> Tensor:

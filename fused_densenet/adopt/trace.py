@@ -1,16 +1,23 @@
 """What a module computes: its operators on a small input, which parameters each one reads, and what else it looks at."""
 
+import inspect
 import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-HARMLESS = frozenset({"requires_grad", "grad_fn", "is_leaf", "dim", "ndim", "device", "is_cuda", "_assert"})
+from ..fallback.anatomy import attribute_names, contents_of, own_class
+from ..fallback.description import Contents
+
+HARMLESS = frozenset({"grad_fn", "dim", "ndim", "device", "_assert"})
 """What a module may ask of a tensor: every input of a kind that the fused operators take answers the same."""
 
 DROPOUTS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d": True, "feature_dropout": True}
@@ -116,8 +123,24 @@ def plain_settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def kept_settings(module: nn.Module) -> dict[str, Any]:
+    """:func:`plain_settings`, functions and what dicts and objects say, and what of these the module has from its class."""
+    held = {name: value for name, value in module.__dict__.items() if name not in _MODULES_OWN}
+    functions = {name: value for name, value in held.items() if isinstance(value, _FUNCTIONS)}
+    said = {name: Contents.of(value) for name, value in held.items() if contents_of(value) is not None}
+    inherited = [
+        name for name in attribute_names(own_class(module)) if name not in held and name not in module._modules
+    ]
+    of_class = {name: inspect.getattr_static(type(module), name, ...) for name in inherited}
+    plain = {n: v for n, v in of_class.items() if _is_plain(v) or (type(v) is tuple and all(map(_is_plain, v)))}
+    return plain | functions | said | plain_settings(module)
+
+
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
+
+
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | None)
+    return isinstance(value, bool | int | float | str | Enum | None)
 
 
 class _Identity(NamedTuple):
@@ -147,6 +170,10 @@ def _world() -> Iterator[Any]:
         yield [part.tobytes() if hasattr(part, "tobytes") else part for part in state]
 
 
+def _autocasts() -> list[bool]:
+    return [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         super().__init__()
@@ -163,6 +190,7 @@ class _Recorder(TorchFunctionMode):
         self.remarks: dict[tuple[str, str], None] = {}
         self.stack: list[str] = []
         self.given: list[Any] = []
+        self._autocasts = _autocasts()
 
     def follow(self, path: str, module: nn.Module) -> Iterator[Any]:
         def enter(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -182,6 +210,8 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         out = function(*args, **options)
+        if _autocasts() != self._autocasts:
+            self.remarks[self._caller(), "switches autocast"] = None
         name = getattr(function, "__name__", str(function))
         if name in ("__get__", "__set__"):
             name = getattr(function.__self__, "__name__", name)

@@ -4,9 +4,11 @@ torchvision, timm and TorchXRayVision keep a layer's modules in the layer, MONAI
 norms carry the activation; MONAI's dropout is a module, the others' a rate.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -273,16 +275,44 @@ _METHODS = ("forward", "_conv_forward", "_check_input_dim")
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def method_names(kind: type) -> tuple[str, ...]:
     """What a class's ``forward`` is made of, or may be: the methods of somebody else's class are not known."""
-    return _method_names(kind)
+    return tuple(name for name, is_method in _attributes(kind).items() if is_method)
 
 
-@functools.lru_cache(maxsize=1024)
-def _method_names(kind: type) -> tuple[str, ...]:
+def attribute_names(kind: type) -> tuple[str, ...]:
+    """:func:`method_names`, and the other attributes of somebody else's class."""
+    return tuple(_attributes(kind))
+
+
+def _attributes(kind: type) -> dict[str, bool]:
+    """By name, whether it is a method."""
+    if kind in _known_attributes:
+        return _known_attributes[kind]
     theirs = [
         base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "fused_densenet.", "builtins"))
     ]
-    own = [name for base in theirs for name, value in vars(base).items() if callable(value)]
-    return tuple(dict.fromkeys([*_METHODS, *(name for name in own if not name.startswith("__"))]))
+    found = dict.fromkeys(_METHODS, True)
+    for base in theirs:
+        for name, value in vars(base).items():
+            if not name.startswith("__"):
+                found.setdefault(name, isinstance(value, _FUNCTIONS))
+    _known_attributes[kind] = found
+    return found
+
+
+def contents_of(value: Any) -> dict[Any, Any] | None:
+    """What a dict, or an object of somebody else's class, holds; None of anything else."""
+    if type(value) is dict:
+        return value
+    if isinstance(value, (nn.Module, torch.Tensor, type, FunctionType, ModuleType, Enum)):
+        return None
+    if type(value).__module__.startswith(("torch.", "fused_densenet.", "builtins", "functools")):
+        return None
+    held: dict[Any, Any] | None = getattr(value, "__dict__", None)
+    return held if type(held) is dict else None
+
+
+_FUNCTIONS = (FunctionType, staticmethod, classmethod, property)
+_known_attributes: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()
 
 
 _seen: dict[type, list[Any]] = {}

@@ -7,23 +7,59 @@ parts that were replaced by others of their kind (by ``SyncBatchNorm.convert_syn
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .anatomy import SWITCHES, LayerParts, Stage
+from .anatomy import SWITCHES, LayerParts, Stage, contents_of
 
 _HALVING = (nn.AvgPool1d(2), nn.AvgPool2d(2), nn.AvgPool3d(2))
 
 
 class Place(NamedTuple):
-    """A module inside another one: number of its parent in :attr:`Description.places`, its name there, what it may be."""
+    """A module inside another one: number of its parent in :attr:`Description.places`, its name there, what it may be.
+
+    ``tensors`` are those that it has beside what norms and convolutions have, and which of them are None.
+    """
 
     parent: int
     name: str
     path: str
     kinds: tuple[type, ...]
     children: int
+    tensors: tuple[tuple[str, bool], ...] = ()
+
+
+_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+
+
+def other_tensors(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    """The parameters and buffers of a module that norms and convolutions have not, and whether they are None."""
+    held = (*module._parameters.items(), *module._buffers.items())
+    return tuple((name, t is None) for name, t in held if name not in _TENSORS)
+
+
+class Contents(NamedTuple):
+    """What a dict or an object says, in plain values: a configuration that modules share, and that may change in place."""
+
+    items: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of(cls, value: Any) -> "Contents":
+        said = contents_of(value) or {}
+        return cls(tuple((k, v) for k, v in said.items() if isinstance(v, bool | int | float | str | Enum | None)))
+
+
+def _is_still(before: Any, now: Any) -> bool:
+    """Whether a plain attribute is as it was; a tensor or an array may compare equal to a number."""
+    if isinstance(before, Contents):
+        now = Contents.of(now)
+        same = len(now.items) == len(before.items)
+        return same and all(
+            a[0] == b[0] and _is_still(a[1], b[1]) for a, b in zip(before.items, now.items, strict=True)
+        )
+    return type(now) is type(before) and bool(now == before or before != before)
 
 
 class StagePlaces(NamedTuple):
@@ -72,19 +108,19 @@ class Description:
                 return found, [f"{place.path} is a {type(module).__name__}"]
             if (place.kinds or not found) and len(module._modules) != place.children:
                 return found, [f"{place.path or 'it'} has other modules inside than when fuse was called"]
+            if (place.kinds or not found) and other_tensors(module) != place.tensors:
+                return found, [f"{place.path or 'it'} has other parameters or buffers than when fuse was called"]
             found.append(module)
         for number, module in enumerate(found):
-            if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-                names = [place.name for place in self.places[1:] if place.parent == number]
-                if names != [name for name in module._modules if name in names]:
-                    return found, [
-                        f"{self.places[number].path or 'it'} has its modules in another order than when fuse was called"
-                    ]
+            names = [place.name for place in self.places[1:] if place.parent == number]
+            if names != [name for name in module._modules if name in names]:
+                where = self.places[number].path or "it"
+                return found, [f"{where} has its modules in another order than when fuse was called"]
         return found, [
             f"{self.places[number].path or 'it'} has another {name} than when fuse was called"
             for number, before in self.settings
             for name, value in before.items()
-            if getattr(found[number], name, None) != value
+            if not _is_still(value, getattr(found[number], name, None))
         ]
 
     def is_memory_efficient(self, root: nn.Module) -> bool:

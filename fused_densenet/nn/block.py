@@ -250,7 +250,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         for key in [key for key in state_dict if key.startswith(prefix)]:
             match = _LEGACY_KEY.fullmatch(key[len(prefix) :])
             layer = self._modules.get(match[1]) if match else None
-            if match and layer is not None:
+            if match and layer is not None and match[2] not in layer._modules:
                 nested = "layers." if "layers" in layer._modules else ""
                 state_dict[f"{prefix}{match[1]}.{nested}{match[2]}{match[3]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *rest)

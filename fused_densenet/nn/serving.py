@@ -84,7 +84,8 @@ class Segment(Frozen):
         parameters: its constants: weights in the dtype of the data, vectors in that of its sums.
         stem: the convolution that reads the input, if there is one, and its weight, which has no bias.
         flat: a result of one pixel is ``(N, C)``.
-        layout: that the modules whose place it takes give to feature maps; None for that of what they read.
+        layout: that the modules whose place it takes give to feature maps; None for that of what they read. A result has it
+            unless :attr:`arranges` is False, where it is left to an :class:`Arrangement` for whoever reads it.
     """
 
     stem_weight: Tensor
@@ -99,7 +100,7 @@ class Segment(Frozen):
         layout: torch.memory_format | None = None,
     ) -> None:
         super().__init__()
-        self.parts, self.flat, self.layout = tuple(parts), flat, layout
+        self.parts, self.flat, self.layout, self.arranges = tuple(parts), flat, layout, True
         self.stem = None if stem is None else stem[0]
         self.register_buffer("stem_weight", None if stem is None else stem[1])
         for kind, tensors in zip(_KINDS, parameters, strict=True):
@@ -128,29 +129,26 @@ class Segment(Frozen):
 
     def _run(self, x: Tensor) -> Tensor:
         first = self._first_weight()
-        if first is not self._first and not torch.compiler.is_compiling():
+        if first is not self._first and not torch.compiler.is_compiling() and not _equal(first, self._first):
             raise RuntimeError(_KEEPS)
         self._check(x, first)
         backend = choose(x.device, x.dtype)
         plan = self._plans.get(backend)
         if plan is None:
-            with _disable_current_modes():  # of one that fakes tensors, the plan would keep those
+            if first is not self._first:
                 plan = _Plan.of(self, backend)
-            if first is self._first:
-                self._plans[backend] = plan
+            else:
+                with _disable_current_modes():  # of one that fakes tensors, the plan would keep those
+                    plan = self._plans[backend] = _Plan.of(self, backend)
         image = plan.convolve(x)
         flat = self.flat and plan.head is _nothing
         out = plan.network(image, plan.parameters, backend, plan.bound, image is not x, flat)
         if out is None:
             raise ValueError(f"input: expected larger images, got shape {tuple(x.shape)}")
         out = plan.head(out)
-        return out.flatten(1) if self.flat and out.dim() > 2 else self._arranged(out, x)
-
-    def _arranged(self, out: Tensor, x: Tensor) -> Tensor:
-        """A feature map in the layout that it would have without a program."""
-        if out.dim() != x.dim():
-            return out
-        return out.contiguous(memory_format=self.layout or layout_of(x))
+        if self.flat and out.dim() > 2:
+            return out.flatten(1)
+        return _arranged(out, x, self.layout) if self.arranges else out
 
     def _check(self, x: Tensor, first: Tensor) -> None:
         groups = 1 if self.stem is None else self.stem.groups
@@ -183,8 +181,32 @@ class Segment(Frozen):
         self._first = self._first_weight()
         return self
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._plans, self._first = {}, self._first_weight()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_plans", "_first")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"layout": None, "arranges": True, **state})  # which those of earlier versions lack
+        self._plans, self._first = {}, self._first_weight()
+
+
+class Arrangement(nn.Module):
+    """The result of a segment for those of its readers that are none."""
+
+    def __init__(self, layout: torch.memory_format | None) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        return _arranged(out, x, self.layout)
+
+
+def _arranged(out: Tensor, x: Tensor, layout: torch.memory_format | None) -> Tensor:
+    """A feature map in the layout that it would have without a program, which read ``x``."""
+    return out if out.dim() != x.dim() else out.contiguous(memory_format=layout or layout_of(x))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -23,7 +23,7 @@ from ..fallback.anatomy import (
 from ..nn.block import FusedDenseBlock
 from ..nn.chain import Link
 from ..nn.gate import Gate
-from ..nn.passage import kind_of, layout_of
+from ..nn.passage import channels_last, kind_of, layout_of
 from ..nn.serving import Segment, Stem
 from ..nn.stem import MAX_POOLS, Step, is_stems_pooling, run_at
 from ..nn.transition import AVG_POOL, halves
@@ -99,9 +99,10 @@ class Draft:
         return count
 
     def _look_at_layout(self, module: nn.Module) -> None:
-        """A dense block keeps that of its input, from which it copies."""
-        if isinstance(module, CONVS) and layout_of(module.weight) is not torch.contiguous_format:
-            self.layout = layout_of(module.weight)
+        """As :meth:`~..nn.passage.Passage.convolved`, of any input; a dense block keeps that of its own, which it copies."""
+        if isinstance(module, CONVS):
+            of_weight = layout_of(module.weight)
+            self.layout = self.layout if of_weight is torch.contiguous_format else of_weight
         elif isinstance(module, nn.AvgPool3d):
             self.layout = torch.contiguous_format
         elif not isinstance(module, FusedDenseBlock):
@@ -240,8 +241,7 @@ class Draft:
         constants = Parameters([_own(w, dtype) for w in weights], *[[_own(v, wide) for v in kind] for kind in vectors])
         stem = self.stem
         if stem is not None:
-            layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(stem[1].dim(), torch.contiguous_format)
-            stem = stem[0], _own(stem[1], dtype).contiguous(memory_format=layout)
+            stem = stem[0], channels_last(_own(stem[1], dtype))
         return Segment(Parts(self.parts), constants, stem, self.flat, self.layout)
 
 

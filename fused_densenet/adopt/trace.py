@@ -6,7 +6,6 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..fallback.anatomy import attribute_names, contents_of, own_class
-from ..fallback.description import Contents
+from ..fallback.anatomy import MODULES_OWN, attribute_names, contents_of, own_class
+from ..fallback.description import Contents, is_plain
 
 HARMLESS = frozenset({"grad_fn", "dim", "ndim", "device", "_assert"})
 """What a module may ask of a tensor: every input of a kind that the fused operators take answers the same."""
@@ -111,36 +110,29 @@ def rate(arguments: Mapping[int | str, Any]) -> float:
     return found
 
 
-_MODULES_OWN = frozenset(nn.Module().__dict__) | {"_is_init"}
-
-
 def plain_settings(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that are numbers, strings and the like, and no matter of its mode."""
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if name not in _MODULES_OWN and (_is_plain(value) or (type(value) is tuple and all(map(_is_plain, value))))
-    }
+    return {name: value for name, value in module.__dict__.items() if name not in MODULES_OWN and _is_setting(value)}
 
 
 def kept_settings(module: nn.Module) -> dict[str, Any]:
     """:func:`plain_settings`, functions and what dicts and objects say, and what of these the module has from its class."""
-    held = {name: value for name, value in module.__dict__.items() if name not in _MODULES_OWN}
+    held = {name: value for name, value in module.__dict__.items() if name not in MODULES_OWN}
     functions = {name: value for name, value in held.items() if isinstance(value, _FUNCTIONS)}
     said = {name: Contents.of(value) for name, value in held.items() if contents_of(value) is not None}
     inherited = [
         name for name in attribute_names(own_class(module)) if name not in held and name not in module._modules
     ]
     of_class = {name: inspect.getattr_static(type(module), name, ...) for name in inherited}
-    plain = {n: v for n, v in of_class.items() if _is_plain(v) or (type(v) is tuple and all(map(_is_plain, v)))}
+    plain = {name: value for name, value in of_class.items() if _is_setting(value)}
     return plain | functions | said | plain_settings(module)
 
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | Enum | None)
+def _is_setting(value: Any) -> bool:
+    return is_plain(value) or (type(value) is tuple and all(map(is_plain, value)))
 
 
 class _Identity(NamedTuple):
@@ -158,7 +150,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     others = {
         name: _Identity(value, len(value) if isinstance(value, list | dict | set) else 0)
         for name, value in module.__dict__.items()
-        if name not in _MODULES_OWN
+        if name not in MODULES_OWN
     }
     return others | plain_settings(module)
 

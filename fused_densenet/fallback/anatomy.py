@@ -21,6 +21,8 @@ SWITCHES = ("memory_efficient", "grad_checkpointing", "efficient")
 """Attributes of layers, of whichever package, that ask for bottlenecks to be computed again in backward."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where modules keep theirs."""
+MODULES_OWN = frozenset(nn.Module().__dict__) | {"_is_init"}
+"""Attributes that torch gives to every module."""
 _NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout")
 
 

@@ -40,6 +40,11 @@ def other_tensors(module: nn.Module) -> tuple[tuple[str, bool], ...]:
     return tuple((name, t is None) for name, t in held if name not in _TENSORS)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a string or the like, whose copies are equal to it."""
+    return isinstance(value, bool | int | float | str | Enum | None)
+
+
 class Contents(NamedTuple):
     """What a dict or an object says, in plain values: a configuration that modules share, and that may change in place."""
 
@@ -48,7 +53,7 @@ class Contents(NamedTuple):
     @classmethod
     def of(cls, value: Any) -> "Contents":
         said = contents_of(value) or {}
-        return cls(tuple((k, v) for k, v in said.items() if isinstance(v, bool | int | float | str | Enum | None)))
+        return cls(tuple((k, v) for k, v in said.items() if is_plain(v)))
 
 
 def _is_still(before: Any, now: Any) -> bool:
@@ -111,9 +116,11 @@ class Description:
             if (place.kinds or not found) and other_tensors(module) != place.tensors:
                 return found, [f"{place.path or 'it'} has other parameters or buffers than when fuse was called"]
             found.append(module)
-        for number, module in enumerate(found):
-            names = [place.name for place in self.places[1:] if place.parent == number]
-            if names != [name for name in module._modules if name in names]:
+        children: dict[int, list[str]] = {}
+        for place in self.places[1:]:
+            children.setdefault(place.parent, []).append(place.name)
+        for number, names in children.items():
+            if names != [name for name in found[number]._modules if name in names]:
                 where = self.places[number].path or "it"
                 return found, [f"{where} has its modules in another order than when fuse was called"]
         return found, [

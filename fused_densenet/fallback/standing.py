@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from ..backends import cpu, extension
-from .anatomy import CONVS, HOOKS, SWITCHES, attribute_names, contents_of, own_class
+from .anatomy import CONVS, HOOKS, MODULES_OWN, SWITCHES, attribute_names, contents_of, own_class
 
 Plan = TypeVar("Plan")
-_MODULES_OWN = frozenset(nn.Module().__dict__)
 
 
 class Standing(Generic[Plan]):
@@ -37,12 +36,12 @@ class Standing(Generic[Plan]):
         attributes = [inner.__dict__ for inner in modules]
         held = [module.__dict__, module.__dict__["_modules"], *attributes]
         held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
-        theirs = [value for of_one in attributes for name, value in of_one.items() if name not in _MODULES_OWN]
+        theirs = [value for of_one in attributes for name, value in of_one.items() if name not in MODULES_OWN]
         held += [said for said in map(contents_of, theirs) if said is not None]
         tensors = [of_one[name] for of_one in attributes for name in ("_parameters", "_buffers") if of_one[name]]
         kinds = dict.fromkeys(map(own_class, (module, *modules)))
-        names = {kind: (*attribute_names(kind), *SWITCHES, "__call__") for kind in kinds}
-        methods = [(kind, name) for kind in kinds for name in names[kind] if hasattr(kind, name)]
+        looked_at = ((kind, (*attribute_names(kind), *SWITCHES, "__call__")) for kind in kinds)
+        methods = [(kind, name) for kind, names in looked_at for name in names if hasattr(kind, name)]
         self._is_as_it_was = _watch(held, tensors, modules, methods)
         self._tensors = tensors
         kernels = [

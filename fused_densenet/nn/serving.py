@@ -90,6 +90,7 @@ class Segment(Frozen):
 
     stem_weight: Tensor
     weights0: Tensor
+    _plans: "dict[str, _Plan]"
 
     def __init__(
         self,
@@ -108,8 +109,7 @@ class Segment(Frozen):
                 self.register_buffer(f"{kind}{i}", tensor)
         self._counts = [len(tensors) for tensors in parameters]
         self.dtype = parameters.weights[0].dtype
-        self._plans: dict[str, _Plan] = {}
-        self._first = self._first_weight()  # tracers and torch.func put others in its place
+        self._forget()
         super().train(False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -175,22 +175,25 @@ class Segment(Frozen):
         counts = zip(_KINDS, self._counts, strict=True)
         return Parameters(*[[named[f"{kind}{i}"] for i in range(count)] for kind, count in counts])
 
+    def _forget(self) -> None:
+        """What was worked out of constants that are others now; in place of the first, tracers and torch.func put theirs."""
+        self._plans, self._first = {}, self._first_weight()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._plans = {}
         super()._apply(fn, recurse)
-        self._first = self._first_weight()
+        self._forget()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._plans, self._first = {}, self._first_weight()
+        self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_plans", "_first")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"layout": None, "arranges": True, **state})  # which those of earlier versions lack
-        self._plans, self._first = {}, self._first_weight()
+        self._forget()
 
 
 class Arrangement(nn.Module):

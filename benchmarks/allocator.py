@@ -83,9 +83,11 @@ def _events(run: Callable[[], None]) -> tuple[int, int]:
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _silent_stderr():
         profiler.start()
-    run()
-    with _silent_stderr():
-        profiler.stop()
+    try:
+        run()
+    finally:  # a process that ends while it records crashes
+        with _silent_stderr():
+            profiler.stop()
     result = profiler.profiler.kineto_results if profiler.profiler is not None else None
     assert result is not None
     allocated = peak = kept = 0

@@ -136,10 +136,11 @@ def version(package: str) -> str | None:
         return None
 
 
-def said(program: str | None, option: str, pattern: str = r"([\d.]+)") -> str | None:
+def said(program: str | None, option: str, pattern: str = r"(\d+(?:\.\d+)*)") -> str | None:
     try:
         command = [*(program or "").split(), option]
-        found = re.search(pattern, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        found = re.search(pattern, run.stdout)
     except (OSError, subprocess.SubprocessError):
         return None
     return found[1] if found else None

@@ -114,8 +114,8 @@ def nvidia_smi(what: str) -> str | None:
     """A property of the first GPU; None where there is no such tool."""
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "-i", "0"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

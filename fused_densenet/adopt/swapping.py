@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fallback.anatomy import LayerParts, attribute_names, is_memory_efficient, patches, remember_methods
+from ..fallback.anatomy import (
+    LayerParts,
+    attribute_names,
+    is_memory_efficient,
+    method_names,
+    patches,
+    remember_methods,
+)
 from ..fallback.description import BlockDescription, ResidualDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
@@ -226,7 +233,9 @@ def described_transition(transition: nn.Module, description: TransitionDescripti
 
 
 def _patched(module: Any) -> list[str]:
-    return patches([module.original_class])
+    """Of the methods of its class; ``forward`` of the module itself is what is called in any case."""
+    own = [name for name in method_names(module.original_class) if name != "forward" and name in module.__dict__]
+    return patches([module.original_class]) + [f"its {name} was replaced" for name in own]
 
 
 def _described(block: Any, name: str) -> bool:

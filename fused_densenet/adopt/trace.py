@@ -162,8 +162,11 @@ def _world() -> Iterator[Any]:
         yield [part.tobytes() if hasattr(part, "tobytes") else part for part in state]
 
 
-def _autocasts() -> list[bool]:
-    return [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+def _autocasts() -> list[int]:
+    """Which are enabled, and how many contexts stand around: one that switches off what is off is another, too."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return [depth, *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))]
 
 
 class _Recorder(TorchFunctionMode):

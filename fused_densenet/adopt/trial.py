@@ -89,7 +89,8 @@ def _step(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     torch.manual_seed(0)
     random.seed(0)
     x = x.requires_grad_()
-    out = module(x * 1)
+    given = x * 1
+    out = module(given)
     named = dict(module.named_parameters())
     torch.manual_seed(1)
     dout = torch.randn(out.shape, dtype=out.dtype, device=out.device)
@@ -97,6 +98,7 @@ def _step(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     names = ["its input", *named]
     return {
         "its result": out.detach(),
+        "what it leaves of its input": given.detach().clone(),
         **{f"the gradient by {name}": gradient for name, gradient in zip(names, gradients, strict=True)},
         **{f"the buffer {name}": buffer.clone() for name, buffer in module.named_buffers()},
     }

@@ -44,7 +44,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: the backend that was asked for cannot run there; the message says why.
     """
-    name = getattr(_thread, "backend", None) or _known(os.environ.get(_VARIABLE, "auto"))
+    name = getattr(_thread, "backend", None) or _known(os.environ.get(_VARIABLE) or "auto")
     if name == "auto":
         for name in BACKENDS:
             if (name, device.type) != ("triton", "cpu") and _reason(name, device, dtype) is None:

@@ -4,6 +4,7 @@ torchvision, timm and TorchXRayVision keep a layer's modules in the layer, MONAI
 norms carry the activation; MONAI's dropout is a module, the others' a rate.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from types import FunctionType, ModuleType
@@ -83,7 +84,8 @@ def take_apart(layer: nn.Module, name: str) -> LayerParts:
     if in_turn:
         modules = nested._modules
     stages = [take_stage(modules, f"{name}.", number) for number in "12" if number == "1" or "conv2" in modules]
-    dropout = modules.get("dropout")
+    names = _NAMES if in_turn else _NAMES[:-1]  # a forward of their own calls these, and drops by a rate
+    dropout = modules.get("dropout") if in_turn else None
     if dropout is None:
         drop_rate, training = getattr(layer, "drop_rate", 0.0), layer.training
     else:
@@ -95,7 +97,7 @@ def take_apart(layer: nn.Module, name: str) -> LayerParts:
         stages,
         drop_rate if training else 0.0,
         isinstance(dropout, CHANNEL_DROPOUTS),
-        unfit_keys(modules, _NAMES, name, "a dense layer", in_turn),
+        unfit_keys(modules, names, name, "a dense layer", in_turn),
         getattr(layer, "bottleneck_drop_rate", 0.0) if layer.training and "conv2" in modules else 0.0,
     )
 
@@ -302,15 +304,28 @@ def _attributes(kind: type) -> dict[str, bool]:
 
 
 def contents_of(value: Any) -> dict[Any, Any] | None:
-    """What a dict, or an object of somebody else's class, holds; None of anything else."""
+    """What a dict, a sequence, a partial call or an object of somebody else's class holds; None of anything else."""
     if type(value) is dict:
         return value
+    if type(value) in (list, tuple):
+        return dict(enumerate(value))
+    if type(value) is functools.partial:
+        return {"func": value.func, **dict(enumerate(value.args)), **value.keywords}
     if isinstance(value, (nn.Module, torch.Tensor, type, FunctionType, ModuleType, Enum)):
         return None
     if type(value).__module__.startswith(("torch.", "fused_densenet.", "builtins", "functools")):
         return None
     held: dict[Any, Any] | None = getattr(value, "__dict__", None)
     return held if type(held) is dict else None
+
+
+def contents_within(value: Any, depth: int = 4) -> Iterable[dict[Any, Any]]:
+    """:func:`contents_of` it, and of what is in that."""
+    said = contents_of(value) if depth else None
+    if said is not None:
+        yield said
+        for inner in list(said.values()):
+            yield from contents_within(inner, depth - 1)
 
 
 _FUNCTIONS = (FunctionType, staticmethod, classmethod, property)

@@ -46,20 +46,21 @@ def is_plain(value: Any) -> bool:
 
 
 class Contents(NamedTuple):
-    """What a dict or an object says, in plain values: a configuration that modules share, and that may change in place."""
+    """What a dict, a sequence or an object says, in plain values: a configuration, which may change in place."""
 
     items: tuple[tuple[Any, Any], ...]
 
     @classmethod
-    def of(cls, value: Any) -> "Contents":
-        said = contents_of(value) or {}
-        return cls(tuple((k, v) for k, v in said.items() if is_plain(v)))
+    def of(cls, value: Any, depth: int = 4) -> "Contents":
+        said = (contents_of(value) if depth else None) or {}
+        inner = ((k, v if is_plain(v) else cls.of(v, depth - 1)) for k, v in said.items())
+        return cls(tuple((k, v) for k, v in inner if v != cls(())))
 
 
 def _is_still(before: Any, now: Any) -> bool:
     """Whether a plain attribute is as it was; a tensor or an array may compare equal to a number."""
     if isinstance(before, Contents):
-        now = Contents.of(now)
+        now = now if isinstance(now, Contents) else Contents.of(now)
         same = len(now.items) == len(before.items)
         return same and all(
             a[0] == b[0] and _is_still(a[1], b[1]) for a, b in zip(before.items, now.items, strict=True)

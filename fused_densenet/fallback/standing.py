@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..backends import cpu, extension
-from .anatomy import CONVS, HOOKS, MODULES_OWN, SWITCHES, attribute_names, contents_of, own_class
+from .anatomy import CONVS, HOOKS, MODULES_OWN, SWITCHES, attribute_names, contents_within, own_class
 
 Plan = TypeVar("Plan")
 
@@ -36,8 +36,9 @@ class Standing(Generic[Plan]):
         attributes = [inner.__dict__ for inner in modules]
         held = [module.__dict__, module.__dict__["_modules"], *attributes]
         held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
-        theirs = [value for of_one in attributes for name, value in of_one.items() if name not in MODULES_OWN]
-        held += [said for said in map(contents_of, theirs) if said is not None]
+        owners = [module.__dict__, *attributes]
+        theirs = [value for of_one in owners for name, value in of_one.items() if name not in MODULES_OWN]
+        held += [said for value in theirs for said in contents_within(value)]
         tensors = [of_one[name] for of_one in attributes for name in ("_parameters", "_buffers") if of_one[name]]
         kinds = dict.fromkeys(map(own_class, (module, *modules)))
         looked_at = ((kind, (*attribute_names(kind), *SWITCHES, "__call__")) for kind in kinds)

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ..fallback.recording import exports_operators, one_call
 from .block import FusedDenseBlock
 from .densenet import CONFIGURATIONS, Network
 from .passage import Passage, alone, passes_on
@@ -94,6 +96,8 @@ class CSPDenseBlock(nn.Module):
 
     def pass_on(self, x: Tensor, passage: Passage) -> Tensor:
         """``forward(x)``, in whatever layout."""
+        if isinstance(x, torch.fx.Proxy):
+            return one_call(self, x)
         passage.statistics = None
         if x.dim() < 2 or x.shape[1] != self.num_input_features:
             raise ValueError(f"x: expected {self.num_input_features} channels, got shape {tuple(x.shape)}")
@@ -110,6 +114,9 @@ class CSPDenseBlock(nn.Module):
 
 def _average_pool(x: Tensor) -> Tensor:
     """2^d average pooling that keeps nothing for backward, where avg_pool would keep the whole stage's input."""
+    if torch.compiler.is_exporting() or exports_operators():  # for sizes that may be odd
+        pooled: Tensor = getattr(functional, f"avg_pool{x.dim() - 2}d")(x, 2)
+        return pooled
     for dim in range(2, 2 * x.dim() - 2, 2):
         half = x.shape[dim] // 2
         x = x.narrow(dim, 0, 2 * half).unflatten(dim, (half, 2))

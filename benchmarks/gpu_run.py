@@ -111,7 +111,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 @functools.cache
 def nvidia_smi(what: str) -> str | None:
-    """A property of the first GPU; None where there is no such tool."""
+    """A property of the first GPU; None where there is no such tool, or no answer."""
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "-i", "0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None

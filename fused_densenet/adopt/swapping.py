@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fallback.anatomy import (
-    LayerParts,
-    attribute_names,
-    is_memory_efficient,
-    method_names,
-    patches,
-    remember_methods,
-)
+from ..fallback.anatomy import LayerParts, attribute_names, is_memory_efficient, own_methods, patches, remember_methods
 from ..fallback.description import BlockDescription, ResidualDescription, TransitionDescription
 from ..fallback.reasons import announce
 from ..fallback.recording import warn_of_foreign_modes
@@ -234,8 +227,8 @@ def described_transition(transition: nn.Module, description: TransitionDescripti
 
 def _patched(module: Any) -> list[str]:
     """Of the methods of its class; ``forward`` of the module itself is what is called in any case."""
-    own = [name for name in method_names(module.original_class) if name != "forward" and name in module.__dict__]
-    return patches([module.original_class]) + [f"its {name} was replaced" for name in own]
+    replaced = [f"its {name} was replaced" for name in own_methods(module) if name != "forward"]
+    return patches([module.original_class]) + replaced
 
 
 def _described(block: Any, name: str) -> bool:

@@ -98,7 +98,7 @@ def _step(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     names = ["its input", *named]
     return {
         "its result": out.detach(),
-        "what it leaves of its input": given.detach().clone(),
+        "what it leaves of its input": given.detach(),
         **{f"the gradient by {name}": gradient for name, gradient in zip(names, gradients, strict=True)},
         **{f"the buffer {name}": buffer.clone() for name, buffer in module.named_buffers()},
     }

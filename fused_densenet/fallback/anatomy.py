@@ -253,11 +253,16 @@ def interceptions(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
             continue
         if has_hooks(module):
             reasons.append(f"{name} has hooks")
-        if any(method in module.__dict__ for method in method_names(own_class(module))):
+        if own_methods(module):
             reasons.append(f"{name} has a forward of its own")
         if module._modules and is_batch_norm(module):
             reasons += interceptions((f"{name}.{key}", inner) for key, inner in module._modules.items())
     return reasons
+
+
+def own_methods(module: nn.Module) -> list[str]:
+    """The methods of its class that were assigned to the module itself."""
+    return [name for name in method_names(own_class(module)) if name in module.__dict__]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -319,13 +324,18 @@ def contents_of(value: Any) -> dict[Any, Any] | None:
     return held if type(held) is dict else None
 
 
-def contents_within(value: Any, depth: int = 4) -> Iterable[dict[Any, Any]]:
-    """:func:`contents_of` it, and of what is in that."""
+DEPTH = 4
+"""Of dicts, sequences and objects in one another, how many are looked into."""
+
+
+def dicts_within(value: Any, depth: int = DEPTH) -> Iterable[dict[Any, Any]]:
+    """The dicts that say what is in it, and in what it holds; a sequence has none that a change of it would show in."""
     said = contents_of(value) if depth else None
     if said is not None:
-        yield said
+        if type(value) not in (list, tuple, functools.partial):
+            yield said
         for inner in list(said.values()):
-            yield from contents_within(inner, depth - 1)
+            yield from dicts_within(inner, depth - 1)
 
 
 _FUNCTIONS = (FunctionType, staticmethod, classmethod, property)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .anatomy import SWITCHES, LayerParts, Stage, contents_of
+from .anatomy import DEPTH, SWITCHES, LayerParts, Stage, contents_of
 
 _HALVING = (nn.AvgPool1d(2), nn.AvgPool2d(2), nn.AvgPool3d(2))
 
@@ -51,7 +51,7 @@ class Contents(NamedTuple):
     items: tuple[tuple[Any, Any], ...]
 
     @classmethod
-    def of(cls, value: Any, depth: int = 4) -> "Contents":
+    def of(cls, value: Any, depth: int = DEPTH) -> "Contents":
         said = (contents_of(value) if depth else None) or {}
         inner = ((k, v if is_plain(v) else cls.of(v, depth - 1)) for k, v in said.items())
         return cls(tuple((k, v) for k, v in inner if v != cls(())))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..backends import cpu, extension
-from .anatomy import CONVS, HOOKS, MODULES_OWN, SWITCHES, attribute_names, contents_within, own_class
+from .anatomy import CONVS, HOOKS, MODULES_OWN, SWITCHES, attribute_names, dicts_within, own_class
 
 Plan = TypeVar("Plan")
 
@@ -34,11 +34,11 @@ class Standing(Generic[Plan]):
         self.plan = plan
         modules = list(dict.fromkeys(inside))
         attributes = [inner.__dict__ for inner in modules]
-        held = [module.__dict__, module.__dict__["_modules"], *attributes]
-        held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
         owners = [module.__dict__, *attributes]
+        held = [*owners, module.__dict__["_modules"]]
+        held += [of_one[name] for of_one in attributes for name in ("_modules", *HOOKS)]
         theirs = [value for of_one in owners for name, value in of_one.items() if name not in MODULES_OWN]
-        held += [said for value in theirs for said in contents_within(value)]
+        held += [said for value in theirs for said in dicts_within(value)]
         tensors = [of_one[name] for of_one in attributes for name in ("_parameters", "_buffers") if of_one[name]]
         kinds = dict.fromkeys(map(own_class, (module, *modules)))
         looked_at = ((kind, (*attribute_names(kind), *SWITCHES, "__call__")) for kind in kinds)

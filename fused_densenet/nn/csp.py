@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..fallback.recording import exports_operators, one_call
 from .block import FusedDenseBlock
 from .densenet import CONFIGURATIONS, Network
 from .passage import Passage, alone, passes_on
-from .transition import FusedTransition
+from .transition import AVG_POOL, FusedTransition
 
 Fusion = Literal["first", "last", "both"]
 
@@ -115,8 +114,7 @@ class CSPDenseBlock(nn.Module):
 def _average_pool(x: Tensor) -> Tensor:
     """2^d average pooling that keeps nothing for backward, where avg_pool would keep the whole stage's input."""
     if torch.compiler.is_exporting() or exports_operators():  # for sizes that may be odd
-        pooled: Tensor = getattr(functional, f"avg_pool{x.dim() - 2}d")(x, 2)
-        return pooled
+        return AVG_POOL[x.dim() - 2](2)(x)
     for dim in range(2, 2 * x.dim() - 2, 2):
         half = x.shape[dim] // 2
         x = x.narrow(dim, 0, 2 * half).unflatten(dim, (half, 2))

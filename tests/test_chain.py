@@ -432,6 +432,19 @@ def test_errors_are_those_of_the_modules() -> None:
                 features(wrong)
 
 
+def test_one_value_per_channel(chained: list[int]) -> None:
+    """Behind a transition that leaves one pixel: as the modules refuse it."""
+    block = {"bn_size": 2, "growth_rate": 4, "drop_rate": 0.0}
+    parts = FusedDenseBlock(2, 8, **block), FusedTransition(16, 8), FusedDenseBlock(2, 8, **block)
+    features = FusedFeatures(*parts).double()
+    x = torch.randn(1, 8, 2, 2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        features(x)
+    assert not chained
+    features(x.repeat(2, 1, 1, 1)).sum().backward()
+    assert chained == [3]
+
+
 def test_two_buffers_are_there_at_a_time() -> None:
     """A program's memory: the two largest buffers; a block's bottlenecks are where the buffers before and behind it are."""
     model = DenseNet(8, (3, 3, 3), 16)

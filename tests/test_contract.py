@@ -82,4 +82,7 @@ def test_bad_arguments() -> None:
         cpu.norm_relu_pool(x, norm._replace(negative_slope=0.5), x[:, :, ::2, ::2].clone())
     with pytest.raises(ValueError, match="mean: expected a tensor, got None"):
         cpu.norm_relu_pool(x, extension.NO_NORM, x.clone())
+    overlapping = torch.ones(8).as_strided((1, 1, 2, 2, 4), (4, 4, 2, 1, 1))
+    with pytest.raises(ValueError, match="x: expected a pixel stride of at least 4, got 1"):
+        cpu.norm_relu_conv(overlapping, norm, weight, out, None, None)
     assert not out.any()

@@ -72,6 +72,18 @@ def test_moments_of_a_step(kernel: int, step: float) -> None:
     assert_accurate(var, exact_var, "moments")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_channel_of_one_value_has_no_variance(kernel: int, dtype: torch.dtype) -> None:
+    """The one value is what is stored, of fewer bits than the sum that made it."""
+    x, weight = torch.ones(4, 1, 20, 20, 32, dtype=dtype), torch.zeros(48, 32, 1, kernel, kernel)
+    weight[:, :, 0, kernel // 2, kernel // 2] = positive(48, 32)
+    out, mean, var = torch.empty(4, 1, 20, 20, 48, dtype=dtype), torch.empty(48), torch.empty(48)
+    CPU.norm_relu_conv(x, identity(32), weight, out, mean, var)
+    assert torch.equal(mean, out[0, 0, 0, 0].float())
+    assert not var.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("channels", [128, 136])
 def test_large_outputs(dtype: torch.dtype, channels: int) -> None:

@@ -367,6 +367,16 @@ def test_groups_that_do_not_fit_are_refused(case: str) -> None:
     assert not buffers[0].any() and buffers[2] == 0
 
 
+def test_buffers_of_different_strides() -> None:
+    mean, var = torch.zeros(4, 2)[:, 0], torch.ones(4, 3)[:, 1]
+    rows = torch.rand(2, 4)
+    cpu.update_running([rows], [], [1, -1, 0], [mean, var, torch.tensor(0)], [0.5], [1.0])
+    torch.testing.assert_close(mean, rows[0] / 2)
+    torch.testing.assert_close(var, (1 + rows[1]) / 2)
+    for buffer in (mean, var):
+        assert torch.equal(buffer._base[:, 0 if buffer is var else 1], torch.full((4,), float(buffer is var)))
+
+
 def test_modules_that_share_a_norm_count_every_batch() -> None:
     """Two parts of one network."""
     norm = nn.BatchNorm2d(8, dtype=torch.float64)
@@ -390,3 +400,23 @@ def test_counts_of_another_dtype(dtype: torch.dtype) -> None:
         for _ in range(2):
             model(x)
     assert_same(dict(ours.named_buffers()), dict(theirs.named_buffers()), "float64 whole block")
+
+
+@pytest.mark.parametrize("kind", [*MODULES, "network"])
+def test_backward_is_by_the_statistics_of_its_forward(kind: str) -> None:
+    """Another step, or a checkpoint, may change a frozen norm's before gradients are asked for.
+
+    Not the network's last norm, which is torch's, and refuses.
+    """
+    module = fuse(torchvisions()) if kind == "network" else MODULES[kind]()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True) if kind == "network" else images()
+    module.eval()
+    gradients = []
+    for change in (False, True):
+        out = module(x)
+        for norm in norms_of(module)[: -1 if kind == "network" else None] if change else []:
+            for buffer in norm.buffers():
+                buffer += 1
+        gradients.append(torch.autograd.grad(out.sin().sum(), [x, *module.parameters()]))
+    for before, after in zip(*gradients, strict=True):
+        assert torch.equal(before, after)

@@ -102,3 +102,24 @@ def test_large_outputs(dtype: torch.dtype, channels: int) -> None:
     exact_var, exact_mean = torch.var_mean(out.double(), (0, 1, 2, 3), correction=0)
     assert_accurate(mean, exact_mean, "moments")
     assert_accurate(var, exact_var, "moments")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_larger_tiles_of_16_bits(dtype: torch.dtype) -> None:
+    """3x3 convolutions of 16-bit data take filtering of larger tiles, less exact in float32: their results are those that
+    16 bits can hold, all the same."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 1, 28, 28, c, generator=generator).to(dtype) for c in (128, 32))
+    weight = (torch.randn(32, 128, 1, 3, 3, generator=generator) / 34).to(dtype)
+    out, dx, dweight, sums = torch.empty_like(grad), torch.empty_like(x), torch.empty(weight.shape), torch.zeros(4, 128)
+    CPU.norm_relu_conv(x, identity(128), weight.float(), out, None, None)
+    owed = Owed(sums[0], sums[1], sums[2:])
+    CPU.norm_relu_conv_backward(Gradient(grad), x, identity(128), weight.float(), dx, False, dweight, owed)
+    a = x.double().relu().requires_grad_()
+    w = weight.double().requires_grad_()
+    exact = torch.nn.functional.conv3d(a.permute(0, 4, 1, 2, 3), w, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
+    exact_da, exact_dweight = torch.autograd.grad(exact, [a, w], grad.double())
+    for found, of in ((out, exact), (dx, exact_da * (x > 0))):
+        assert (found != of.to(dtype)).double().mean() <= tolerance("16-bit outputs rounded otherwise")
+    error = rms(dweight.double() - exact_dweight) / rms(exact_dweight)
+    assert error <= tolerance("weight gradient of 16-bit data")

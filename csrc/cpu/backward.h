@@ -17,14 +17,14 @@ class BackwardKernel {
       : f_(f),
         arena_(workspace),
         norm_(f.norm, f.shape.in, arena_),
-        packed_(f.shape, true),
+        packed_(f.shape, true, filtering_of<T, P>(f.shape)),
         windows_(f.shape),
         grad_blocks_(ceil_div(packed_.row_elements(), kBlock)),
         pixel_blocks_(ceil_div(f.shape.out, kBlock)),
         dweight_rows_(round_up(f.shape.out, kWhole)),
         ld_dweight_(round_up(f.shape.in, kWidth)) {
     const int64_t operands = grad_blocks_ + 1 + (P::pair == 2 ? pixel_blocks_ : 0);
-    grid_ = plan_grid(f.shape, operands * kBlock * sizeof(E) + kBlock * sizeof(A), threads, packed_.winograd);
+    grid_ = plan_grid(f.shape, operands * kBlock * sizeof(E) + kBlock * sizeof(A), threads, packed_.filtering);
     parts_ = parts_of(grid_, threads);
     Arena& arena = arena_;
     weight_ = arena.take<E>(packed_.bytes() / sizeof(E));
@@ -40,10 +40,14 @@ class BackwardKernel {
     activation_ = arena.take<E>(activation_size_);
     result_ = arena.take<A>((result_pixels(grid_) + kWhole - 1) * kBlock);
     steps_ = arena.take<Step>(f.shape.taps() * grad_blocks_);
-    product_ = {f.shape.out, kBlock};
-    constexpr int64_t row_of_patches = 4 * kChain * kBlock;
-    patches_ = arena.take<E>(packed_.winograd ? most(product_.patches_size(), row_of_patches) : 0);
-    products_ = arena.take<A>(packed_.winograd ? most(product_.products_size(), row_of_patches) : 0);
+    if (packed_.filtering > 0) {
+      with_filtering<T>(packed_.filtering, [&]<int m>() {
+        const auto product = by_filtering<m>(kBlock);
+        constexpr int64_t row_of_patches = (m + 2) * kChain * kBlock;
+        patches_ = arena.take<E>(most(product.patches_size(), row_of_patches + Strip<m, kChain, A>::scratch_size));
+        products_ = arena.take<A>(most(product.products_size(), row_of_patches));
+      });
+    }
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     row_steps_ = arena.take<Step>(grid_.box[0] * grid_.box[1]);
     part_bytes_ = arena.used() - for_parts_;
@@ -68,7 +72,7 @@ class BackwardKernel {
       settle(partial_, grid_.count(), f_.shape.in, norm_, f_.owed, f_.shape.pixels(), f_.accumulate, parallel);
     }
     if (!needs_dweight()) return;
-    write_dweight<T>(f_.shape, packed_.winograd, f_.dweight, dweight_, parts_, dweight_rows_, ld_dweight_, parallel);
+    write_dweight<T>(f_.shape, packed_.filtering, f_.dweight, dweight_, parts_, dweight_rows_, ld_dweight_, parallel);
   }
 
  private:
@@ -103,17 +107,17 @@ class BackwardKernel {
             load_activation(activation, b, part, c, channels, width);
           }
         });
-        if (packed_.winograd)
+        if (packed_.filtering > 0)
           weight_gradient_by_patches(b, part, c, channels, height * width * kBlock, prefetch);
         else
           weight_gradient(b, part, c, channels, height, width, prefetch);
       }
-      if (packed_.winograd)
+      if (packed_.filtering > 0)
         data_gradient_by_patches(b, part, c, channels, height * width * kBlock, padded * kBlock, prefetch);
       with_activation<T>(f_.x, norm_, [&](const auto& activation) {
         A* sums = partial_ + 2 * i * f_.shape.in + c;
         int64_t stored = 0;
-        if (!packed_.winograd) {
+        if (packed_.filtering == 0) {
           stored = from_registers(channels);
           data_gradient(activation, b, part, c, channels, height, width, padded, sums, prefetch);
         }
@@ -219,15 +223,21 @@ class BackwardKernel {
   void data_gradient_by_patches(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t plane_size,
                                 int64_t block_size, Prefetch& prefetch) const {
     if constexpr (P::pair == 1) {
-      const WinogradProduct<P> product{f_.shape.out, channels};
-      for (int64_t d = 0; d < b.size[0]; ++d) {
-        const TilePlane plane{b.size[1], b.size[2]};
-        product.run(plane, padded_plane(plane, of_part(grad_, part) + d * plane_size, block_size),
-                    weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
-                    of_part(result_, part) + d * b.size[1] * b.size[2] * kBlock, kBlock, of_part(patches_, part),
-                    of_part(products_, part), prefetch);
-      }
+      with_filtering<T>(packed_.filtering, [&]<int m>() {
+        const TilePlane<m> plane{b.size[1], b.size[2]};
+        for (int64_t d = 0; d < b.size[0]; ++d) {
+          by_filtering<m>(channels).run(plane, padded_plane(plane, of_part(grad_, part) + d * plane_size, block_size),
+                                        weight_ + c / packed_.width * packed_.panel_size(), packed_.panel_size(),
+                                        of_part(result_, part) + d * b.size[1] * b.size[2] * kBlock, kBlock,
+                                        of_part(patches_, part), of_part(products_, part), prefetch);
+        }
+      });
     }
+  }
+
+  template <int m>
+  WinogradProduct<P, m> by_filtering(int64_t channels) const {
+    return {f_.shape.out, channels};
   }
 
   // What the next block of channels reads, or the next box's first.
@@ -249,12 +259,18 @@ class BackwardKernel {
     const int64_t bytes = least(kBlock, f_.shape.in - next) * sizeof(T);
     prefetch.add(static_cast<const T*>(f_.x.data) + from * f_.x.ld + next, pixels, bytes, f_.x.ld * sizeof(T));
     prefetch.add(static_cast<const T*>(f_.dx.data) + from * f_.dx.ld + next, pixels, bytes, f_.dx.ld * sizeof(T));
-    int64_t work = packed_.winograd ? b.size[0] * product_.work({b.size[1], b.size[2]})
-                                    : b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock) *
-                                          packed_.taps * packed_.row_elements();
+    const int64_t pixels_of_gradient = b.size[0] * b.size[1] * row_elements(b);
+    int64_t work = b.size[0] * b.size[1] * tiles_of<P, Reduce::channels>(b.size[2], kBlock) * packed_.taps *
+                   packed_.row_elements();
+    int64_t pixels_of_tile = 1;
+    if (packed_.filtering > 0) {
+      with_filtering<T>(packed_.filtering, [&]<int m>() {
+        work = b.size[0] * by_filtering<m>(kBlock).work({b.size[1], b.size[2]});
+        pixels_of_tile = m * m;
+      });
+    }
     if (needs_dweight()) {
-      work += packed_.taps * tiles_of<P, Reduce::pixels>(f_.shape.out, kBlock) * b.size[0] * b.size[1] *
-              row_elements(b) / (packed_.winograd ? 4 : 1);
+      work += packed_.taps * tiles_of<P, Reduce::pixels>(f_.shape.out, kBlock) * pixels_of_gradient / pixels_of_tile;
     }
     prefetch.spread(work);
     return prefetch;
@@ -328,34 +344,43 @@ class BackwardKernel {
   void weight_gradient_by_patches(const Box& b, int64_t part, int64_t c, int64_t channels, int64_t plane_size,
                                   Prefetch& prefetch) const {
     if constexpr (P::pair == 1) {
-      const TilePlane plane{b.size[1], b.size[2]};
-      const int64_t all = plane.rows() * plane.columns(), strips = ceil_div(all, kChain);
-      const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * plane_size;
-      A *patches = of_part(patches_, part), *gradients = of_part(products_, part);
-      for (int64_t s = 0; s < b.size[0] * strips; ++s) {
-        const int64_t d = s / strips;
-        const Range range = split(all, strips, s % strips);
-        const int64_t tiles = range.size();
-        const auto pixels = padded_plane(plane, of_part(activation_, part) + d * plane_size, 0);
-        for (int64_t row = 0; row < 4; ++row) {
-          const auto transform = row == 1 || row == 2 ? transform_gradients<true, A> : transform_gradients<false, A>;
-          transform_patches<false>(plane, pixels, range.begin, tiles, channels, row, patches, 3 * tiles * kBlock);
-          transform_patches<true>(plane, pixels, range.begin, tiles, channels, row, patches + tiles * kBlock,
-                                  tiles * kBlock);
-          for (int64_t k = 0; k < pixel_blocks_; ++k) {
-            const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
-            transform(plane, plane_inside(plane, of_part(grad_, part) + k * block_size + d * plane_size), range.begin,
-                      tiles, count, row, gradients);
-            const Step step{0, 0, tiles};
-            for (int64_t i = 0; i < 4; ++i) {
-              A* dweight =
-                  dweight_ + part * dweight_size_ + ((4 * row + i) * dweight_rows_ + k * kBlock) * ld_dweight_ + c;
-              multiply<P, Reduce::pixels>(gradients + i * tiles * kBlock, 1, patches + i * tiles * kBlock, kWidth,
-                                          dweight, ld_dweight_, count, channels, &step, 1, true, prefetch);
-            }
-          }
+      with_filtering<T>(packed_.filtering, [&]<int m>() {
+        const TilePlane<m> plane{b.size[1], b.size[2]};
+        const int64_t all = plane.count(), strips = ceil_div(all, kChain);
+        const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * plane_size;
+        A *patches = of_part(patches_, part), *gradients = of_part(products_, part);
+        for (int64_t s = 0; s < b.size[0] * strips; ++s) {
+          const int64_t d = s / strips;
+          const Range range = split(all, strips, s % strips);
+          const int64_t tiles = range.size(), size = tiles * kBlock;
+          const auto pixels = padded_plane(plane, of_part(activation_, part) + d * plane_size, 0);
+          const Strip<m, kChain, A> strip(plane, pixels, range.begin, tiles, channels, patches + (m + 2) * size);
+          each<kPairs<m>>([&]<int q>() {
+            strip.template begin_pair_of_rows<q>();
+            each<2>([&]<int second>() {
+              constexpr int row = second ? Pair<m, q>::second : Pair<m, q>::first;
+              each<kPairs<m>>([&]<int p>() {
+                using Columns = Pair<m, p>;
+                strip.template columns<q, p>(second, patches + Columns::first * size,
+                                             (Columns::second - Columns::first) * size);
+              });
+              for (int64_t k = 0; k < pixel_blocks_; ++k) {
+                const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
+                transform_gradients<row>(plane,
+                                         plane_inside(plane, of_part(grad_, part) + k * block_size + d * plane_size),
+                                         range.begin, tiles, count, gradients);
+                const Step step{0, 0, tiles};
+                for (int64_t i = 0; i < m + 2; ++i) {
+                  A* dweight = dweight_ + part * dweight_size_ +
+                               ((row * (m + 2) + i) * dweight_rows_ + k * kBlock) * ld_dweight_ + c;
+                  multiply<P, Reduce::pixels>(gradients + i * size, 1, patches + i * size, kWidth, dweight, ld_dweight_,
+                                              count, channels, &step, 1, true, prefetch);
+                }
+              }
+            });
+          });
         }
-      }
+      });
     }
   }
 
@@ -482,9 +507,8 @@ class BackwardKernel {
   Windows windows_;
   int64_t grad_blocks_, pixel_blocks_, dweight_rows_, ld_dweight_, dweight_size_, activation_size_, parts_;
   Grid grid_;
-  WinogradProduct<P> product_;
-  E *weight_, *grad_, *grad_by_pixel_, *activation_, *patches_;
-  A *partial_, *partial_dbias_, *dweight_, *result_, *products_;
+  E *weight_, *grad_, *grad_by_pixel_, *activation_, *patches_ = nullptr;
+  A *partial_, *partial_dbias_, *dweight_, *result_, *products_ = nullptr;
   Step *steps_, *row_steps_;
   int64_t* first_pixels_;
   size_t for_parts_, part_bytes_;

@@ -17,13 +17,13 @@ class ForwardKernel {
         strided_(strided),
         arena_(workspace),
         norm_(f.norm, f.shape.in, arena_),
-        packed_(f.shape, false),
+        packed_(packed(f)),
         windows_(f.shape),
         blocks_(ceil_div(packed_.row_elements(), kBlock)),
         chunk_(f.shape.taps() == 1 ? least(blocks_, kChunk) : blocks_),
         ldc_(packed_.panels() * packed_.width) {
     const int64_t bytes_per_pixel = chunk_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
-    grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.winograd);
+    grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.filtering);
     parts_ = parts_of(grid_, threads);
     Arena& arena = arena_;
     weight_ = f.weight.packed ? static_cast<E*>(f.weight.data) : arena.take<E>(packed_.bytes() / sizeof(E));
@@ -37,16 +37,20 @@ class ForwardKernel {
     strip_ = pointwise ? most(strip_rows / kTileRows, 1) * kTileRows : grid_.box[2];
     const int64_t loaded = reads_image() ? 0 : chunk_ * (pointwise ? strip_ : grid_.padded_pixels()) + kWhole - 1;
     operand_ = arena.take<E>(loaded * kBlock);
-    result_ = arena.take<A>(packed_.winograd   ? grid_.box[1] * grid_.box[2] * ldc_
-                            : chunk_ < blocks_ ? strip_ * ldc_
-                                               : kTileRows * packed_.width);
+    result_ = arena.take<A>(packed_.filtering > 0 ? grid_.box[1] * grid_.box[2] * ldc_
+                            : chunk_ < blocks_    ? strip_ * ldc_
+                                                  : kTileRows * packed_.width);
     rest_ = arena.take<A>(ldc_);
     seen_ = arena.take<int64_t>(ceil_div(f.shape.out, Output<T>::columns));
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
     steps_ = arena.take<Step>(f.shape.taps() * blocks_);
-    product_ = {f.shape.in, f.shape.out};
-    patches_ = arena.take<E>(packed_.winograd ? product_.patches_size() : 0);
-    products_ = arena.take<A>(packed_.winograd ? product_.products_size() : 0);
+    if (packed_.filtering > 0) {
+      with_filtering<T>(packed_.filtering, [&]<int m>() {
+        const auto product = by_filtering<m>();
+        patches_ = arena.take<E>(product.patches_size());
+        products_ = arena.take<A>(product.products_size());
+      });
+    }
     part_bytes_ = arena.used() - for_parts_;
   }
 
@@ -78,15 +82,21 @@ class ForwardKernel {
 
   static constexpr Packing packing() {
     return {
-        [](const Forward& f) { return int(PackedWeight<P>(f.shape, false).winograd); },
-        [](const Forward& f) { return static_cast<size_t>(PackedWeight<P>(f.shape, false).bytes()); },
+        [](const Forward& f) { return static_cast<int>(packed(f).filtering); },
+        [](const Forward& f) { return static_cast<size_t>(packed(f).bytes()); },
         [](const Forward& f, void* out, const Parallel& parallel) {
-          PackedWeight<P>(f.shape, false).template pack<T>(f.shape, f.weight, static_cast<E*>(out), parallel);
+          packed(f).template pack<T>(f.shape, f.weight, static_cast<E*>(out), parallel);
         },
     };
   }
 
  private:
+  static PackedWeight<P> packed(const Forward& f) { return {f.shape, false, filtering_of<T, P>(f.shape)}; }
+  template <int m>
+  WinogradProduct<P, m> by_filtering() const {
+    return {f_.shape.in, f_.shape.out};
+  }
+
   static constexpr int64_t kBlockBytes = kBlock * sizeof(E);
   // Blocks of channels of a 1x1 convolution that are multiplied at once: a tile of their activations stays in the
   // first-level cache. (AMX's registers keep their sums over all.)
@@ -161,14 +171,18 @@ class ForwardKernel {
         load_operand(activation, b, blocks, part, width, block_size);
       }
     });
-    if (packed_.winograd)
+    if (packed_.filtering > 0)
       by_patches(b, part, height * width * kBlock, block_size, output, prefetch);
     else
       tap_by_tap(b, blocks, part, height, width, block_size, output, prefetch);
   }
 
   int64_t work(const Box& b) const {
-    if (packed_.winograd) return b.size[0] * product_.work({b.size[1], b.size[2]});
+    if (packed_.filtering > 0) {
+      int64_t plane = 0;
+      with_filtering<T>(packed_.filtering, [&]<int m>() { plane = by_filtering<m>().work({b.size[1], b.size[2]}); });
+      return b.size[0] * plane;
+    }
     const Runs runs(grid_, b);
     return b.size[0] * runs.count * tiles_of<P, Reduce::channels>(runs.pixels, f_.shape.out) * packed_.taps *
            packed_.row_elements();
@@ -236,7 +250,7 @@ class ForwardKernel {
 
   // Whether patches are taken of x itself: there is nothing to compute, and no vector reaches beyond a pixel.
   bool reads_image() const {
-    return packed_.winograd && sizeof(T) == sizeof(A) && !norm_.given() && f_.shape.in % Vec<A>::size == 0;
+    return packed_.filtering > 0 && sizeof(T) == sizeof(A) && !norm_.given() && f_.shape.in % Vec<A>::size == 0;
   }
   PixelPlane<A> image_plane(const Box& b, int64_t d) const {
     const int64_t ld = f_.x.ld, height = grid_.image[1], width = grid_.image[2];
@@ -253,23 +267,25 @@ class ForwardKernel {
   void by_patches(const Box& b, int64_t part, int64_t plane_size, int64_t block_size, const Output<T>& output,
                   Prefetch& prefetch) const {
     if constexpr (P::pair == 1) {
-      const TilePlane plane{b.size[1], b.size[2]};
-      for (int64_t d = 0; d < b.size[0]; ++d) {
-        const auto pixels = [&] {
-          if constexpr (sizeof(T) == sizeof(A)) {
-            if (reads_image()) return image_plane(b, d);
-          }
-          return padded_plane(plane, of_part(operand_, part) + d * plane_size, block_size);
-        };
-        product_.run(plane, pixels(), weight_, packed_.panel_size(), of_part(result_, part), ldc_,
-                     of_part(patches_, part), of_part(products_, part), prefetch);
-        for (int64_t h = 0; h < b.size[1]; ++h) {
-          for (int64_t j = 0; j < f_.shape.out; j += Output<T>::columns) {
-            output.store_rows(of_part(result_, part) + h * b.size[2] * ldc_ + j, ldc_, grid_.pixel(b, d, h, 0),
-                              b.size[2], j);
+      with_filtering<T>(packed_.filtering, [&]<int m>() {
+        const TilePlane<m> plane{b.size[1], b.size[2]};
+        for (int64_t d = 0; d < b.size[0]; ++d) {
+          const auto pixels = [&] {
+            if constexpr (sizeof(T) == sizeof(A)) {
+              if (reads_image()) return image_plane(b, d);
+            }
+            return padded_plane(plane, of_part(operand_, part) + d * plane_size, block_size);
+          };
+          by_filtering<m>().run(plane, pixels(), weight_, packed_.panel_size(), of_part(result_, part), ldc_,
+                                of_part(patches_, part), of_part(products_, part), prefetch);
+          for (int64_t h = 0; h < b.size[1]; ++h) {
+            for (int64_t j = 0; j < f_.shape.out; j += Output<T>::columns) {
+              output.store_rows(of_part(result_, part) + h * b.size[2] * ldc_ + j, ldc_, grid_.pixel(b, d, h, 0),
+                                b.size[2], j);
+            }
           }
         }
-      }
+      });
     }
   }
 
@@ -281,9 +297,8 @@ class ForwardKernel {
   Windows windows_;
   int64_t blocks_, chunk_, ldc_, parts_, strip_;
   Grid grid_;
-  WinogradProduct<P> product_;
-  E *weight_, *operand_, *patches_;
-  A *partial_, *bias_, *result_, *rest_, *products_;
+  E *weight_, *operand_, *patches_ = nullptr;
+  A *partial_, *bias_, *result_, *rest_, *products_ = nullptr;
   Step* steps_;
   int64_t *first_pixels_, *seen_, *next_boxes_;
   size_t for_parts_, part_bytes_;

@@ -13,6 +13,8 @@
 #include "arena.h"
 #include "norm.h"
 #include "operands.h"
+#include "filtering.h"
+#include "patches.h"
 #include "winograd.h"
 #include "weight.h"
 #include "reduce.h"

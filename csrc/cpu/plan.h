@@ -15,8 +15,8 @@ constexpr int64_t kFirstCacheBytes = 0;
 inline int64_t strip_bytes(int64_t panel) { return most(kStripBytes, kFirstCacheBytes - panel); }
 
 // A 1x1 convolution sees one long row of pixels. Boxes are as equal as they can be, and as many as fill the threads
-// evenly; where `even`, of an even height and width but for the last.
-inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, bool even) {
+// evenly; where a plane is `tiled`, they are so many pixels high and wide, or a multiple, but for the last.
+inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, int64_t tiled) {
   Grid g;
   const bool pointwise = s.taps() == 1;
   const int64_t image[3] = {pointwise ? 1 : s.d, pointwise ? 1 : s.h, pointwise ? s.out_pixels() : s.w};
@@ -26,7 +26,7 @@ inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, 
   for (int j = 0; j < 3; ++j) {
     g.image[j] = image[j];
     g.margin[j] = kernel[j] / 2;
-    g.unit[j] = even && j > 0 ? 2 : 1;
+    g.unit[j] = tiled > 0 && j > 0 ? tiled : 1;
     units[j] = ceil_div(image[j], g.unit[j]);
     g.cut(j, units[j]);
   }

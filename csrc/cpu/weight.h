@@ -25,21 +25,21 @@ Vec<Accumulate<T>> rounded(const W* p, int n) {
 }
 
 // A weight in panels [panel][tap][row element][panel columns]. Forward multiplies by W[in][out]; the data gradient by
-// W[out][in] with the taps reversed. Winograd's 16 matrices take the place of 9 taps. Rows beyond the weight
+// W[out][in] with the taps reversed. Winograd's matrices take the place of 9 taps. Rows beyond the weight
 // are zero, and columns up to a whole vector; what is behind those no tile reads.
 template <class P>
 struct PackedWeight {
   using E = typename P::Element;
   static constexpr int64_t width = Layout<P, Reduce::channels>::panel;
-  int64_t rows, columns, taps;
-  bool transposed, winograd;
+  int64_t rows, columns, taps, filtering;
+  bool transposed;
 
-  PackedWeight(const Shape& s, bool transposed)
+  PackedWeight(const Shape& s, bool transposed, int64_t filtering)
       : rows(transposed ? s.out : s.in),
         columns(transposed ? s.in : s.out),
-        taps(use_winograd<P>(s) ? kPositions : s.taps()),
-        transposed(transposed),
-        winograd(use_winograd<P>(s)) {}
+        taps(filtering > 0 ? positions_of(filtering) : s.taps()),
+        filtering(filtering),
+        transposed(transposed) {}
   int64_t row_elements() const { return round_up(ceil_div(rows, P::pair), kWhole); }
   int64_t panels() const { return ceil_div(columns, width); }
   int64_t panel_size() const { return taps * row_elements() * width; }
@@ -69,7 +69,8 @@ struct PackedWeight {
       for (int64_t tap = 0; tap < s.taps(); tap += kTaps) {
         const int64_t count = least(kTaps, s.taps() - tap);
         read<T, W>(s, weight, begin * P::pair, p * width, read_columns, tap, count, numbers);
-        write(numbers, elements, read_columns, count, out + p * panel_size() + (tap * row_elements() + begin) * width);
+        write<T>(numbers, elements, read_columns, count,
+                 out + p * panel_size() + (tap * row_elements() + begin) * width);
       }
     });
   }
@@ -149,12 +150,13 @@ struct PackedWeight {
     }
   }
 
+  template <class T>
   void write(const Numbers& numbers, int64_t elements, int64_t wide, int64_t count, E* to) const {
     const int64_t tap_size = row_elements() * width;
     for (int64_t r = 0; r < elements; ++r, to += width) {
       if constexpr (P::pair == 1) {
-        if (winograd) {
-          transform_weight(numbers[r][0], width, wide, to, tap_size);
+        if (filtering > 0) {
+          with_filtering<T>(filtering, [&]<int m>() { transform_weight<m>(numbers[r][0], width, wide, to, tap_size); });
           continue;
         }
         for (int64_t t = 0; t < count; ++t) {
@@ -171,12 +173,12 @@ struct PackedWeight {
   }
 };
 
-template <class W, class A>
-void write_dweight_to(W*, const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts,
+template <class T, class W, class A>
+void write_dweight_to(W*, const Shape& s, int64_t filtering, const Weight& dweight, const A* partial, int64_t parts,
                       int64_t rows, int64_t ld, const Parallel& parallel) {
   using V = Vec<A>;
   constexpr int64_t most_terms = 9;
-  const int64_t terms = winograd ? kPositions : s.taps(), taps = s.taps();
+  const int64_t terms = filtering > 0 ? positions_of(filtering) : s.taps(), taps = s.taps();
   parallel_for(parallel, s.out, [&](int64_t n) {
     for (int64_t c = 0; c < s.in; c += V::size) {
       const int lanes = static_cast<int>(least(V::size, s.in - c));
@@ -196,11 +198,13 @@ void write_dweight_to(W*, const Shape& s, bool winograd, const Weight& dweight, 
         const int64_t count = least(most_terms, taps - first);
         int64_t offsets[most_terms];
         for (int64_t i = 0; i < count; ++i) offsets[i] = dweight.tap(s, first + i);
-        if (winograd) {
-          V u[kPositions], sums[9];
-          for (int64_t i = 0; i < kPositions; ++i) u[i] = sum_of_parts(i);
-          transform_dweight(u, sums);
-          for (int64_t i = 0; i < 9; ++i) store(numbers[i], sums[i]);
+        if (filtering > 0) {
+          with_filtering<T>(filtering, [&]<int m>() {
+            V u[positions_of(m)], sums[9];
+            for (int64_t i = 0; i < positions_of(m); ++i) u[i] = sum_of_parts(i);
+            transform_dweight<m>(u, sums);
+            for (int64_t i = 0; i < 9; ++i) store(numbers[i], sums[i]);
+          });
         } else {
           for (int64_t i = 0; i < count; ++i) store(numbers[i], sum_of_parts(first + i));
         }
@@ -215,10 +219,11 @@ void write_dweight_to(W*, const Shape& s, bool winograd, const Weight& dweight, 
 // The weight's gradient: `parts` partial sums [part][tap or position][rows][ld] of outputs x inputs, added in that
 // order and written where the module holds it.
 template <class T, class A = Accumulate<T>>
-void write_dweight(const Shape& s, bool winograd, const Weight& dweight, const A* partial, int64_t parts, int64_t rows,
-                   int64_t ld, const Parallel& parallel) {
-  with_type_of<T>(
-      dweight, [&](auto* type) { write_dweight_to(type, s, winograd, dweight, partial, parts, rows, ld, parallel); });
+void write_dweight(const Shape& s, int64_t filtering, const Weight& dweight, const A* partial, int64_t parts,
+                   int64_t rows, int64_t ld, const Parallel& parallel) {
+  with_type_of<T>(dweight, [&](auto* type) {
+    write_dweight_to<T>(type, s, filtering, dweight, partial, parts, rows, ld, parallel);
+  });
 }
 
 }  // namespace fused_densenet::FD_ISA

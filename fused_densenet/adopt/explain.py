@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_module
 from ..backends import choose, rejected
 from ..fallback.anatomy import own_class
 from ..fallback.reasons import quiet, uses_batch_stats
@@ -97,8 +98,7 @@ def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
         TypeError: ``module`` is no nn.Module.
         Exception: whatever ``module`` raises, a backend that was asked for and cannot run included.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    check_module("module", module)
     groups: dict[str, list[Report]] = {kind: [] for kind in KINDS.values()}
     if isinstance(module, Snapshot):
         return _of_snapshot(module, inputs, options)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..arguments import check_flags, check_module
 from ..fallback.reasons import FallbackError, warn_once
 from ..nn.block import FusedDenseBlock
 from ..nn.residual import FusedResidualDenseBlock
@@ -54,10 +55,10 @@ def fuse(model: Module, *, memory_efficient: bool | None = None, strict: bool = 
 
 def adopted(model: nn.Module, memory_efficient: bool | None = None, strict: bool = False) -> list[Finding]:
     """:func:`fuse`; what it found."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if not isinstance(memory_efficient, bool | None):
         raise TypeError(f"memory_efficient: expected True, False or None, got {type(memory_efficient).__name__}")
+    check_flags(strict=strict)
     name, findings = type(model).__name__, survey(model)
     blocks = [finding for finding in findings if finding.fused_class in DENSE_BLOCKS]
     left = _described([finding for finding in blocks if finding.reasons])
@@ -78,8 +79,10 @@ def unfuse(model: Module) -> Module:
     """Undoes :func:`fuse`, in place: every module that it replaced is of its own class again. Returns ``model``.
 
     Raises:
+        TypeError: ``model`` is no nn.Module.
         RuntimeError: the class of a fused module was changed afterwards (by ``fully_shard``, say).
     """
+    check_module("model", model)
     fused = [(name, module) for name, module in model.named_modules() if is_swapped(module)]
     for name, module in fused:
         if "original_class" not in type(module).__dict__:

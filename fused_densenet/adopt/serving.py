@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from ..arguments import check_flags, check_module
 from ..fallback.anatomy import interceptions
 from ..fallback.reasons import FallbackError
 from ..nn.gate import Gate
@@ -59,15 +60,12 @@ def optimize_for_inference(
     Warns:
         FallbackWarning: what looks like a dense block and cannot be fused, as :func:`fused_densenet.fuse` does.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if isinstance(model, Snapshot):
         raise TypeError("model: expected the model that a snapshot is made of, got a Snapshot")
     if dtype is not None and dtype not in _DTYPES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, _DTYPES))} or None, got {dtype}")
-    for name, value in {"strict": strict, "cuda_graphs": cuda_graphs}.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    check_flags(strict=strict, cuda_graphs=cuda_graphs)
     converts = dtype is not None
     own = _copied(model).eval().requires_grad_(False)
     findings = adopted(own, strict=strict)

@@ -1,6 +1,7 @@
-"""Errors for bad arguments and inputs: each names the argument, what was expected and what came."""
+"""Checks of what a module is called with: each error names the argument, what was expected and what came."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,47 +10,7 @@ from ..ops.ranks import sync_group
 from .reasons import autocasts, uses_batch_stats
 
 
-def check_counts(counts: Mapping[str, object]) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def check_spatial_dims(spatial_dims: int) -> None:
-    if spatial_dims not in (1, 2, 3):
-        raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
-
-
-def check_block_arguments(
-    num_layers: int,
-    num_input_features: int,
-    bn_size: int | None,
-    growth_rate: int,
-    drop_rate: float,
-    spatial_dims: int,
-    bottleneck_drop_rate: float = 0.0,
-) -> None:
-    counts = {"num_layers": num_layers, "num_input_features": num_input_features, "growth_rate": growth_rate}
-    if bn_size is not None:
-        counts["bn_size"] = bn_size
-    check_counts(counts)
-    check_rate("drop_rate", drop_rate, "a probability")
-    check_rate("bottleneck_drop_rate", bottleneck_drop_rate, "a probability")
-    if bn_size is None and bottleneck_drop_rate:
-        raise ValueError(f"bottleneck_drop_rate: expected 0 where bn_size is None, got {bottleneck_drop_rate}")
-    check_spatial_dims(spatial_dims)
-
-
-def check_rate(name: str, value: object, what: str) -> None:
-    if not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected {what} between 0 and 1, got {value}")
-
-
-def check_image(x: Tensor, name: str, channels: int, spatial_dims: int) -> None:
+def check_image(x: Any, name: str, channels: int, spatial_dims: int) -> None:
     """Type and shape of a module's input, its argument ``name``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_flags, counts, dimensions, rate
 from ..fallback.anatomy import LayerParts, Stage, is_memory_efficient, structure_reasons, take_apart
-from ..fallback.checks import check_block_arguments, check_image, check_parameters, check_rate
+from ..fallback.checks import check_image, check_parameters
 from ..fallback.reasons import (
     fallback_reasons,
     meets,
@@ -52,6 +53,15 @@ class FusedDenseLayer(nn.Module):
         bottleneck_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        num_input_features, growth_rate = counts(num_input_features=num_input_features, growth_rate=growth_rate)
+        (bn_size,) = (None,) if bn_size is None else counts(bn_size=bn_size)
+        spatial_dims, negative_slope = dimensions(spatial_dims), rate("negative_slope", negative_slope, "a number")
+        check_flags(memory_efficient=memory_efficient, bias=bias)
+        self.drop_rate = rate("drop_rate", drop_rate)
+        self.bottleneck_drop_rate = rate("bottleneck_drop_rate", bottleneck_drop_rate)
+        if bn_size is None and bottleneck_drop_rate:
+            raise ValueError(f"bottleneck_drop_rate: expected 0 where bn_size is None, got {bottleneck_drop_rate}")
+        self.memory_efficient = memory_efficient
         conv, norm = CONV[spatial_dims], NORM[spatial_dims]
         width = growth_rate if bn_size is None else bn_size * growth_rate
         first_kernel = 3 if bn_size is None else 1
@@ -62,8 +72,6 @@ class FusedDenseLayer(nn.Module):
             self.norm2 = norm(width)
             self.relu2 = nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
             self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=bias)
-        self.drop_rate, self.bottleneck_drop_rate = float(drop_rate), float(bottleneck_drop_rate)
-        self.memory_efficient = memory_efficient
 
     @property
     def bottleneck(self) -> bool:
@@ -138,10 +146,10 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         bottleneck_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        check_block_arguments(
-            num_layers, num_input_features, bn_size, growth_rate, drop_rate, spatial_dims, bottleneck_drop_rate
+        num_layers, num_input_features, growth_rate = counts(
+            num_layers=num_layers, num_input_features=num_input_features, growth_rate=growth_rate
         )
-        check_rate("negative_slope", negative_slope, "a number")
+        check_flags(return_new=return_new)
         self.return_new = return_new
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = FusedDenseLayer(

@@ -16,9 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_flags, counts, number
+from ..fallback.checks import check_image
 from ..fallback.recording import exports_operators, one_call
 from .block import FusedDenseBlock
-from .densenet import CONFIGURATIONS, Network
+from .densenet import CONFIGURATIONS, Network, stages
 from .passage import Passage, alone, passes_on
 from .transition import AVG_POOL, FusedTransition
 
@@ -65,8 +67,14 @@ class CSPDenseBlock(nn.Module):
         super().__init__()
         if fusion not in ("first", "last", "both"):
             raise ValueError(f"fusion: expected 'first', 'last' or 'both', got {fusion!r}")
-        if not 0 <= split_ratio < 1:
+        if not 0 <= number("split_ratio", split_ratio) < 1:
             raise ValueError(f"split_ratio: expected a share of at least 0 and below 1, got {split_ratio}")
+        check_flags(pool=pool)
+        num_layers, num_input_features, growth_rate = counts(
+            num_layers=num_layers, num_input_features=num_input_features, growth_rate=growth_rate
+        )
+        if num_output_features is not None:
+            (num_output_features,) = counts(num_output_features=num_output_features)
         around = int(num_input_features * split_ratio)
         through = num_input_features - around
         self.denseblock = FusedDenseBlock(
@@ -77,13 +85,16 @@ class CSPDenseBlock(nn.Module):
         narrow = {"first": dense, "last": out - around, "both": out // 2}[fusion]
         if narrow < 1:
             least = around + 1 if fusion == "last" else 2
-            raise ValueError(f"num_output_features: expected at least {least} for fusion {fusion!r}, got {out}")
+            raise ValueError(
+                f"num_output_features: expected at least {least} for fusion {fusion!r}, got {out}, in a network by compression"
+            )
         if fusion != "first":
             self.dense_transition = FusedTransition(dense, narrow, pool=pool, spatial_dims=spatial_dims)
         if fusion != "last":
             pool_last = pool and fusion == "first"
             self.transition = FusedTransition(narrow + around, out, pool=pool_last, spatial_dims=spatial_dims)
         self.split = (around, through)
+        self.spatial_dims = self.denseblock.spatial_dims
         self.num_input_features = num_input_features
         self.num_output_features = out
         self.fusion = fusion
@@ -98,8 +109,8 @@ class CSPDenseBlock(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             return one_call(self, x)
         passage.statistics = None
-        if x.dim() < 2 or x.shape[1] != self.num_input_features:
-            raise ValueError(f"x: expected {self.num_input_features} channels, got shape {tuple(x.shape)}")
+        if not (isinstance(x, Tensor) and x.dim() == self.spatial_dims + 2 and x.shape[1] == self.num_input_features):
+            check_image(x, "x", self.num_input_features, self.spatial_dims)
         around, through = x.split(self.split, dim=1)
         inside = Passage()
         dense = inside.through(self.denseblock, through)
@@ -153,11 +164,8 @@ class CSPDenseNet(Network):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__(in_channels, num_init_features, small_inputs, spatial_dims)
-        width = num_init_features
-        for i, num_layers in enumerate(block_config, 1):
-            last = i == len(block_config)
-            whole = width + num_layers * growth_rate
-            out = whole if last else int(whole * compression)
+        found = stages(growth_rate, block_config, num_init_features, compression)
+        for i, (num_layers, width, _, out, last) in enumerate(found, 1):
             stage = CSPDenseBlock(
                 num_layers,
                 width,
@@ -172,8 +180,7 @@ class CSPDenseNet(Network):
                 spatial_dims=spatial_dims,
             )
             self.features.add_module(f"stage{i}", stage)
-            width = out
-        self.finish(width, num_classes)
+        self.finish(found[-1].out, num_classes)
 
 
 def csp_densenet121(**arguments: Any) -> CSPDenseNet:

@@ -2,12 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fallback.checks import check_counts
+from ..arguments import check_flags, counts, dimensions, number, sequence
 from .block import CONV, NORM, FusedDenseBlock
 from .stem import FusedFeatures
 from .transition import FusedTransition
@@ -16,11 +16,45 @@ from .weights import Weights, load_weights
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
+class Stage(NamedTuple):
+    """Of a network: ``num_layers`` dense layers that read ``width`` channels and end with ``whole``, of which ``out`` are kept."""
+
+    num_layers: int
+    width: int
+    whole: int
+    out: int
+    last: bool
+
+
+def stages(growth_rate: int, block_config: Sequence[int], num_init_features: int, compression: float) -> list[Stage]:
+    """Those of a network, each of which keeps the share ``compression``; the last one keeps all.
+
+    Raises:
+        ValueError, TypeError: a bad argument.
+    """
+    growth_rate, width = counts(growth_rate=growth_rate, num_init_features=num_init_features)
+    if not 0 < number("compression", compression) <= 1:
+        raise ValueError(f"compression: expected a share above 0 and at most 1, got {compression}")
+    block_config = sequence("block_config", block_config)
+    found: list[Stage] = []
+    for i, num_layers in enumerate(block_config, 1):
+        whole, last = width + num_layers * growth_rate, i == len(block_config)
+        out = whole if last else int(whole * compression)
+        if out < 1:
+            raise ValueError(f"compression: expected a share that leaves one of {whole} channels, got {compression}")
+        found.append(Stage(num_layers, width, whole, out, last))
+        width = out
+    return found
+
+
 class Network(nn.Module):
     """What DenseNets have in common: the stem, then stages that a subclass adds, ``norm5`` and the classifier."""
 
     def __init__(self, in_channels: int, num_init_features: int, small_inputs: bool, spatial_dims: int) -> None:
         super().__init__()
+        in_channels, num_init_features = counts(in_channels=in_channels, num_init_features=num_init_features)
+        check_flags(small_inputs=small_inputs)
+        spatial_dims = dimensions(spatial_dims)
         conv, norm = CONV[spatial_dims], NORM[spatial_dims]
         stem: OrderedDict[str, nn.Module] = OrderedDict()
         if small_inputs:
@@ -35,6 +69,7 @@ class Network(nn.Module):
 
     def finish(self, num_features: int, num_classes: int) -> None:
         """Adds what follows the stages and draws the initial weights, as torchvision does."""
+        (num_classes,) = counts(num_classes=num_classes)
         self.features.add_module("norm5", NORM[self.spatial_dims](num_features))
         self.classifier = nn.Linear(num_features, num_classes)
         for module in self.modules():
@@ -60,7 +95,7 @@ class DenseNet(Network):
         drop_rate: dropout after each dense layer.
         num_classes: outputs of the classifier.
         memory_efficient: compute the bottlenecks again in backward instead of keeping them.
-        compression: theta, the share of channels that a transition keeps.
+        compression: theta, the share of channels that a transition keeps, above 0 to 1.
         in_channels: channels of the image.
         small_inputs: CIFAR's stem (one 3^d convolution) instead of ImageNet's (7^d, BN, ReLU, max pooling).
         spatial_dims: 1, 2 or 3.
@@ -85,18 +120,22 @@ class DenseNet(Network):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__(in_channels, num_init_features, small_inputs, spatial_dims)
-        width = num_init_features
-        for i, num_layers in enumerate(block_config, 1):
+        found = stages(growth_rate, block_config, num_init_features, compression)
+        for i, stage in enumerate(found, 1):
             block = FusedDenseBlock(
-                num_layers, width, bn_size, growth_rate, drop_rate, memory_efficient, spatial_dims=spatial_dims
+                stage.num_layers,
+                stage.width,
+                bn_size,
+                growth_rate,
+                drop_rate,
+                memory_efficient,
+                spatial_dims=spatial_dims,
             )
             self.features.add_module(f"denseblock{i}", block)
-            width += num_layers * growth_rate
-            if i < len(block_config):
-                out = int(width * compression)
-                self.features.add_module(f"transition{i}", FusedTransition(width, out, spatial_dims=spatial_dims))
-                width = out
-        self.finish(width, num_classes)
+            if not stage.last:
+                transition = FusedTransition(stage.whole, stage.out, spatial_dims=spatial_dims)
+                self.features.add_module(f"transition{i}", transition)
+        self.finish(found[-1].out, num_classes)
 
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -158,7 +197,7 @@ def densenet_bc(depth: int, growth_rate: int, **arguments: Any) -> DenseNet:
 
 def cifar_arguments(depth: int, growth_rate: int, bottleneck: bool) -> dict[str, Any]:
     """What :func:`densenet_bc` or :func:`densenet_cifar` give to :class:`DenseNet`."""
-    check_counts({"depth": depth, "growth_rate": growth_rate})
+    depth, growth_rate = counts(depth=depth, growth_rate=growth_rate)
     per_layer = 6 if bottleneck else 3
     if depth <= 4 or (depth - 4) % per_layer:
         raise ValueError(f"depth: expected 4 and a multiple of {per_layer}, got {depth}")

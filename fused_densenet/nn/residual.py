@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import counts, dimensions, number, rate
 from ..fallback.anatomy import convolution_reasons, replacements
-from ..fallback.checks import check_counts, check_parameters, check_rate, check_spatial_dims
+from ..fallback.checks import check_parameters
 from ..fallback.reasons import meets
 from ..fallback.standing import Known
 from ..ops.block import Form, Parameters, run_block
@@ -135,15 +136,16 @@ class FusedResidualDenseBlock(Gate, nn.Module):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        check_counts({"num_features": num_features, "growth_rate": growth_rate, "num_layers": num_layers})
-        check_rate("negative_slope", negative_slope, "a number")
-        check_spatial_dims(spatial_dims)
+        num_features, growth_rate, num_layers = counts(
+            num_features=num_features, growth_rate=growth_rate, num_layers=num_layers
+        )
+        spatial_dims, negative_slope = dimensions(spatial_dims), rate("negative_slope", negative_slope, "a number")
         for i in range(num_layers + 1):
             outputs = growth_rate if i < num_layers else num_features
             conv = CONV[spatial_dims](num_features + i * growth_rate, outputs, 3, padding=1)
             setattr(self, f"conv{i + 1}", conv)
         self.lrelu = nn.LeakyReLU(negative_slope, inplace=True)
-        self.scale = scale
+        self.scale = number("scale", scale)
 
     @passes_on
     def forward(self, x: Tensor) -> Tensor:

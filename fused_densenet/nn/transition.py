@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_flags, counts, dimensions
 from ..backends import choose
 from ..fallback.anatomy import Stage, is_everywhere, replacements, stage_reasons, take_stage, unfit_keys, widths_of
-from ..fallback.checks import check_counts, check_parameters, check_spatial_dims
+from ..fallback.checks import check_parameters
 from ..fallback.reasons import autocasts, meets, uses_batch_stats
 from ..fallback.standing import Known
 from ..ops.block import Parameters
@@ -118,8 +119,11 @@ class FusedTransition(Gate, nn.Sequential):
     def __init__(
         self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2, pool: bool = True
     ) -> None:
-        check_counts({"num_input_features": num_input_features, "num_output_features": num_output_features})
-        check_spatial_dims(spatial_dims)
+        num_input_features, num_output_features = counts(
+            num_input_features=num_input_features, num_output_features=num_output_features
+        )
+        spatial_dims = dimensions(spatial_dims)
+        check_flags(pool=pool)
         parts = OrderedDict[str, nn.Module](
             norm=NORM[spatial_dims](num_input_features),
             relu=nn.ReLU(),

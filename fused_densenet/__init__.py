@@ -25,7 +25,7 @@ from .nn.densenet import (
 from .nn.residual import FusedResidualDenseBlock
 from .nn.stem import FusedFeatures
 from .nn.transition import FusedTransition
-from .ops.functional import dense_block
+from .ops.functional import NormReluConv, dense_block
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "FusedFeatures",
     "FusedResidualDenseBlock",
     "FusedTransition",
+    "NormReluConv",
     "csp_densenet121",
     "csp_densenet169",
     "csp_densenet201",

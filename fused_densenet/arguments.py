@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def integer(name: str, value: Any) -> int:
@@ -64,3 +64,20 @@ def sequence(name: str, values: Any) -> list[int]:
     if not found:
         raise ValueError(f"{name}: expected at least one entry, got {values!r}")
     return found
+
+
+def check_image(x: Any, name: str, channels: int, spatial_dims: int) -> None:
+    """Type and shape of feature maps."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    sizes = ("W", "H, W", "D, H, W")[spatial_dims - 1]
+    if x.dim() != spatial_dims + 2:
+        raise ValueError(
+            f"{name}: expected {spatial_dims + 2} dimensions (N, C, {sizes}), got {x.dim()} of shape {tuple(x.shape)}"
+        )
+    if x.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{name}: expected sizes of at least 1, got shape {tuple(x.shape)}")

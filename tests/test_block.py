@@ -14,7 +14,7 @@ from tolerances import assert_no_worse, assert_same, rms, tolerance
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_densenet import FusedDenseBlock, FusedTransition, reference, use_backend
+from fused_densenet import FallbackWarning, FusedDenseBlock, FusedTransition, reference, use_backend
 
 SIZES = [(6, 64, 32), (16, 512, 32), (24, 256, 32), (6, 96, 48), (16, 24, 12)]
 SMALL = (3, 8, 2, 4)  # layers, input channels, bn_size, growth rate
@@ -260,15 +260,17 @@ def test_smallest_images(training: bool, batch: int, side: int, backend: str) ->
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 0, 5)], ids=str)
 def test_empty_inputs(shape: tuple[int, ...], training: bool) -> None:
-    """What torchvision does, an error included, which leaves the statistics alone."""
+    """What torchvision does; where that is an error, one that leaves the statistics alone."""
     theirs = peers.DenseBlock(*SMALL, 0.0).train(training)
     ours = FusedDenseBlock(*SMALL).train(training)
     ours.load_state_dict(theirs.state_dict())
     try:
         expected = step(theirs, torch.zeros(shape))
-    except (RuntimeError, ValueError) as error:
-        with pytest.raises(type(error)):
+    except RuntimeError:
+        before = copy.deepcopy(ours.state_dict())
+        with pytest.raises(ValueError, match="init_features: expected sizes of at least 1"):
             step(ours, torch.zeros(shape))
+        assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
         return
     actual = step(ours, torch.zeros(shape))
     assert actual["output"].shape == (shape[0], 20, *shape[2:])
@@ -508,3 +510,14 @@ def test_backend_of_the_forward_pass_serves_backward(monkeypatch: pytest.MonkeyP
     with use_backend("cpu"):
         out.sum().backward()
     assert len(called) == 6
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+def test_an_eps_that_torch_refuses(eps: float) -> None:
+    ours, theirs, x = small()
+    for block in (ours, theirs):
+        block.get_submodule("denselayer2.norm2").eps = eps
+    with pytest.raises(ValueError, match="eps"):
+        theirs(x)
+    with pytest.raises(ValueError, match="eps"), pytest.warns(FallbackWarning, match="norm2 has an eps of"):
+        ours(x)

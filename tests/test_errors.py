@@ -53,6 +53,7 @@ def test_bad_argument(argument: str, value: Any, error: type[Exception], expecte
         (torch.zeros(2, 8, 5, 5, dtype=torch.float64), "torch.float32", "torch.float64"),
         (torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16), "torch.float32", "torch.bfloat16"),
         (torch.zeros(2, 8, 5, 5, device="meta"), "cpu", "meta"),
+        (torch.zeros(2, 8, 0, 5), "sizes of at least 1", "(2, 8, 0, 5)"),
         (torch.zeros(1, 8, 1, 1), "more than one value per channel", "(1, 8, 1, 1)"),
         ([torch.zeros(2, 8, 5, 5)], "Tensor", "list"),
         (None, "Tensor", "NoneType"),

@@ -420,3 +420,19 @@ def test_backward_is_by_the_statistics_of_its_forward(kind: str) -> None:
         gradients.append(torch.autograd.grad(out.sin().sum(), [x, *module.parameters()]))
     for before, after in zip(*gradients, strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [*MODULES, "network"])
+def test_statistics_in_strided_buffers(kind: str, training: bool, backend: str) -> None:
+    plain, x = (fuse(torchvisions()), torch.randn(2, 3, 32, 32).double())
+    if kind != "network":
+        plain, x = MODULES[kind](), images()
+    strided = copy.deepcopy(plain)
+    for norm in norms_of(strided):
+        for name, buffer in norm._buffers.items():
+            if buffer is not None and buffer.dim():
+                norm._buffers[name] = torch.stack([buffer, buffer], -1)[..., 0]
+    with torch.no_grad():
+        assert_same({"": strided.train(training)(x)}, {"": plain.train(training)(x)}, "float64 whole block")
+    assert_same(dict(strided.named_buffers()), dict(plain.named_buffers()), "float64 whole block")

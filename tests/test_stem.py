@@ -11,7 +11,7 @@ from blocks import bimodal, step
 from tolerances import assert_no_worse, assert_same
 from torch import Tensor, nn
 
-from fused_densenet import FallbackError, FallbackWarning, strict
+from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict
 from fused_densenet.nn.stem import FusedFeatures
 from fused_densenet.ops.statistics import statistics_of
 from fused_densenet.ops.stem import Arguments
@@ -248,3 +248,26 @@ def test_pooling_of_other_settings_is_no_part_of_a_run(options: dict[str, int]) 
     x = torch.randn(2, 4, 9, 12, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("value", [None, "image", [torch.ones(2, 3, 4, 4)]], ids=["None", "str", "list"])
+def test_what_is_no_tensor_goes_to_the_first_module(value: Any) -> None:
+    """Which may be for such a thing."""
+    norm, relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    class First(nn.Module):
+        def forward(self, given: Any) -> Tensor:
+            assert given is value
+            return torch.ones(2, 3, 4, 4)
+
+    assert FusedFeatures(First(), norm, relu)(value).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_an_eps_of_zero_is_torchs_error(relu: bool) -> None:
+    modules = [nn.BatchNorm2d(3), nn.ReLU()] if relu else [FusedDenseBlock(1, 3, 1, 2), nn.BatchNorm2d(5)]
+    features = FusedFeatures(*modules)
+    features(torch.randn(2, 3, 4, 4))
+    modules[0 if relu else 1].eps = 0.0
+    with pytest.raises(ValueError, match="eps"):
+        features(torch.randn(2, 3, 4, 4))

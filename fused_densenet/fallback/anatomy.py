@@ -198,6 +198,8 @@ def norm_relu_reasons(
         reasons.append(f"{norm_name} is a {type(norm).__name__}")
     elif (norm.running_mean is None) != (norm.running_var is None):
         reasons.append(f"{norm_name} has only one of running_mean and running_var")
+    elif not norm.eps > 0:  # torch's own take none in training
+        reasons.append(f"{norm_name} has an eps of {norm.eps}")
     elif type(norm._modules.get("drop", _IDENTITY)) is not nn.Identity:
         reasons.append(f"{norm_name} contains a {type(norm.drop).__name__}")
     if not activations:

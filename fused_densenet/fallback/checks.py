@@ -1,28 +1,12 @@
-"""Checks of what a module is called with: each error names the argument, what was expected and what came."""
+"""That what a module is called with fits its parameters."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.ranks import sync_group
 from .reasons import autocasts, uses_batch_stats
-
-
-def check_image(x: Any, name: str, channels: int, spatial_dims: int) -> None:
-    """Type and shape of a module's input, its argument ``name``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    sizes = ("W", "H, W", "D, H, W")[spatial_dims - 1]
-    if x.dim() != spatial_dims + 2:
-        raise ValueError(
-            f"{name}: expected {spatial_dims + 2} dimensions (N, C, {sizes}), got {x.dim()} of shape {tuple(x.shape)}"
-        )
-    if x.shape[1] != channels:
-        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
 def check_parameters(

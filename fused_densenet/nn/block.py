@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_flags, counts, dimensions, rate
+from ..arguments import check_flags, check_image, counts, dimensions, rate
 from ..fallback.anatomy import LayerParts, Stage, is_memory_efficient, structure_reasons, take_apart
-from ..fallback.checks import check_image, check_parameters
+from ..fallback.checks import check_parameters
 from ..fallback.reasons import (
     fallback_reasons,
     meets,

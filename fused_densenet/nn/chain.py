@@ -167,4 +167,4 @@ def _converted(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     weights, *vectors, running = parameters
     biases, gammas, betas = ([t.contiguous() for t in vector] for vector in vectors)
     wide = accumulate_dtype(dtype)
-    return Parameters(weights, biases, gammas, betas, [t.to(wide) for t in running])
+    return Parameters(weights, biases, gammas, betas, [t.to(wide).contiguous() for t in running])

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_flags, counts, number
-from ..fallback.checks import check_image
+from ..arguments import check_flags, check_image, counts, number
 from ..fallback.recording import exports_operators, one_call
 from .block import FusedDenseBlock
 from .densenet import CONFIGURATIONS, Network, stages

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..fallback.checks import check_image
+from ..arguments import check_image
 from ..fallback.reasons import announce, context_reasons, dtype_reasons, transform_reasons
 from ..fallback.recording import exports_operators, one_call, refuse_script
 from ..fallback.standing import Known, Remembered, known_of

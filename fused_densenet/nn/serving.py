@@ -13,8 +13,8 @@ from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..arguments import check_image
 from ..backends import BACKENDS, choose
-from ..fallback.checks import check_image
 from ..fallback.reasons import has_global_hooks
 from ..fallback.recording import one_call, refuse_script
 from ..ops.block import Parameters

@@ -76,7 +76,7 @@ class FusedFeatures(Remembered, nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, torch.fx.Proxy) or exports_operators():
+        if not isinstance(input, Tensor) or exports_operators():  # torch.fx's proxies, say
             return super().forward(input)
         plan, tensors = known_of(self, self.work_out)
         passage = Passage(layout_of(input))
@@ -170,7 +170,7 @@ class FeaturesPlan(NamedTuple):
 
 def _of_norm(norm: Any) -> Link | None:
     """A norm that no activation follows, as that of DenseNet's end: no run of its own, but part of a chain."""
-    if (norm.running_mean is None) != (norm.running_var is None):
+    if (norm.running_mean is None) != (norm.running_var is None) or not norm.eps > 0:
         return None
     link = Run([("", norm)], norm, False, RunningStatistics([norm]), slope=1.0).link()
     return None if link is None else link._replace(dims=BATCH_NORMS.index(type(norm)) + 1)

@@ -1,6 +1,8 @@
 """Every Python sample of README and docs runs, and every reason that the package gives is in docs/troubleshooting.md."""
 
 import ast
+import doctest
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ import peers
 import pytest
 import torch
 from packages import segmentation_models_pytorch, timm, torchxrayvision
+
+import fused_densenet
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,6 +82,21 @@ def test_every_reason_is_explained() -> None:
     phrases = {phrase for name in files for phrase in _reasons(ROOT / "fused_densenet" / f"{name}.py")}
     assert len(phrases) > 30
     assert not [phrase for phrase in phrases if phrase not in page]
+
+
+@pytest.mark.parametrize("name", fused_densenet.__all__)
+def test_public_name(name: str) -> None:
+    """It is described, a module with its shapes, its dtypes, its errors and the paper that it is from; examples run."""
+    public = getattr(fused_densenet, name)
+    said = inspect.getdoc(public) or ""
+    assert said
+    if isinstance(public, type) and issubclass(public, torch.nn.Module):
+        expected = ("Shape:", "Raises:", "arXiv", r"float32|dtypes of its parameters")
+        assert not [pattern for pattern in expected if not re.search(pattern, said)]
+    module = inspect.getmodule(public)
+    assert module is not None
+    for example in doctest.DocTestFinder(recurse=False).find(public, name, module, vars(module) | {"torch": torch}):
+        assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_links_and_variables() -> None:

@@ -33,10 +33,26 @@ NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class FusedDenseLayer(nn.Module):
-    """The parameters of one dense layer, named as torchvision names them.
+    """One dense layer, its parameters named as torchvision names them. Called by itself it runs operator by operator.
 
-    Called by itself it runs operator by operator, through its submodules, on ``(N, num_input_features, *spatial)`` or
-    on a list of tensors to concatenate, and returns the ``growth_rate`` new feature maps.
+    Equivalent to::
+
+        x = torch.cat(inputs, dim=1)
+        dropout(conv2(relu(norm2(bottleneck_dropout(conv1(relu(norm1(x))))))))  # dropout(conv1(relu(norm1(x)))) without bottleneck
+
+    H_l of arXiv 1608.06993, equation 2 (section 3, "composite function" and "bottleneck layers").
+
+    Args:
+        num_input_features: channels of the inputs together.
+        growth_rate, bn_size, drop_rate, memory_efficient, spatial_dims, bias, negative_slope, bottleneck_drop_rate: as
+            :class:`FusedDenseBlock`'s.
+
+    Shape:
+        ``(N, num_input_features, *spatial)``, or a list of tensors of so many channels together, to the new feature maps
+        ``(N, growth_rate, *spatial)``; the dtypes of its parameters, as torch's operators take and give them.
+
+    Raises:
+        ValueError, TypeError: a bad argument. An input that does not fit is the error of torch's operators.
     """
 
     def __init__(
@@ -121,6 +137,11 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
 
     Raises:
         ValueError, TypeError: a bad argument or input; raised before anything is written.
+
+    Example:
+        >>> block = FusedDenseBlock(num_layers=6, num_input_features=64, bn_size=4, growth_rate=32)
+        >>> block(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 256, 7, 7])
     """
 
     _version = 2

@@ -27,7 +27,14 @@ Fusion = Literal["first", "last", "both"]
 
 
 class CSPDenseBlock(nn.Module):
-    """One stage: a partial dense block and its partial transition.
+    """One stage: a partial dense block and its partial transition (CSPNet, arXiv 1911.11929, section 3 and figure 3).
+
+    With x split by channels into x' (``int(split_ratio * num_input_features)`` of them) and x'', the dense block B and the
+    transitions T and U, equivalent to::
+
+        U([B(x''), x'])        # fusion="first", U pools
+        [T(B(x'')), pool(x')]  # fusion="last", T pools
+        U([T(B(x'')), pool(x')])  # fusion="both", T pools
 
     Args:
         num_layers, num_input_features, bn_size, growth_rate, drop_rate, memory_efficient: as FusedDenseBlock's, where
@@ -41,8 +48,8 @@ class CSPDenseBlock(nn.Module):
         spatial_dims: 1, 2 or 3.
 
     Shape:
-        ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial)``, each size halved by pooling;
-        the dtypes of FusedDenseBlock.
+        ``(N, num_input_features, *spatial)`` to ``(N, num_output_features, *spatial)``, each size halved (rounded down) by
+        pooling; float32, bfloat16, float16 or float64.
 
     Raises:
         ValueError, TypeError: a bad argument or input.
@@ -134,7 +141,8 @@ def _average_pool(x: Tensor) -> Tensor:
 class CSPDenseNet(Network):
     """A DenseNet whose stages are :class:`CSPDenseBlock`; the constructor follows :class:`DenseNet`'s.
 
-    Each stage has the width of DenseNet's: the compressed one between stages, the whole one, not pooled, at the end.
+    Stages of arXiv 1911.11929, section 3, on the stem and under the classifier of arXiv 1608.06993, table 1. Each has the
+    width of DenseNet's: the compressed one between stages, the whole one, not pooled, at the end.
 
     Args:
         split_ratio, fusion: as CSPDenseBlock's.
@@ -142,7 +150,10 @@ class CSPDenseNet(Network):
             in_channels, small_inputs, spatial_dims: as DenseNet's.
 
     Shape:
-        ``(N, in_channels, *spatial)`` to ``(N, num_classes)``.
+        ``(N, in_channels, *spatial)`` to ``(N, num_classes)``; float32, bfloat16, float16 or float64.
+
+    Raises:
+        ValueError, TypeError: a bad argument, or an input that a block or a transition does not take.
     """
 
     def __init__(

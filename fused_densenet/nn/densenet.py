@@ -101,7 +101,15 @@ class DenseNet(Network):
         spatial_dims: 1, 2 or 3.
 
     Shape:
-        ``(N, in_channels, *spatial)`` to ``(N, num_classes)``.
+        ``(N, in_channels, *spatial)`` to ``(N, num_classes)``; float32, bfloat16, float16 or float64.
+
+    Raises:
+        ValueError, TypeError: a bad argument, or an input that a block or a transition does not take.
+
+    Example:
+        >>> network = DenseNet(growth_rate=12, block_config=(2, 3), num_init_features=24, num_classes=10)
+        >>> network(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -148,7 +156,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def densenet121(*, weights: Weights = None, progress: bool = True, **arguments: Any) -> DenseNet:
-    """DenseNet-121 of arXiv 1608.06993, table 1; ``arguments`` as :class:`DenseNet`'s, others as :func:`load_weights`'s."""
+    """DenseNet-121 of arXiv 1608.06993, table 1.
+
+    Args:
+        weights: None; the path of a file that ``torch.save`` wrote, of a state dict or of a checkpoint that holds one; or a
+            member of torchvision's ``DenseNet121_Weights``.
+        progress: show the download of a member's file.
+        arguments: as :class:`DenseNet`'s; ``num_classes`` is that of the weights.
+
+    Raises:
+        ValueError, TypeError: a bad argument, or weights of something else.
+    """
     return _build("121", weights, progress, arguments)
 
 

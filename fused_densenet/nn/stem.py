@@ -69,10 +69,26 @@ class Run(NamedTuple):
 class FusedFeatures(Remembered, nn.Sequential):
     """A ``nn.Sequential`` that runs ``norm, relu`` and ``norm, relu, pool`` as one operator each.
 
-    The children, their names and the result, its layout too, are those of ``nn.Sequential``. What is gained is memory: for such a run
-    nothing but its input is kept for backward, the rest is computed again. Norms are batch normalisations (timm's, which
-    contain the activation, too), pools ``MaxPool(kernel_size=3, stride=2, padding=1)``; everything else, and what has
-    hooks, is called as it is.
+    Such a run is ``max_pool(relu((x - mean) * weight / sqrt(var + eps) + bias))`` (arXiv 1502.03167, algorithm 1; the stem
+    of arXiv 1608.06993, table 1); of it nothing but its input is kept for backward, the rest is computed again. Norms are
+    batch normalisations (timm's, which contain the activation, too), pools ``MaxPool(kernel_size=3, stride=2, padding=1)``;
+    everything else, and what has hooks, is called as it is. Neighbours that are such runs, dense blocks and transitions
+    run as one program.
+
+    Args:
+        args: modules, or an OrderedDict of them, as ``nn.Sequential`` takes them.
+
+    Shape:
+        The children, their names and the result, its layout too, are those of ``nn.Sequential``; runs are of
+        ``(N, C, *spatial)``, 1 to 3 spatial dimensions, float32, bfloat16, float16 or float64.
+
+    Raises:
+        TypeError: an argument is no module. Any other error is that of the child that is called.
+
+    Example:
+        >>> stem = FusedFeatures(nn.Conv2d(3, 8, 7, 2, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        >>> stem(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 8, 8, 8])
     """
 
     def forward(self, input: Tensor) -> Tensor:

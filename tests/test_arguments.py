@@ -1,11 +1,17 @@
 """Arguments of constructors and of the functions that take a model: what is no such argument is named, what is one runs."""
 
+import inspect
 import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from blocks import step
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import assert_same_step
+from torch import nn
 
 import fused_densenet
 from fused_densenet import (
@@ -16,6 +22,7 @@ from fused_densenet import (
     FusedDenseLayer,
     FusedResidualDenseBlock,
     FusedTransition,
+    reference,
 )
 
 WORKING: dict[type, dict[str, Any]] = {
@@ -119,3 +126,69 @@ def test_no_model(name: str, value: Any) -> None:
 def test_a_flag_of_a_function(name: str) -> None:
     with pytest.raises(TypeError, match="strict: expected True or False, got str"):
         getattr(fused_densenet, name)(FusedDenseBlock(**WORKING[FusedDenseBlock]), strict="no")
+
+
+COUNT, RATE, FLAG = st.integers(1, 9), st.sampled_from([0, 0.0, 0.5, 1, 0.25]), st.booleans()
+LAYER = {
+    "bn_size": st.sampled_from([None, 1, 2]),
+    "growth_rate": COUNT,
+    "drop_rate": RATE,
+    "memory_efficient": FLAG,
+    "spatial_dims": st.integers(1, 3),
+}
+NETWORK = LAYER | {
+    "block_config": st.lists(st.integers(1, 2), min_size=1, max_size=2),
+    "num_init_features": COUNT,
+    "num_classes": COUNT,
+    "in_channels": COUNT,
+    "small_inputs": FLAG,
+    "compression": st.floats(0.1, 1),
+}
+STAGE = {"split_ratio": st.floats(0, 0.99), "fusion": st.sampled_from(["first", "last", "both"])}
+BLOCK = LAYER | {"num_layers": st.integers(1, 3), "num_input_features": COUNT}
+FIT: dict[type, tuple[type[nn.Module], dict[str, st.SearchStrategy[Any]]]] = {
+    FusedDenseBlock: (
+        reference.DenseBlock,
+        BLOCK
+        | {
+            "bias": FLAG,
+            "negative_slope": st.sampled_from([0, 0.25, np.float32(0.5)]),  # of 1, means are nothing but rounding
+            "return_new": FLAG,
+            "bottleneck_drop_rate": st.sampled_from([0, 0, 0.5]),
+        },
+    ),
+    CSPDenseBlock: (reference.CSPDenseBlock, BLOCK | STAGE | {"num_output_features": st.integers(1, 20), "pool": FLAG}),
+    DenseNet: (reference.DenseNet, NETWORK),
+    CSPDenseNet: (reference.CSPDenseNet, NETWORK | STAGE),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("kind", FIT, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_whatever_it_is_given(kind: type, data: st.DataObject) -> None:
+    """An error that names an argument, the unfit one if there is one, or a module that computes what the reference does."""
+    plain, fit = FIT[kind]
+    arguments = data.draw(st.fixed_dictionaries(fit))
+    unfit = data.draw(st.one_of(st.none(), st.none(), st.sampled_from(list(UNFIT[kind]))))
+    if unfit is not None:
+        arguments[unfit] = data.draw(st.sampled_from(UNFIT[kind][unfit]))[0]
+    torch.manual_seed(0)
+    try:
+        ours = kind(**arguments)
+    except (ValueError, TypeError) as error:
+        named = re.match(r"(\w+)[^ ]*: expected ", str(error))
+        assert named and named[1] in inspect.signature(kind).parameters
+        assert unfit is None or named[1] in (unfit, "compression"), "that may leave too few channels besides"
+        return
+    assert unfit is None
+    theirs = plain(**{name: value for name, value in arguments.items() if name != "memory_efficient"})
+    theirs.load_state_dict(ours.state_dict())
+    channels = arguments.get("num_input_features") or arguments["in_channels"]
+    sizes = [16, 8, 8] if "block_config" in arguments else [6, 4, 2]
+    x = torch.randn(3, channels, *sizes[: arguments["spatial_dims"]], dtype=torch.float64)
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(1)
+        results.append(step(module.double(), x))
+    assert_same_step(*results)

@@ -149,6 +149,12 @@ def test_bad_arguments(keywords: dict[str, object], error: type[Exception], mess
         CSPDenseBlock(2, 12, 4, 4, **keywords)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("fusion", "least"), [("last", 9), ("both", 2)])
+def test_compression_that_leaves_a_stage_too_little(fusion: str, least: int) -> None:
+    with pytest.raises(ValueError, match=rf"^compression: expected a share that leaves {least} of 20 channels .*0.05"):
+        CSPDenseNet(4, (1, 1), 16, fusion=fusion, compression=0.05)
+
+
 def test_bad_input_leaves_the_buffers_alone() -> None:
     block = CSPDenseBlock(2, 12, 4, 4)
     before = copy.deepcopy(block.state_dict())

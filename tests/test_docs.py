@@ -1,4 +1,4 @@
-"""Every Python sample of README and docs runs, and every reason that the package gives is in docs/troubleshooting.md."""
+"""Every Python sample of README, docs and docstrings runs; every reason that the package gives is in docs/troubleshooting.md."""
 
 import ast
 import doctest

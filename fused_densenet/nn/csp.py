@@ -26,6 +26,16 @@ from .transition import AVG_POOL, FusedTransition
 Fusion = Literal["first", "last", "both"]
 
 
+def _split(num_input_features: int, split_ratio: float, fusion: Fusion) -> tuple[int, int]:
+    """The channels that go around a stage's dense block, and the fewest that the stage can end with."""
+    if fusion not in ("first", "last", "both"):
+        raise ValueError(f"fusion: expected 'first', 'last' or 'both', got {fusion!r}")
+    if not 0 <= number("split_ratio", split_ratio) < 1:
+        raise ValueError(f"split_ratio: expected a share of at least 0 and below 1, got {split_ratio}")
+    around = int(num_input_features * split_ratio)
+    return around, {"first": 1, "last": around + 1, "both": 2}[fusion]
+
+
 class CSPDenseBlock(nn.Module):
     """One stage: a partial dense block and its partial transition (CSPNet, arXiv 1911.11929, section 3 and figure 3).
 
@@ -71,17 +81,13 @@ class CSPDenseBlock(nn.Module):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        if fusion not in ("first", "last", "both"):
-            raise ValueError(f"fusion: expected 'first', 'last' or 'both', got {fusion!r}")
-        if not 0 <= number("split_ratio", split_ratio) < 1:
-            raise ValueError(f"split_ratio: expected a share of at least 0 and below 1, got {split_ratio}")
         check_flags(pool=pool)
         num_layers, num_input_features, growth_rate = counts(
             num_layers=num_layers, num_input_features=num_input_features, growth_rate=growth_rate
         )
         if num_output_features is not None:
             (num_output_features,) = counts(num_output_features=num_output_features)
-        around = int(num_input_features * split_ratio)
+        around, least = _split(num_input_features, split_ratio, fusion)
         through = num_input_features - around
         self.denseblock = FusedDenseBlock(
             num_layers, through, bn_size, growth_rate, drop_rate, memory_efficient, spatial_dims=spatial_dims
@@ -89,11 +95,8 @@ class CSPDenseBlock(nn.Module):
         dense = through + num_layers * growth_rate
         out = (around + dense) // 2 if num_output_features is None else num_output_features
         narrow = {"first": dense, "last": out - around, "both": out // 2}[fusion]
-        if narrow < 1:
-            least = around + 1 if fusion == "last" else 2
-            raise ValueError(
-                f"num_output_features: expected at least {least} for fusion {fusion!r}, got {out}, in a network by compression"
-            )
+        if out < least:
+            raise ValueError(f"num_output_features: expected at least {least} for fusion {fusion!r}, got {out}")
         if fusion != "first":
             self.dense_transition = FusedTransition(dense, narrow, pool=pool, spatial_dims=spatial_dims)
         if fusion != "last":
@@ -175,7 +178,12 @@ class CSPDenseNet(Network):
     ) -> None:
         super().__init__(in_channels, num_init_features, small_inputs, spatial_dims)
         found = stages(growth_rate, block_config, num_init_features, compression)
-        for i, (num_layers, width, _, out, last) in enumerate(found, 1):
+        for i, (num_layers, width, whole, out, last) in enumerate(found, 1):
+            _, least = _split(width, split_ratio, fusion)
+            if out < least:
+                raise ValueError(
+                    f"compression: expected a share that leaves {least} of {whole} channels for fusion {fusion!r}, got {compression}"
+                )
             stage = CSPDenseBlock(
                 num_layers,
                 width,

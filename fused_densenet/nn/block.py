@@ -216,7 +216,7 @@ class FusedDenseBlock(Gate, nn.ModuleDict):
         (group,) = plan.groups() or {None}
         out, moments = run_block(
             x,
-            plan.parameters(known.tensors),
+            plan.operands(known.tensors),
             plan.form,
             plan.memory_efficient,
             group,
@@ -363,7 +363,13 @@ class BlockPlan:
         """What the modules hold, looked up anew unless the ``tensors`` are those of the last time."""
         if tensors is None or self._parameters is None or self._parameters[0] is not tensors:
             self._parameters = tensors, self._look_up()
+            self._strided = not all(t.is_contiguous() for t in self._parameters[1].running)
         return self._parameters[1]
+
+    def operands(self, tensors: object | None) -> Parameters:
+        """:meth:`parameters` as the operator reads them: running statistics contiguous."""
+        found = self.parameters(tensors)
+        return found._replace(running=[t.contiguous() for t in found.running]) if self._strided else found
 
     def _look_up(self) -> Parameters:
         weights = [held.get("weight") for held in self._weights]

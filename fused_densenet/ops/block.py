@@ -243,7 +243,7 @@ def run_block(
             [t if t.is_contiguous() else t.contiguous() for t in biases],
             [t if t.is_contiguous() else t.contiguous() for t in gammas],
             [t if t.is_contiguous() else t.contiguous() for t in betas],
-            [t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in running],
+            [t if t.dtype == dtype else t.to(dtype) for t in running],
             keep,
             inside,
             form.biased,

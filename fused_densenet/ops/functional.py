@@ -95,7 +95,8 @@ def dense_block(
     rate("drop_rate", drop_rate)
     if rate("drop_inside", drop_inside) and not bottleneck:
         raise ValueError(f"drop_inside: expected 0 where there is no bottleneck, got {drop_inside}")
-    running = [t for c in convolutions if not c.batch_stats for t in (c.running_mean, c.running_var) if t is not None]
+    frozen = [c for c in convolutions if not c.batch_stats]
+    running = [t.contiguous() for c in frozen for t in (c.running_mean, c.running_var) if t is not None]
     parameters = Parameters(
         [c.weight for c in convolutions],
         [c.bias for c in convolutions if c.bias is not None],

@@ -5,13 +5,15 @@ where a GPU rounds, keeps NaN where a GPU's maximum loses it, and lets any acces
 computes in float32 and rounds to nearest even; a maximum keeps NaN only where it is told to;
 a load's masked lanes without ``other`` are NaN, as they are undefined on a GPU; and inside :func:`watch` every access
 must belong to an argument, no two programs may touch one element unless all of them read it, and bytes are counted.
+What it does again and again, to a multiple of its time, is done once.
 """
 
 import contextlib
+import dataclasses
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -91,17 +93,36 @@ def _repair_loop_bounds() -> None:
     interpreter._patch_lang_tensor = patch
 
 
+def _do_once() -> None:
+    """The language is patched for good, not at every call of a device function, and numpy's dtypes are looked up in a table
+    that stays. Integers are not checked for overflow: an address made of one that did belongs to no argument."""
+    patched, shipped = functools.cache(interpreter._patch_lang), interpreter._get_np_dtype
+    scalar = functools.cache(shipped)
+
+    def patch(function: Any) -> Any:
+        patched(function)
+        return interpreter._LangPatchScope()
+
+    def np_dtype(dtype: Any) -> Any:
+        element = dtype.scalar
+        return shipped(dtype) if element.is_ptr() else scalar(element)
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch, np_dtype
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 class AccessError(AssertionError):
     """An access out of bounds, a race between programs, or one element stored twice by one program."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Traffic:
     """Bytes that a kernel asked for, by argument; ``distinct`` counts an element once in all programs."""
 
-    loaded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    stored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    distinct_loaded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    loaded: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
+    stored: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
+    distinct_loaded: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
 
 
 _NOBODY, _MANY = -1, -2
@@ -116,6 +137,13 @@ class _Storage:
         elements = tensor.untyped_storage().nbytes() // self.item
         self.owner = np.full(elements, -1, np.int32)
         self.writer, self.reader = np.full(elements, _NOBODY, np.int32), np.full(elements, _NOBODY, np.int32)
+        self._place = np.empty(elements, np.int64)
+
+    def once(self, index: np.ndarray) -> np.ndarray:
+        """Elements without those that come again."""
+        places = np.arange(index.size)
+        self._place[index] = places
+        return index[self._place[index] == places]
 
     def add(self, number: int, tensor: torch.Tensor) -> None:
         index = np.array([tensor.storage_offset()], np.int64)
@@ -151,7 +179,7 @@ class Watch:
             return
         bases = np.array([s.base for s in self._storages])
         which = np.searchsorted(bases, addresses, side="right") - 1
-        for number in np.unique(which):
+        for number in np.flatnonzero(np.bincount(which + 1)) - 1:
             self._access_storage(kind, self._storages[number] if number >= 0 else None, addresses[which == number])
 
     def _access_storage(self, kind: str, storage: _Storage | None, addresses: np.ndarray) -> None:
@@ -170,7 +198,7 @@ class Watch:
         if (other_writer | (other_reader if kind == "store" else False)).any():
             raise AccessError(f"race: {kind} by program {self.program} of an element that another touched")
         if kind == "store":
-            if np.unique(index).size != index.size:
+            if storage.once(index).size != index.size:
                 raise AccessError(f"an element stored twice by program {self.program}")
             storage.writer[index] = self.program
         else:
@@ -180,14 +208,14 @@ class Watch:
 
     def _count(self, kind: str, storage: _Storage, index: np.ndarray, unread: np.ndarray) -> None:
         traffic = self.launches[-1][1]
-        total = traffic.stored if kind == "store" else traffic.loaded
-        for owner, count in zip(*np.unique(storage.owner[index], return_counts=True), strict=True):
-            total[self._names[owner]] += int(count) * storage.item
+        self._add(traffic.stored if kind == "store" else traffic.loaded, storage, index)
         if kind == "load":
-            for owner, count in zip(
-                *np.unique(storage.owner[np.unique(index[unread])], return_counts=True), strict=True
-            ):
-                traffic.distinct_loaded[self._names[owner]] += int(count) * storage.item
+            self._add(traffic.distinct_loaded, storage, storage.once(index[unread]))
+
+    def _add(self, total: dict[str, int], storage: _Storage, index: np.ndarray) -> None:
+        counts = np.bincount(storage.owner[index])
+        for owner in np.flatnonzero(counts):
+            total[self._names[owner]] += int(counts[owner]) * storage.item
 
 
 _watch: list[Watch] = []
@@ -246,6 +274,7 @@ def _repair() -> None:
     _repair_dot()
     Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     _repair_loop_bounds()
+    _do_once()
     _watch_memory()
 
 

@@ -255,7 +255,6 @@ def test_own_class_of_block_is_called() -> None:
 # Layouts
 
 SHAPES = {2: (2, 3, 32, 32), 3: (2, 3, 32, 32, 32)}
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def network(**options: Any) -> Any:

@@ -35,7 +35,6 @@ ARITHMETIC = {  # dtype of the data, torch's switch, dtype of the rounding
     "tf32": (torch.float32, "tf32", torch.float16),
     "ieee": (torch.float32, "ieee", torch.float32),
 }
-MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma"}
 PRODUCTS = {"norm_relu_conv", "backward_pointwise", "backward_data", "backward_weight"}
 
 

@@ -149,10 +149,10 @@ def _round_up(size: int, align: int) -> int:
 
 def _closing(text: str, opening: int) -> int:
     depth = 0
-    for position in range(opening, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
+    for brace in re.compile("[{}]").finditer(text, opening):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return position
+            return brace.start()
     raise PtxError("a brace is not closed")
 
 

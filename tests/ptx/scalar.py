@@ -24,6 +24,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FFF, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
+@functools.cache
 def _type(name: str) -> tuple[str, int]:
     """("u", "s", "f" or "b"; bits); bfloat16 is "bf", two packed numbers end in "x2"."""
     if name == "pred":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+MIB = 2**20
 _KEPT = "kept for backward"
 
 

@@ -12,7 +12,8 @@ import sys
 import sysconfig
 from typing import Any, NamedTuple
 
-from gpu_run import REPOSITORY, ROWS, SUITE, Process, Row, Run, ending
+from checkout import REPOSITORY
+from gpu_run import ROWS, SUITE, Process, Row, Run, ending
 
 MOST_FAILURES = 20
 MOST_WORKERS = 8

@@ -24,12 +24,13 @@ import argparse
 import itertools
 import json
 import math
-import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import options
 from baselines import NETWORKS, Architecture
+from checkout import commit
 from common import console
 from gpu_model_launches import PREPARED_TOGETHER, Cost, Kind, cost_of, launches_of, together
 from gpu_primitives import (
@@ -44,7 +45,6 @@ from gpu_primitives import (
     layer_problems,
 )
 from gpu_text import table
-from provenance import commit
 from ptx_launch import Launch
 from rich.table import Table
 
@@ -369,12 +369,13 @@ SHOWN = ("H100", "densenet121", 64)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["densenet121", "densenet201"], choices=NETWORKS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[8, 64, 256])
+    parser.add_argument("--batches", nargs="+", type=options.positive, default=[8, 64, 256])
     parser.add_argument("--gpus", nargs="+", default=list(GPUS), choices=GPUS)
-    parser.add_argument("--size", type=int, default=224, help="side of the images")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--size", type=options.positive, default=224, help="side of the images")
+    parser.add_argument("--json", type=options.file, metavar="FILE", help="write every figure")
+    parser.add_argument("--markdown", type=options.file, metavar="FILE", help="write the tables")
     args = parser.parse_args()
+    options.check_image(parser, args.size, 4)
     rows = list(model(args.networks, args.batches, args.gpus, args.size))
     names = "gpu", "network", "batch"
     first = [row for row in rows if all(row[name] == rows[0][name] for name in names)]

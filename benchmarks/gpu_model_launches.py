@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from checkout import REPOSITORY
 from gpu_primitives import (
     BACKWARD,
     COPY,
@@ -25,7 +26,6 @@ from gpu_primitives import (
     POOL_BACKWARD,
     Problem,
 )
-from gpu_run import REPOSITORY
 from torch import Tensor
 
 from fused_densenet.backends.contract import Gradient, Norm, Owed

@@ -21,7 +21,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from gpu_run import REPOSITORY, Run
+from checkout import REPOSITORY
+from gpu_run import Run
 
 
 class Item(NamedTuple):

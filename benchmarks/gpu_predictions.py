@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import torch
-from gpu_run import REPOSITORY
+from checkout import REPOSITORY
 
 ALONE = "blocks alone"
 """The situation of gpu_model.py that the report measures."""

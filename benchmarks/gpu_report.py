@@ -11,7 +11,8 @@ device's events. report.md and report.json name the GPU, the driver, the version
 
 The report is on disk from the first seconds on and holds what is known, whatever is killed: every figure is a line of
 rows.jsonl as soon as it is measured, a case that fails or takes its process with it is a line of the report, the next
-has a process of its own. What there is no time for is dropped from the end of each list, and the report says so.
+has a process of its own. What there is no time for is dropped from the end of each list; the report and the last line
+name what failed, was stopped or dropped, and then the exit status is 1.
 
 ``--smoke`` goes the same way on the CPU, with Triton's interpreter, in tiny sizes.
 """
@@ -20,7 +21,6 @@ import argparse
 import contextlib
 import json
 import pathlib
-import shlex
 import shutil
 import signal
 import sys
@@ -31,10 +31,12 @@ from typing import Any
 
 import gpu_checks
 import torch
+from checkout import command, commit
 from gpu_checks import Check
 from gpu_phase import ALONE
 from gpu_run import POISONED, Process, Row, Run, ending, latest, nvidia_smi, read_rows
 from gpu_text import markdown, plain
+from options import folder, minutes
 
 STAGES = ("build", "tests", "sanitizers", "primitives", "kernelbench", "networks")
 MEASURING = STAGES[3:]
@@ -45,6 +47,7 @@ ASKED = (("gpu", "name"), ("driver", "driver_version"))
 """Of nvidia-smi, until the package has told more."""
 LEAST = 3
 """Seconds without which nothing is begun."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(BaseException):
@@ -53,33 +56,38 @@ class Stopped(BaseException):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("gpu_report"), metavar="FOLDER")
+    parser.add_argument("--output", type=folder, default="gpu_report", metavar="FOLDER")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, to show that the report works")
-    parser.add_argument("--minutes", type=float, default=8.5, help="the report is complete before they are over")
+    parser.add_argument("--minutes", type=minutes, default=8.5, help="the report is complete before they are over")
     parser.add_argument("--skip", nargs="+", default=[], choices=STAGES, help="stages to leave out")
     parser.add_argument("--commit", help="of the sources, where there is no git to ask")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
         raise SystemExit("gpu_report.py: torch sees no GPU; --smoke shows on the CPU that the report works")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
-    report = Report(args.output, args.minutes * 60, args.smoke, args.commit)
-    status = "complete"
+    report, status = None, "complete"
     try:
-        make(report, [stage for stage in STAGES if stage not in args.skip])
+        for number in SIGNALS:
+            signal.signal(number, stop)
+        try:
+            report = Report(args.output, args.minutes * 60, args.smoke, args.commit)
+            make(report, [stage for stage in STAGES if stage not in args.skip])
+            status = "incomplete" if report.undone() else "complete"
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+    except Stopped as stopped:
+        status = str(stopped)
     except BaseException as error:  # whatever it is, what is known must be written
-        status = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
-        if not isinstance(error, Stopped):
-            raise
+        status = f"{type(error).__name__}: {error}"
+        raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
         for process in list(Process.running):
             process.stop()
-        report.close(status)
-    bad = [row["check"] for row in report.rows() if row["kind"] == "check" and row["outcome"] == "failed"]
-    if bad or status != "complete":
-        raise SystemExit(f"gpu_report.py: {status}; failed: {', '.join(bad) or 'nothing'}; see {args.output}")
+        if report is not None:
+            report.close(status)
+    if status != "complete":
+        undone = [] if report is None else report.undone()
+        raise SystemExit(f"gpu_report.py: {'; '.join([status, *undone])}; see {args.output}")
 
 
 def stop(number: int, _: object) -> None:
@@ -89,10 +97,9 @@ def stop(number: int, _: object) -> None:
 class Report:
     """The output folder: rows.jsonl, report.json and report.md made from it again and again, and what was printed."""
 
-    def __init__(self, folder: pathlib.Path, seconds: float, smoke: bool, commit: str | None) -> None:
-        self.folder, self.commit, self.began = folder, commit, time.monotonic()
+    def __init__(self, folder: pathlib.Path, seconds: float, smoke: bool, commit_given: str | None) -> None:
+        self.folder, self.commit, self.began = folder, commit_given or commit(), time.monotonic()
         self.logs = pathlib.Path(tempfile.mkdtemp(prefix="gpu_report"))
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "rows.jsonl").unlink(missing_ok=True)
         self.run = Run((folder / "rows.jsonl").absolute(), seconds - CLOSING, smoke)
         self.written, self.started = 0.0, 0
@@ -100,6 +107,15 @@ class Report:
 
     def rows(self) -> list[Row]:
         return read_rows(self.run.rows)
+
+    def undone(self) -> list[str]:
+        """What failed, was stopped or dropped, or should have run and did not: without a GPU its tests need not."""
+        bad = {"failed", "stopped"} if self.run.smoke else {"failed", "stopped", "ran nothing"}
+        rows = self.rows()
+        checks = [
+            f"{row['outcome']}: {row['check']}" for row in rows if row["kind"] == "check" and row["outcome"] in bad
+        ]
+        return checks + [f"{row['kind']}: {row['what']}" for row in rows if row["kind"] in ("failed", "dropped")]
 
     def write(self, status: str) -> None:
         rows = latest(self.rows())
@@ -110,16 +126,15 @@ class Report:
                 **{name: None if self.run.smoke else nvidia_smi(asked) for name, asked in ASKED},
             },
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
-            "commit": None,
             "backend": None,
             **{key: value for key, value in where.items() if key != "kind"},
-            "command": shlex.join(["python3", *sys.orig_argv[1:]]),
+            "commit": self.commit,
+            "command": command(),
             "smoke": self.run.smoke,
             "status": status,
             "seconds": time.monotonic() - self.began,
             "rows": [row for row in rows if row["kind"] != "where"],
         }
-        found["commit"] = self.commit or found["commit"]
         try:
             text = markdown(found)
         except Exception as error:
@@ -255,7 +270,7 @@ def work_through(report: Report, name: str, seconds: float) -> None:
         rows = [row for row in report.rows() if row.get("phase") == name]
         begun = next((row for row in reversed(rows) if row["kind"] == "begun"), {"index": -1, "what": name})
         if status is None:
-            run.add("dropped", what=f"{name}: the end of it, from {begun['what']} on; there was no time left")
+            run.add("dropped", what=f"{name}: from {begun['what']} on")
             break
         if status not in (0, POISONED):
             last = process.last_lines(1)
@@ -272,7 +287,7 @@ def work_through(report: Report, name: str, seconds: float) -> None:
             report.say(begun["what"])
         first, spare = begun["index"] + 1, spare or start_phase(report, name)
     else:
-        run.add("dropped", what=f"{name}: the end of it, from item {first} on; there was no time left")
+        run.add("dropped", what=f"{name}: from item {first} on" if first else f"{name}: all of it")
     if spare is not None:
         spare.stop()
     report.say(f"{name}: done")

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from checkout import REPOSITORY
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 ROWS, SUITE = "GPU_REPORT_ROWS", "GPU_REPORT_SUITE"
 """What gpu_tests.py reads: the file, and what its rows call the tests."""
 POISONED = 3

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from allocator import MIB
+
 EAGER, COMPILED = "eager, channels-last", "torch.compile, channels-last"
 """Names of the variants that others are compared with."""
-MIB = 2**20
 CASE = ("network", "mode", "precision", "batch", "compiled")
 Row = dict[str, Any]
 

@@ -4,11 +4,10 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import subprocess
-import sys
 from typing import Any
 
 import torch
+from checkout import command, commit
 
 import fused_densenet
 from fused_densenet.backends import choose
@@ -33,7 +32,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "versions": versions,
         "commit": commit(),
         "backend": choose(device, dtype),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": command(),
     }
 
 
@@ -54,21 +53,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def commit() -> str | None:
-    """The commit of this checkout, ``-dirty`` if the tree differs from it, None where there is no checkout."""
-    git = [
-        "git",
-        "-C",
-        str(pathlib.Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

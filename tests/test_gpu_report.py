@@ -169,7 +169,7 @@ def begun(phase: str, index: int) -> Callable[[Rows], Rows]:
 def test_a_build_that_fails_and_what_is_killed_leave_the_rest(machine: Bare, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "output"
     variables = {"FUSED_DENSENET_BUILD": "required", "CXX": "missing"}
-    process = machine.start(folder, "--skip", "tests", "sanitizers", **variables)
+    process = machine.start(folder, "--skip", "tests", "sanitizers", "kernelbench", **variables)
     killed = wait_for(folder / "rows.jsonl", begun("primitives", 3))
     os.kill(killed["process"], signal.SIGKILL)
     wait_for(folder / "rows.jsonl", begun("networks", 1))
@@ -178,7 +178,7 @@ def test_a_build_that_fails_and_what_is_killed_leave_the_rest(machine: Bare, tmp
     process.terminate()
     printed, _ = process.communicate(timeout=30)
     assert process.returncode != 0
-    assert "stopped by SIGTERM" in printed and "failed: build" in printed
+    assert "stopped by SIGTERM; failed: build; failed: " in printed
     assert between["status"] == "in progress" and of("blocks", between["rows"])
     written = read(folder)
     assert written["status"] == "stopped by SIGTERM"
@@ -197,8 +197,8 @@ def test_a_build_that_fails_and_what_is_killed_leave_the_rest(machine: Bare, tmp
 
 def test_killed_itself_it_leaves_a_report_and_no_process(machine: Bare, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "output"
-    process = machine.start(folder, "--skip", "build", "tests", "sanitizers", "networks")
-    worker = wait_for(folder / "rows.jsonl", begun("primitives", 2))["process"]
+    process = machine.start(folder, "--skip", "build", "tests", "sanitizers")
+    worker = wait_for(folder / "rows.jsonl", begun("warm kernels", 0))["process"]
     process.kill()
     process.communicate()
     end = time.monotonic() + 10
@@ -442,7 +442,7 @@ def test_the_sanitizers_run_the_cuda_kernels_alone(tmp_path: pathlib.Path, monke
     with pytest.raises(SystemExit, match="backend 'cuda' cannot run"):
         gpu_small.items(Run(tmp_path / "rows", 9.0, smoke=False))
     monkeypatch.setattr(gpu_checks, "sanitizer", lambda: "/bin/compute-sanitizer")
-    made = gpu_report.Report(tmp_path / "output", 500.0, False, None)
+    made = gpu_report.Report(tmp_path, 500.0, False, None)
     memory, races = gpu_report.sanitizers(made)
     assert (memory.name, memory.seconds, races.name) == ("memcheck", 60, "racecheck")
     assert " ".join(memory.command).startswith("/bin/compute-sanitizer --tool memcheck")
@@ -470,6 +470,53 @@ def test_the_limits_leave_the_networks_time() -> None:
     beside = max(limits["Triton"], limits["memcheck"] + limits["racecheck"])
     before = limits["build"] + limits["CUDA"] + beside + limits["primitives"] + limits["kernelbench"]
     assert before + 50 < 8.5 * 60 - gpu_report.CLOSING
+
+
+def test_without_time_it_says_what_it_left_out(machine: Bare, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "output"
+    process = machine.start(folder, "--minutes", "0.1")
+    printed, _ = process.communicate()
+    assert process.returncode == 1
+    written = read(folder)
+    assert written["status"] == "incomplete"
+    dropped = ["build", "where: all of it", "tests, CUDA", "tests, Triton"]
+    dropped += [f"{stage}: all of it" for stage in gpu_report.MEASURING]
+    left_out = [row["what"] for row in of("dropped", written["rows"])]
+    assert [what for what in left_out if what not in gpu_checks.SANITIZERS] == dropped
+    assert all(f"dropped: {what}" in printed.splitlines()[-1] for what in left_out)
+    assert all(f"- dropped, no time was left: {what}\n" in written["markdown"] for what in left_out)
+
+
+def test_what_was_not_done_is_named(tmp_path: pathlib.Path) -> None:
+    for smoke in (True, False):
+        made = gpu_report.Report(tmp_path, 60.0, smoke, None)
+        for outcome in ("passed", "failed", "stopped", "ran nothing", "not installed"):
+            made.run.add("check", check="build", outcome=outcome)
+        made.run.add("failed", what="place", error="so")
+        expected = ["failed: build", "stopped: build", "ran nothing: build", "failed: place"]
+        assert made.undone() == [what for what in expected if not smoke or not what.startswith("ran")]
+
+
+def test_stopped_before_there_is_a_report(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        gpu_report.stop(signal.SIGTERM, None)
+
+    monkeypatch.setattr(gpu_report, "Report", stopped)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--smoke", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"gpu_report\.py: stopped by SIGTERM"):
+        gpu_report.main()
+
+
+def test_the_commit_and_the_command_are_known_from_the_first_second(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_report, "commit", lambda: "abc")
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "gpu_report.py"), "--smoke", "--output", str(tmp_path)])
+    gpu_report.Report(tmp_path, 60.0, True, None)
+    written = read(tmp_path)
+    assert (written["status"], written["commit"]) == ("in progress", "abc")
+    assert written["command"] == f"python benchmarks/gpu_report.py --smoke --output {tmp_path.name}"
 
 
 def test_a_report_that_cannot_be_laid_out_is_its_rows(tmp_path: pathlib.Path) -> None:

@@ -10,7 +10,6 @@ with shallower networks and fewer steps: a check that everything runs, its figur
 import argparse
 import itertools
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from claims_measure import (
 from claims_networks import PUBLISHED, Pair, digits_network, plain_twin
 from claims_training import COMPARED, FULL, QUICK, Advance, Digits, Settings, Trained, load_digits, train, train_all
 from common import console, save_plot
+from options import folder
 from provenance import describe, environment
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -263,10 +263,9 @@ def diversity(settings: Settings, trained: Trained) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("claims"), metavar="FOLDER")
+    parser.add_argument("--output", type=folder, default="claims", metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="small networks, few steps: a check that everything runs")
     args = parser.parse_args(arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
     settings = QUICK if args.quick else FULL
     digits = load_digits()
     runs = len(settings.seeds)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from allocator import step_memory
+from allocator import MIB, step_memory
 from claims_measure import duplicate_gradients, multiply_adds, parameters, spread
 from claims_networks import plain_twin
 from claims_training import Advance, Settings, Trained
-from common import MIB, console
+from common import console
 from rich.table import Table
 from torch import nn
 

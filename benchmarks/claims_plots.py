@@ -5,13 +5,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from common import COLOURS
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-
-COLOURS = {"plain": "#8a8a8a", "ResNet": "#b4413c", "DenseNet": "#2a6f97", "CSPDenseNet": "#4aa27a"}
 
 
 def efficiency(result: dict[str, Any]) -> Figure:

@@ -1,6 +1,5 @@
 """What the benchmarks share: fused copies of a network, options, JSON and plots."""
 
-import argparse
 import contextlib
 import copy
 import json
@@ -19,7 +18,6 @@ from fused_densenet import FusedDenseBlock, FusedTransition
 from fused_densenet.nn.stem import FusedFeatures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-MIB = 2**20
 COLOURS = {
     "reference": "#b4413c",
     "reference, checkpointed": "#d99a3d",
@@ -27,6 +25,10 @@ COLOURS = {
     "ours, memory_efficient": "#4aa27a",
     "torchvision": "#7a5195",
     "torchvision, memory_efficient": "#b79ad0",
+    "plain": "#8a8a8a",
+    "ResNet": "#b4413c",
+    "DenseNet": "#2a6f97",
+    "CSPDenseNet": "#4aa27a",
 }
 
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -90,13 +92,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, advance=1, description=text)
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every figure and where it was taken")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="write the plot")
-
-
 def write_json(file: pathlib.Path, where: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**where, **more, "rows": rows}, indent=1) + "\n")
 
 
@@ -112,5 +108,4 @@ def plot_axes(rows: int, columns: int, **figure: Any) -> tuple[Any, Any]:
 
 
 def save_plot(figure: Any, file: pathlib.Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, bbox_inches="tight", facecolor="white")

@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import options
 import torch
 from baselines import torchvision_densenets
-from common import add_output_options, console, plot_axes, save_plot, write_json
+from common import console, plot_axes, save_plot, write_json
 from provenance import describe, environment
 from rich.table import Table
+from timing import spread
 from torch import nn
 
 import fused_densenet
@@ -133,16 +135,12 @@ def measure(rounds: int, size: int, batch: int) -> list[dict[str, Any]]:
                 "batch": batch,
                 "size": size,
                 "milliseconds": {name: statistics.median(values) for name, values in times.items()},
-                "ratio": dict(zip(("lower_quartile", "median", "upper_quartile"), _quartiles(ratios), strict=True)),
+                "ratio": spread(ratios),
                 "parts": {part: statistics.median(p[part] for p in parts) for part in parts[0]},
                 "rounds": times,
             }
         )
     return rows
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -173,11 +171,12 @@ def draw(rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=2)
-    add_output_options(parser)
+    parser.add_argument("--rounds", type=options.positive, default=40)
+    parser.add_argument("--size", type=options.positive, default=32)
+    parser.add_argument("--batch", type=options.positive, default=2)
+    options.add_output_options(parser)
     args = parser.parse_args()
+    options.check_image(parser, args.size, len(BLOCKS), args.batch)
     torch.set_num_threads(1)
     rows = measure(args.rounds, args.size, args.batch)
     where = environment(torch.device("cpu"), torch.float32)

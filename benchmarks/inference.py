@@ -20,12 +20,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import options
 import torch
 from baselines import torchvision_densenets
 from common import (
     COLOURS,
     DTYPES,
-    add_output_options,
     console,
     in_layout,
     plot_axes,
@@ -33,10 +33,9 @@ from common import (
     save_plot,
     write_json,
 )
-from primitives import COPIED, CPU, limits, measure, spread
 from provenance import describe, environment
 from rich.table import Table
-from speed import MATRIX, flops
+from timing import CPU, MATRIX, flops, limits, measure, rates, spread
 from torch import Tensor, nn
 
 import fused_densenet
@@ -131,8 +130,17 @@ if hasattr(fused_densenet, "optimize_for_inference"):
 OURS = ("fuse", "optimize_for_inference")
 
 
+def missing_peers(peers: list[str], dtype: torch.dtype) -> dict[str, str]:
+    reasons = {peer: PEERS[peer].missing(dtype) for peer in peers}
+    return {peer: reason for peer, reason in reasons.items() if reason is not None}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+MOST_BLOCKS = 5
+"""Of which the last sees one pixel of each image that the statistics are taken of."""
 
 
 def network(layers: list[int]) -> nn.Module:
@@ -168,8 +176,7 @@ def time_all(
     exact = copy.deepcopy(model).double()(x.double())
     errors = {name: float((runs[name]().double() - exact).norm() / exact.norm()) for name in peers}
     times = measure(runs, rounds, lambda text: advance(f"{setting}: {text}"))
-    product, copied = (statistics.median(times[key]) for key in ("matrix product", "copy"))
-    rates = {"product": 2 * MATRIX**3 / product, "copy": 2 * COPIED * dtype.itemsize / copied}
+    limit = rates(times, dtype)
     work = flops(functools.partial(model, x))
     engines = [name for name in peers if PEERS[name].engine]
     best = min(engines, key=lambda name: statistics.median(times[name]), default=None)
@@ -178,12 +185,12 @@ def time_all(
         middle = statistics.median(times[name])
         row = {"peer": name, "dtype": dtype_name(dtype), "batch": len(x), "size": x.shape[-1], "seconds": times[name]}
         row |= {"latency": spread(times[name]), "images_per_second": len(x) / middle, "error": errors[name]}
-        row |= {"gflop_per_second": work / middle / 1e9, "of_the_product": work / middle / rates["product"]}
+        row |= {"gflop_per_second": work / middle / 1e9, "of_the_product": work / middle / limit["product"]}
         if name in OURS and best is not None:
             ratios = [theirs / own for theirs, own in zip(times[best], times[name], strict=True)]
             row["times_as_fast_as"] = {"peer": best, **spread(ratios)}
         rows.append(row)
-    return rows, rates
+    return rows, limit
 
 
 def table(title: str, rows: list[dict[str, Any]], missing: dict[str, str]) -> Table:
@@ -232,36 +239,39 @@ def draw(rows: list[dict[str, Any]]) -> Any:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[6, 12, 24, 16], help="of each block")
+    parser.add_argument("--layers", type=options.positive, nargs="+", default=[6, 12, 24, 16], help="of each block")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="PEER")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    add_output_options(parser)
+    parser.add_argument("--batches", type=options.positive, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--size", type=options.positive, default=224)
+    parser.add_argument("--rounds", type=options.positive, default=15)
+    parser.add_argument("--threads", type=options.positive, default=2)
+    options.add_output_options(parser)
     args = parser.parse_args()
+    if len(args.layers) > MOST_BLOCKS:
+        parser.error(f"argument --layers: expected at most {MOST_BLOCKS} blocks, got {len(args.layers)}")
+    options.check_image(parser, args.size, len(args.layers))
+    missing = {name: missing_peers(args.peers, DTYPES[name]) for name in args.dtypes}
+    if all(len(reasons) == len(set(args.peers)) for reasons in missing.values()):
+        parser.error(f"argument --peers: nothing to measure: {missing}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     model = network(args.layers)
     rows: list[dict[str, Any]] = []
-    missing: dict[str, dict[str, str]] = {}
-    rates: dict[str, dict[str, float]] = {}
+    seen: dict[str, dict[str, float]] = {}
     for name in args.dtypes:
-        reasons = {peer: PEERS[peer].missing(DTYPES[name]) for peer in args.peers}
-        missing[name] = {peer: reason for peer, reason in reasons.items() if reason is not None}
         peers = [peer for peer in args.peers if peer not in missing[name]]
         settings = [Setting(DTYPES[name], torch.randn(batch, 3, args.size, args.size)) for batch in args.batches]
         found = []
         with progress(len(settings) * (len(peers) + args.rounds + 1)) as advance:
             for setting in settings:
-                new, rates[str(setting)] = time_all(model, peers, setting, args.rounds, args.threads, advance)
+                new, seen[str(setting)] = time_all(model, peers, setting, args.rounds, args.threads, advance)
                 found += new
         rows += found
         title = f"DenseNet of {args.layers} layers, {name}, {args.size}×{args.size}, {args.threads} threads"
         console.print(table(title, found, missing[name]))
-    for setting, rate in rates.items():
+    for setting, rate in seen.items():
         text = f"{setting}: matrix product {MATRIX}³ {rate['product'] / 1e9:.0f} GFLOP/s, copy {rate['copy'] / 1e9:.1f} GB/s"
         console.print(text, highlight=False)
     where = environment(CPU, torch.float32)
@@ -269,7 +279,7 @@ def main() -> None:
     where["versions"] |= {package: importlib.metadata.version(package) for package in sorted(packages)}
     console.print(describe(where), highlight=False)
     if args.json:
-        write_json(args.json, where, rows, missing=missing, flop_and_bytes_per_second=rates)
+        write_json(args.json, where, rows, missing=missing, flop_and_bytes_per_second=seen)
     if args.plot:
         save_plot(draw(rows), args.plot)
 

@@ -26,15 +26,14 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import options
 import torch
 import torch.nn.functional as F
-from allocator import step_memory
+from allocator import MIB, step_memory
 from baselines import NETWORKS, Architecture, checkpointed, torchvision_densenets
 from common import (
     COLOURS,
     DTYPES,
-    MIB,
-    add_output_options,
     console,
     fuse,
     plot_axes,
@@ -202,7 +201,7 @@ def _mib(row: dict[str, Any], key: str) -> float:
 
 
 def print_ratios(networks: list[dict[str, Any]]) -> None:
-    """How many times torchvision's peaks are ours, in the same mode."""
+    """How many times the peak of each other variant torchvision's is, without its own checkpointing."""
     peaks = {(row["network"], row["variant"]): row["peak_bytes"] for row in networks}
     for (network, variant), peak in peaks.items():
         theirs = peaks.get((network, "torchvision"))
@@ -268,20 +267,26 @@ def draw(sweep: list[dict[str, Any]], networks: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=options.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--size", type=int, default=224, help="of the image")
+    parser.add_argument("--batch", type=options.positive, default=4)
+    parser.add_argument("--size", type=options.positive, default=224, help="of the image")
     parser.add_argument(
-        "--crop", type=int, default=64, help="side of the images that RRDBNet makes four times as large"
+        "--crop", type=options.positive, default=64, help="side of the images that RRDBNet makes four times as large"
     )
     parser.add_argument("--networks", nargs="*", choices=[*NETWORKS, RRDB], default=list(NETWORKS), metavar="NAME")
-    parser.add_argument("--depths", nargs="*", type=int, default=list(DEPTHS), metavar="LAYERS", help="of one block")
-    add_output_options(parser)
+    parser.add_argument(
+        "--depths", nargs="*", type=options.positive, default=list(DEPTHS), metavar="LAYERS", help="of one block"
+    )
+    options.add_output_options(parser)
     args = parser.parse_args()
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
-
+    device, dtype = args.device, DTYPES[args.dtype]
     densenets = [name for name in args.networks if name != RRDB]
+    if densenets:
+        options.check_image(parser, args.size, 4, args.batch)
+    if not args.networks and not args.depths:
+        parser.error("nothing to measure: neither --networks nor --depths")
+
     todo = [(c, variant) for c in cases(densenets, args.depths, args.size) for variant in variants(c.blocks_only)]
     others = ["reference", "ours"] if RRDB in args.networks else []
     rows = []

@@ -12,17 +12,17 @@ the operands, each once, at the rate of a copy, whichever is longer; both are me
 
 import argparse
 import functools
-import gc
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import options
 import torch
 import torch.nn.functional as F
-from common import DTYPES, add_output_options, console, plot_axes, progress, save_plot, write_json
+from common import DTYPES, console, plot_axes, progress, save_plot, write_json
 from provenance import describe, environment
 from rich.table import Table
-from speed import MATRIX, quartiles, seconds
+from timing import CPU, MATRIX, limits, measure, rates, spread
 
 from fused_densenet.backends import BACKENDS, choose
 from fused_densenet.backends.contract import Gradient, Norm, Owed, accumulate_dtype
@@ -30,9 +30,6 @@ from fused_densenet.backends.contract import Gradient, Norm, Owed, accumulate_dt
 BLOCKS = ("56x64", "56x224", "28x128", "28x480", "14x992", "7x992")
 """Pixels of a side x channels read: layers of DenseNet-121 at 224x224."""
 BOTTLENECK, GROWTH_RATE = 128, 32
-COPIED = 2**24
-"""Numbers that a copy moves."""
-CPU = torch.device("cpu")
 
 
 class Layer(NamedTuple):
@@ -54,9 +51,11 @@ class Layer(NamedTuple):
         return products * (2 if direction == "forward" else 4)
 
     def bytes(self, direction: str) -> int:
-        """Every operand once: x and out; backward x, the gradient of out, out itself and the gradient of x."""
-        forward = self.channels + self.out_channels
-        return self.batch * self.size**2 * self.dtype.itemsize * (forward if direction == "forward" else 2 * forward)
+        """Every operand once: x, out and the weights; backward x, out, both their gradients, the weights and theirs."""
+        passes = 1 if direction == "forward" else 2
+        pixels = self.batch * self.size**2 * (self.channels + self.out_channels) * self.dtype.itemsize
+        weights = self.channels * self.out_channels * self.kernel**2 * torch.float32.itemsize
+        return passes * (pixels + weights)
 
 
 def layers(blocks: list[str], batch: int, dtype: torch.dtype) -> list[Layer]:
@@ -97,35 +96,9 @@ def runs(layer: Layer) -> dict[tuple[str, str], Callable[[], object]]:
     }
 
 
-def limits(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    a = torch.randn(MATRIX, MATRIX).to(dtype)
-    source, target = (torch.zeros(COPIED, dtype=dtype) for _ in range(2))
-    return {"matrix product": functools.partial(torch.matmul, a, a), "copy": functools.partial(target.copy_, source)}
-
-
-def measure(
-    timed: dict[Any, Callable[[], object]], rounds: int, advance: Callable[[str], None]
-) -> dict[Any, list[float]]:
-    """Seconds of each in each round."""
-    times: dict[Any, list[float]] = {key: [] for key in timed}
-    gc.disable()
-    for number in range(rounds + 1):
-        for key, run in timed.items():
-            elapsed = seconds(run, CPU)
-            if number > 0:  # the first round warms up
-                times[key].append(elapsed)
-        advance(f"round {number} of {rounds}")
-    gc.enable()
-    return times
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return dict(zip(("lower_quartile", "median", "upper_quartile"), quartiles(values), strict=True))
-
-
-def summarise(layer: Layer, direction: str, times: dict[Any, list[float]], rates: dict[str, float]) -> dict[str, Any]:
+def summarise(layer: Layer, direction: str, times: dict[Any, list[float]], limit: dict[str, float]) -> dict[str, Any]:
     ours, bare = (times[layer, direction, whose] for whose in ("ours", "bare"))
-    roof = max(layer.flops(direction) / rates["product"], layer.bytes(direction) / rates["copy"])
+    product, copied = layer.flops(direction) / limit["product"], layer.bytes(direction) / limit["copy"]
     return {
         "block": layer.block,
         "kernel": layer.kernel,
@@ -137,8 +110,8 @@ def summarise(layer: Layer, direction: str, times: dict[Any, list[float]], rates
         "gflop_per_second": layer.flops(direction) / statistics.median(ours) / 1e9,
         "bare_gflop_per_second": layer.flops(direction) / statistics.median(bare) / 1e9,
         "times_as_fast_as_bare": spread([b / a for a, b in zip(ours, bare, strict=True)]),
-        "of_the_roof": spread([roof / a for a in ours]),
-        "roof": "product" if roof == layer.flops(direction) / rates["product"] else "copy",
+        "of_the_roof": spread([max(product, copied) / a for a in ours]),
+        "roof": "product" if product >= copied else "copy",
     }
 
 
@@ -184,18 +157,18 @@ def draw(rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), metavar="PIXELSxCHANNELS")
+    parser.add_argument("--blocks", type=options.block, nargs="+", default=list(BLOCKS), metavar="PIXELSxCHANNELS")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES), metavar="DTYPE")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    add_output_options(parser)
+    parser.add_argument("--batch", type=options.positive, default=8)
+    parser.add_argument("--rounds", type=options.positive, default=15)
+    parser.add_argument("--threads", type=options.positive, default=2)
+    options.add_output_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     rows: list[dict[str, Any]] = []
-    rates: dict[str, dict[str, float]] = {}
+    seen: dict[str, dict[str, float]] = {}
     for name in args.dtypes:
         found = layers(args.blocks, args.batch, DTYPES[name])
         timed: dict[Any, Callable[[], object]] = dict(limits(DTYPES[name]))
@@ -203,18 +176,16 @@ def main() -> None:
             timed |= {(layer, *key): run for key, run in runs(layer).items()}
         with progress(args.rounds + 1) as advance:
             times = measure(timed, args.rounds, advance)
-        product, copy = (statistics.median(times[key]) for key in ("matrix product", "copy"))
-        moved = 2 * COPIED * DTYPES[name].itemsize
-        rates[name] = {"product": 2 * MATRIX**3 / product, "copy": moved / copy}
-        new = [summarise(layer, way, times, rates[name]) for layer in found for way in ("forward", "backward")]
+        seen[name] = rates(times, DTYPES[name])
+        new = [summarise(layer, way, times, seen[name]) for layer in found for way in ("forward", "backward")]
         rows += new
         console.print(table(f"{name}, batch {args.batch}, {args.threads} threads", new))
-        limit = f"matrix product {MATRIX}³: {rates[name]['product'] / 1e9:.0f} GFLOP/s"
-        console.print(f"{limit}; copy: {rates[name]['copy'] / 1e9:.1f} GB/s", highlight=False)
+        limit = f"matrix product {MATRIX}³: {seen[name]['product'] / 1e9:.0f} GFLOP/s"
+        console.print(f"{limit}; copy: {seen[name]['copy'] / 1e9:.1f} GB/s", highlight=False)
     where = environment(CPU, DTYPES[args.dtypes[0]])
     console.print(describe(where), highlight=False)
     if args.json:
-        write_json(args.json, where, rows, flop_and_bytes_per_second=rates)
+        write_json(args.json, where, rows, flop_and_bytes_per_second=seen)
     if args.plot:
         save_plot(draw(rows), args.plot)
 

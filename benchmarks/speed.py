@@ -15,16 +15,15 @@ import copy
 import functools
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import options
 import torch
 import torch.nn.functional as F
-from baselines import torchvision_densenets
+from baselines import NETWORKS, torchvision_densenets
 from common import (
     COLOURS,
-    add_output_options,
     console,
     fuse,
     in_layout,
@@ -35,10 +34,8 @@ from common import (
 )
 from provenance import describe, environment
 from rich.table import Table
+from timing import MATRIX, flops, quartiles, seconds, spread
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-MATRIX = 2048
 
 
 class Variant(NamedTuple):
@@ -143,20 +140,6 @@ def check_parity(timed: dict[str, Timed]) -> dict[str, dict[str, float]]:
     return errors
 
 
-def flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def measure(
     timed: dict[str, Timed], mode: str, rounds: int, device: torch.device, advance: Callable[[str], None]
 ) -> dict[str, list[float]]:
@@ -184,13 +167,6 @@ def measure(
     return times
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
 def summarise(
     network: str, mode: str, times: dict[str, list[float]], model_flops: int, **setting: Any
 ) -> list[dict[str, Any]]:
@@ -202,9 +178,7 @@ def summarise(
             for peer in variant.peers:
                 if peer in times:
                     per_round = [theirs / ours for theirs, ours in zip(times[peer], times[name], strict=True)]
-                    ratios[peer] = dict(
-                        zip(("lower_quartile", "median", "upper_quartile"), quartiles(per_round), strict=True)
-                    )
+                    ratios[peer] = spread(per_round)
             row = {"network": network, "mode": mode, "variant": name, **setting, "seconds": times[name]}
             row |= {"median_seconds": middle, "lower_quartile_seconds": low, "upper_quartile_seconds": high}
             rows.append(row | {"gflop_per_second": model_flops / middle / 1e9, "times_as_fast_as": ratios})
@@ -256,18 +230,17 @@ def draw(rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--networks", nargs="+", default=["densenet121"], metavar="NAME", help="as torchvision names them"
-    )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    add_output_options(parser)
+    parser.add_argument("--device", type=options.device, default="cpu")
+    parser.add_argument("--networks", nargs="+", default=["densenet121"], choices=NETWORKS)
+    parser.add_argument("--batch", type=options.positive, default=8)
+    parser.add_argument("--size", type=options.positive, default=224)
+    parser.add_argument("--rounds", type=options.positive, default=7)
+    parser.add_argument("--threads", type=options.positive, default=2)
+    options.add_output_options(parser)
     args = parser.parse_args()
+    options.check_image(parser, args.size, 4, args.batch)
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = args.device
 
     rows: list[dict[str, Any]] = []
     matrix: dict[str, float] = {}

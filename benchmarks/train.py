@@ -19,14 +19,13 @@ import time
 from typing import Any
 
 import numpy as np
+import options
 import torch
 import torch.nn.functional as F
-from allocator import StepMemory, step_memory
+from allocator import MIB, StepMemory, step_memory
 from common import (
     COLOURS,
     DTYPES,
-    MIB,
-    add_output_options,
     console,
     fuse,
     in_layout,
@@ -135,17 +134,19 @@ def draw(runs: dict[str, Run]) -> Any:
 
 def main() -> str | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--epochs", type=options.positive, default=8)
+    parser.add_argument("--batch", type=options.positive, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=options.device, default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    add_output_options(parser)
+    options.add_output_options(parser)
     args = parser.parse_args()
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    device, dtype = args.device, DTYPES[args.dtype]
     torch.manual_seed(args.seed)
 
     (images, labels), test = digits(device, dtype)
+    if args.batch > len(images):
+        parser.error(f"argument --batch: expected at most {len(images)}, the digits to train on, got {args.batch}")
     steps = len(images) // args.batch
     reference = DenseNet(
         GROWTH_RATE, (LAYERS_PER_BLOCK,) * 3, 2 * GROWTH_RATE, in_channels=1, num_classes=10, small_inputs=True

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import runpy
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 BATCH, PIXELS, FLOAT = 2, 8 * 8, 4
 DEPTHS = (4, 8, 12, 16)
 WIDTH, GROWTH_RATE, BOTTLENECK = 64, 32, 128
@@ -168,7 +171,48 @@ def test_primitives(tmp_path: pathlib.Path) -> None:
         pixels, passes = int(row["block"].partition("x")[0]) ** 2, 1 + (row["direction"] == "backward")
         flops = 2 * passes * pixels * channels * out * row["kernel"] ** 2
         moved = passes * pixels * (channels + out) * (4 if row["dtype"] == "float32" else 2)
+        moved += passes * channels * out * row["kernel"] ** 2 * FLOAT
         roof = max(flops / rates["product"], moved / rates["copy"])
         assert row["gflop_per_second"] == pytest.approx(flops / seconds / 1e9)
         assert row["times_as_fast_as_bare"]["median"] == pytest.approx(bare / seconds)
         assert row["of_the_roof"]["median"] == pytest.approx(roof / seconds)
+
+
+BAD = [
+    ("host.py --rounds 0", "--rounds: expected an integer of at least 1, got '0'"),
+    ("host.py --size 28", "--size: expected at least 29 for 4 blocks and a batch of 2, got 28"),
+    ("primitives.py --blocks 7by32", "--blocks: expected PIXELSxCHANNELS, such as 56x64, got '7by32'"),
+    ("speed.py --networks nonsense", "--networks: invalid choice: 'nonsense'"),
+    ("speed.py --threads 0", "--threads: expected an integer of at least 1"),
+    ("speed.py --batch 1 --size 60", "--size: expected at least 61 for 4 blocks and a batch of 1, got 60"),
+    ("speed.py --device nonsense", "--device: expected a device that torch has, got 'nonsense'"),
+    ("train.py --batch 3000", "--batch: expected at most 1442, the digits to train on, got 3000"),
+    ("train.py --epochs 0", "--epochs: expected an integer of at least 1"),
+    ("memory.py --depths 0", "--depths: expected an integer of at least 1"),
+    ("memory.py --networks --depths", "nothing to measure"),
+    ("inference.py --size 28", "--size: expected at least 29 for 4 blocks, got 28"),
+    ("inference.py --layers 1 1 1 1 1 1", "--layers: expected at most 5 blocks, got 6"),
+    ("inference.py --dtypes bfloat16 --peers 'ONNX Runtime'", "--peers: nothing to measure"),
+    ("memory.py --json {tmp}/file/below", "--json: '{tmp}/file' cannot be made: "),
+    ("train.py --json {tmp}", "--json: '{tmp}' cannot be written"),
+    ("speed.py --plot {tmp}/plot.txt", "--plot: expected a name that ends in .png, .pdf or .svg"),
+    ("gpu_report.py --smoke --minutes 0", "--minutes: expected a time above 0, got '0'"),
+    ("gpu_report.py --smoke --output {tmp}/file", "--output: '{tmp}/file' cannot be made: File exists"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
+def test_a_bad_value_is_an_error_before_anything_is_measured(
+    command: str,
+    message: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    script, *arguments = (word.format(tmp=tmp_path) for word in shlex.split(command))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    assert stopped.value.code == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err.splitlines()[-1]

@@ -7,6 +7,7 @@ kernels' serves every torch. The README lists the variables that steer the build
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ MINIMUM_CAPABILITY = (7, 5)
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # for a machine without a GPU, and for others
 INSTRUCTION_SETS = {"__x86_64__": ["avx*", "portable"], "__aarch64__": ["neon*"]}  # files, by the compiler's macro
 ROOT = Path(__file__).parent.absolute()
+fingerprint = runpy.run_path(str(ROOT / "fused_densenet/backends/sources.py"))["fingerprint"]
 RULES = """
 rule cxx
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
@@ -183,8 +185,23 @@ def build(cpu: dict[Path, Path], cuda: Path | None, folder: Path) -> None:
         script += [f"nvcc = {find_nvcc()} -ccbin {os.environ['CXX']}", *cuda_statements(cuda, torch_folders()[0])]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join([RULES, *script, ""]))
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    subprocess.run(["ninja", "-C", str(folder), "-j", jobs], check=True)
+    try:
+        subprocess.run(["ninja", "-C", str(folder), "-j", str(jobs())], check=True)
+    except subprocess.CalledProcessError:
+        raise SystemExit(
+            "fused_densenet: compiling failed, the compiler's message is above. Where memory ran out, MAX_JOBS=1 takes "
+            "less; FUSED_DENSENET_BUILD=off installs without the extension, which works, slower"
+        ) from None
+
+
+def jobs() -> int:
+    """How many files to compile at once: MAX_JOBS where it is a number, as torch's own tools take it, or one a core."""
+    cores = len(os.sched_getaffinity(0))
+    wanted = os.environ.get("MAX_JOBS") or str(cores)
+    if re.fullmatch(r"0*[1-9]\d*", wanted, re.ASCII):
+        return int(wanted)
+    say(f"MAX_JOBS: expected a number from 1 on, got {wanted!r}: compiling {cores} files at once")
+    return cores
 
 
 def cuda_wanted() -> bool:
@@ -290,7 +307,8 @@ def cpu_statements(libraries: dict[Path, Path]) -> list[str]:
         binding = f"{library.stem}.o"
         # As system headers, torch's own do not drown this project's warnings.
         headers = ["-isystem", str(folder / "include")]
-        link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
+        link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-lstdc++", "-Wl,--no-undefined"]
+        link.append(f"-Wl,--build-id=0x{fingerprint(ROOT, library.name)}")
         link += ["-fsanitize=address"] if sanitize else []
         statements.append(statement(binding, "cxx", [ROOT / "csrc/binding.cpp"], [*flags, *headers]))
         statements.append(statement(library, "link", [binding, *kernels], link))
@@ -314,6 +332,7 @@ def cuda_statements(library: Path, torch: Path) -> list[str]:
     # -l before the linker's own options.
     link = ["-cudart=static", f"-L{torch / 'lib'}"]
     link.append("-Xlinker=--no-undefined,--no-as-needed,-ltorch,-ltorch_cpu,--as-needed")
+    link.append(f"-Xlinker=--build-id=0x{fingerprint(ROOT, library.name)}")
     kernels = {f"{file.stem}.cuda.o": file for file in sorted(ROOT.glob("csrc/cuda/*.cu"))}
     return [
         statement("cuda_binding.o", "nvcc", [ROOT / "csrc/cuda_binding.cpp"], binding),

@@ -408,14 +408,39 @@ def test_what_is_compiled_by_nvcc(setup: ModuleType, monkeypatch: pytest.MonkeyP
     assert "-cudart=static" in flags
 
 
-def test_jobs(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "jobs", "said"),
+    [(None, CORES, False), ("", CORES, False), ("1", 1, False), ("0", CORES, True), ("abc", CORES, True)],
+)
+def test_jobs(
+    setup: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    wanted: str | None,
+    jobs: int,
+    said: bool,
+) -> None:
+    """ninja would take 0 for no limit at all."""
     commands: list[list[str]] = []
     monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setenv("CXX", "g++")
+    if wanted is not None:
+        monkeypatch.setenv("MAX_JOBS", wanted)
     setup.build({}, None, tmp_path)
-    monkeypatch.setenv("MAX_JOBS", "1")
-    setup.build({}, None, tmp_path)
-    assert commands == [["ninja", "-C", str(tmp_path), "-j", jobs] for jobs in (str(len(os.sched_getaffinity(0))), "1")]
+    assert commands == [["ninja", "-C", str(tmp_path), "-j", str(jobs)]]
+    assert (f"MAX_JOBS: expected a number from 1 on, got {wanted!r}" in capsys.readouterr().err) == said
+
+
+def test_what_does_not_compile(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "false")
+    broken = setup.statement("a.o", "cxx", ["csrc/watch.cpp"], [])
+    monkeypatch.setattr(setup, "cpu_statements", lambda libraries: [broken])
+    with pytest.raises(SystemExit, match="compiling failed, the compiler's message is above"):
+        setup.build({tmp_path / "a.so": tmp_path}, None, tmp_path)
 
 
 def test_the_readme_has_every_variable() -> None:
@@ -480,21 +505,6 @@ def test_the_package_works_without_its_extension(tmp_path: Path, file: str | Non
     warned = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
     assert len(warned) == 1
     assert reason in warned[0]
-
-
-def test_an_extension_that_defines_operators_itself_is_not_used() -> None:
-    """As an older checkout may have left one behind."""
-    code = (
-        "import torch\n"
-        "older = torch.library.Library('fused_densenet', 'FRAGMENT')\n"
-        "older.define('place(Tensor x, Tensor(a!)? out, Tensor(b!)? out_mean, Tensor(c!)? out_var) -> ()')\n"
-        "from fused_densenet.backends import extension\n"
-        "print(extension.cpu, extension.cpu_missing)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("None the C++ extension was compiled from other sources; run `pip install"), (
-        done.stderr
-    )
 
 
 def test_a_newer_torch_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

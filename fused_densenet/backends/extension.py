@@ -8,9 +8,11 @@ library, ``_cuda.so``, against torch's stable ABI, for every torch. Neither is a
 import ctypes
 import functools
 import pathlib
-import warnings
 
 import torch
+
+from ..callers import warn
+from . import sources
 
 NEWEST_TORCH = (2, 15)
 """The newest that this package was tried with."""
@@ -89,27 +91,27 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     reason = absent(_PACKAGE, torch.__version__)
     if reason is not None:
         return None, reason
-    try:
-        return _library(library_name(torch.__version__)), None
-    except OSError as error:
-        return None, f"the C++ extension does not load ({error}); {REBUILD}"
-
-
-def _library(name: str) -> ctypes.CDLL:
-    torch.ops.load_library(_PACKAGE / name)
-    return ctypes.CDLL(str(_PACKAGE / name))
+    return _library(library_name(torch.__version__), "the C++ extension")
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
-    if not (_PACKAGE / "_cuda.so").exists():
+    if not (_PACKAGE / sources.CUDA).exists():
         return (
             None,
             f"the CUDA kernels were not compiled when fused_densenet was installed; install {NVCC} and {REBUILD}",
         )
+    return _library(sources.CUDA, "the library of CUDA kernels")
+
+
+def _library(name: str, called: str) -> tuple[ctypes.CDLL | None, str | None]:
+    file = _PACKAGE / name
     try:
-        return _library("_cuda.so"), None
+        if sources.is_stale(file):
+            return None, f"{called} was compiled from other sources than csrc has now; {REBUILD}"
+        torch.ops.load_library(file)
+        return ctypes.CDLL(str(file)), None
     except OSError as error:
-        return None, f"the library of CUDA kernels does not load ({error}); {REBUILD}"
+        return None, f"{called} does not load ({error}); {REBUILD}"
 
 
 cpu, cpu_missing = _load()
@@ -123,14 +125,27 @@ def returns_nothing(*arguments: object) -> None:
     """Operators for tensors without data."""
 
 
-_operators = torch.library.Library("fused_densenet", "FRAGMENT")
-for _schema in SCHEMAS:
-    try:
-        _operators.define(_schema)
-        if _schema.endswith("-> ()"):
-            torch.library.register_fake(f"fused_densenet::{_schema.partition('(')[0]}", returns_nothing, lib=_operators)
-    except RuntimeError:  # the library's operators are others
-        cpu, cpu_missing = None, f"the C++ extension was compiled from other sources; {REBUILD}"
+def _define() -> bool:
+    """Whether the process has the operators of ``SCHEMAS``.
+
+    They stay for as long as the process: another import of this package, as test runners and notebooks make, finds those
+    of the first, which whatever is left of it uses as well.
+    """
+    found = vars(torch.ops.fused_densenet)
+    if "_defined" not in found:
+        operators = torch.library.Library("fused_densenet", "FRAGMENT")
+        found["_defined"] = SCHEMAS, operators
+        for schema in SCHEMAS:
+            operators.define(schema)
+            if schema.endswith("-> ()"):
+                name = schema.partition("(")[0]
+                torch.library.register_fake(f"fused_densenet::{name}", returns_nothing, lib=operators)
+    return bool(found["_defined"][0] == SCHEMAS)
+
+
+if not _define():
+    cpu = cuda = None
+    cpu_missing = cuda_missing = "this process imported another fused_densenet before; start it again"
 
 
 def untried(torch_version: str) -> str | None:
@@ -146,11 +161,11 @@ def untried(torch_version: str) -> str | None:
 _SLOWER = "dense blocks run slower on the CPU than they could"
 _untried = untried(torch.__version__)
 if _untried is not None:
-    warnings.warn(_untried, RuntimeWarning, stacklevel=2)
+    warn(_untried, RuntimeWarning)
 
 
 @functools.cache
 def warn_if_missing() -> None:
     """Says once, unless it was said at the import, that the CPU works without its kernels, and why."""
     if cpu_missing is not None and _untried is None:
-        warnings.warn(f"{_SLOWER}: {cpu_missing}", RuntimeWarning, stacklevel=2)
+        warn(f"{_SLOWER}: {cpu_missing}", RuntimeWarning)

@@ -2,12 +2,8 @@
 
 import contextlib
 import functools
-import os
-import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from ..callers import warn
 from ..ops.ranks import sync_group
+from ..variables import is_on
 from .anatomy import LayerParts, intercepted, kinds_of, patches, structure_reasons
 
-_PACKAGE = __name__.partition(".")[0]
-_VARIABLE = "FUSED_DENSENET_STRICT"
 _thread = threading.local()
 
 
@@ -63,7 +59,7 @@ def announce(reasons: Sequence[str], name: str = "FusedDenseBlock") -> None:
     if len(reasons) > 1:
         message += f" (and {len(reasons) - 1} more reasons, which fused_densenet.explain lists)"
     enabled = getattr(_thread, "strict", None)
-    if os.environ.get(_VARIABLE, "0") not in ("", "0") if enabled is None else enabled:
+    if is_on("FUSED_DENSENET_STRICT") if enabled is None else enabled:
         raise FallbackError(message)
     if not torch.compiler.is_compiling():
         warn_once(message)
@@ -71,12 +67,8 @@ def announce(reasons: Sequence[str], name: str = "FusedDenseBlock") -> None:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """A FallbackWarning, the first time that it is asked for, where this package was called."""
-    frame: FrameType | None = sys._getframe()
-    level = 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, FallbackWarning, stacklevel=level + 1)
+    """A FallbackWarning, the first time that it is asked for."""
+    warn(message, FallbackWarning)
 
 
 def uses_batch_stats(norm: nn.Module) -> bool:

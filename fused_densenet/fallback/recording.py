@@ -1,12 +1,13 @@
 """What records a network instead of running it: torch.fx, torch.jit.script, the ONNX exporters."""
 
 import functools
-import warnings
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ..callers import warn
 
 
 def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
@@ -26,10 +27,10 @@ def one_call(module: nn.Module, x: torch.fx.Proxy) -> Any:
     if (
         type(tracer).__name__ == "NodePathTracer"
     ):  # of torchvision's feature extractors, which name nodes inside modules
-        warnings.warn(
+        warn(
             f"torch.fx records {tracer.path_of_module(module)} as one call: a feature extractor for nodes inside it takes "
             "fused_densenet.unfuse(model)",
-            stacklevel=2,
+            UserWarning,
         )
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
@@ -43,11 +44,10 @@ def warn_of_foreign_modes() -> None:
 
 @functools.cache
 def _warn_of_one_operator(what: str) -> None:
-    warnings.warn(
+    warn(
         f"{what} sees a fused module as one operator: where it counts, quantises or changes operators, "
         "give it fused_densenet.unfuse(model)",
         UserWarning,
-        stacklevel=4,
     )
 
 

@@ -32,7 +32,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"it has no kernels for {dtype}"
     if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+        interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")  # as triton reads it
         return None if interpreted else "it serves GPUs (and the CPU under TRITON_INTERPRET=1), not cpu"
     if device.type not in ("cuda", "xpu"):
         return f"it serves cuda and xpu devices, not {device.type}"

@@ -8,17 +8,17 @@ bits on every machine of a kind and in every process, and the first step does no
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources
 
+from ...variables import is_on
 from . import tiles_on_disk
 from .tiles_on_disk import Tile
 
-AUTOTUNE = os.environ.get("FUSED_DENSENET_AUTOTUNE", "0") not in ("", "0")
+AUTOTUNE = is_on("FUSED_DENSENET_AUTOTUNE")
 
 
 class ShapeClass(NamedTuple):

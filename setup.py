@@ -307,7 +307,7 @@ def cpu_statements(libraries: dict[Path, Path]) -> list[str]:
         binding = f"{library.stem}.o"
         # As system headers, torch's own do not drown this project's warnings.
         headers = ["-isystem", str(folder / "include")]
-        link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-lstdc++", "-Wl,--no-undefined"]
+        link = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-lc10", "-lstdc++", "-lm", "-Wl,--no-undefined"]
         link.append(f"-Wl,--build-id=0x{fingerprint(ROOT, library.name)}")
         link += ["-fsanitize=address"] if sanitize else []
         statements.append(statement(binding, "cxx", [ROOT / "csrc/binding.cpp"], [*flags, *headers]))

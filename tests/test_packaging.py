@@ -477,6 +477,19 @@ def test_why_there_is_no_extension(tmp_path: Path, files: list[str], reason: str
     assert said is None if reason is None else said is not None and reason in said
 
 
+def test_no_library_is_loaded_from_an_archive(tmp_path: Path) -> None:
+    said = extension.absent(tmp_path / "a.whl/fused_densenet", "2.12.1")
+    assert said is not None and "is part of an archive" in said
+
+
+def test_the_import_leaves_the_compiler_alone() -> None:
+    """It takes several times as long to import as the package."""
+    code = "import sys, torch; before = 'torch._dynamo' in sys.modules; import fused_densenet\n"
+    code += "print(before or 'torch._dynamo' not in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("file", "reason"),
     [

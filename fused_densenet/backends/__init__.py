@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 
+from ..compilers import constant
 from . import cpu, cuda, eager, extension, triton
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
@@ -69,7 +70,7 @@ def rejected(device: torch.device, dtype: torch.dtype, chosen: str) -> list[tupl
     return reasons
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` cannot run; a compiler asks rather than traces, as the answer takes a look at the machine."""
     return BACKENDS[name].unavailable(device, dtype)

@@ -77,6 +77,8 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 def absent(folder: pathlib.Path, torch_version: str) -> str | None:
     """Why ``folder`` holds no extension for ``torch_version``, and what to do, or None."""
+    if not folder.is_dir():
+        return f"{folder} is part of an archive, of which no library can be loaded; install the wheel instead"
     built = {file.name for file in folder.glob("_cpu_torch_*.so")}
     if library_name(torch_version) in built:
         return None

@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..compilers import constant
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TIMMS_NORMS = ("BatchNormAct2d", "SyncBatchNormAct")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -283,7 +285,7 @@ _METHODS = ("forward", "_conv_forward", "_check_input_dim")
 """What a ``forward`` is made of, in torch's modules; any of them can be assigned to a module or to its class."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def method_names(kind: type) -> tuple[str, ...]:
     """What a class's ``forward`` is made of, or may be: the methods of somebody else's class are not known."""
     return tuple(name for name, is_method in _attributes(kind).items() if is_method)

@@ -212,7 +212,7 @@ def _arranged(out: Tensor, x: Tensor, layout: torch.memory_format | None) -> Ten
     return out if out.dim() != x.dim() else out.contiguous(memory_format=layout or layout_of(x))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch._disable_dynamo  # torch.compiler.disable, but for the import of the compiler
 def _outside_of_graphs(segment: Segment, x: Tensor) -> Tensor:
     """A compiler has nothing to gain from what is one call, with memory of its own."""
     return on_plain(x, segment._run)

@@ -405,7 +405,7 @@ def test_what_is_compiled_by_nvcc(setup: ModuleType, monkeypatch: pytest.MonkeyP
     assert {"-DTORCH_TARGET_VERSION=0x020B000000000000", "-DTORCH_STABLE_ONLY"} < set(builds["cuda_binding.o"][1])
     sources, flags = builds["_cuda.so"]
     assert set(sources.split()) == {"cuda_binding.o", *kernels}
-    assert "-cudart=static" in flags
+    assert {"-cudart=static", f"-Xlinker=--build-id=0x{setup.fingerprint(ROOT, '_cuda.so')}"} < set(flags)
 
 
 CORES = len(os.sched_getaffinity(0))

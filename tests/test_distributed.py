@@ -19,9 +19,10 @@ from tolerances import assert_same, tolerance
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 
 from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, FusedFeatures, FusedTransition, fuse, strict
+from fused_densenet.fallback.reasons import quiet
 
 SIZE = (4, 16, 4, 8)  # layers, features, bn_size, growth_rate
 VARIANTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -245,6 +246,46 @@ def fully_sharded(rank: int) -> None:
 
 def test_fully_shard() -> None:
     processes.run(fully_sharded)
+
+
+def sharded_input(rank: int) -> None:
+    """Tensor parallelism's tensors: the module's own operators, in training and evaluation."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torchvisions().features.denseblock1
+    x = torch.randn(4, whole.denselayer1.norm1.num_features, 6, 6, dtype=torch.float64)
+    for training in (True, False):
+        theirs, ours = (
+            distribute_module(copy.deepcopy(module), mesh) for module in (whole, fuse(copy.deepcopy(whole)))
+        )
+        results = []
+        for module in (theirs, ours):
+            leaf = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
+            with quiet():
+                out = module.train(training)(leaf)
+            out.sin().sum().backward()
+            assert leaf.grad is not None
+            results.append({"output": out.full_tensor(), "input's gradient": leaf.grad.full_tensor()})
+        assert_same(*reversed(results), "float64 whole block")
+        with pytest.raises(FallbackError, match="the input is a DTensor"), strict():
+            ours(distribute_tensor(x, mesh, [Shard(0)]))
+
+
+def test_sharded_input() -> None:
+    processes.run(sharded_input)
+
+
+def hooked_on_one_rank(rank: int) -> None:
+    """Only said: the other rank would wait."""
+    block = sync(variant("kept", 2, torch.float64)[0])
+    block.denselayer1.conv1.register_forward_hook(lambda *_: None)
+    with pytest.raises(FallbackError, match="where one rank runs operator by operator, all have to"), strict():
+        block(torch.randn(2, 16, 4, 4, dtype=torch.float64))
+    with pytest.raises(FallbackError, match=r"has hooks$"), strict():
+        block.eval()(torch.randn(2, 16, 4, 4, dtype=torch.float64))
+
+
+def test_a_fallback_on_one_rank() -> None:
+    processes.run(hooked_on_one_rank)
 
 
 def whole_network(rank: int, fused_first: bool, memory_efficient: bool) -> None:

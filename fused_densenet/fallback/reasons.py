@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,13 +52,18 @@ def quiet() -> contextlib.AbstractContextManager[None]:
     return _setting("quiet", True)
 
 
-def announce(reasons: Sequence[str], name: str = "FusedDenseBlock") -> None:
-    """Warns of a fallback of the module ``name``, once for each message, or raises FallbackError in strict mode."""
+def announce(reasons: Sequence[str], name: str = "FusedDenseBlock", module: nn.Module | None = None) -> None:
+    """Warns of a fallback of ``module``, called ``name``, once for each message, or raises FallbackError in strict mode."""
     if getattr(_thread, "quiet", False):
         return
     message = f"{name} runs operator by operator, not fused: {reasons[0]}"
     if len(reasons) > 1:
         message += f" (and {len(reasons) - 1} more reasons, which fused_densenet.explain lists)"
+    if module is not None and any(map(sync_group, module.modules())):
+        message += (
+            ". It has SyncBatchNorm, whose messages are other ones then: where one rank runs operator by operator, all have "
+            "to, or they wait for one another"
+        )
     enabled = getattr(_thread, "strict", None)
     if is_on("FUSED_DENSENET_STRICT") if enabled is None else enabled:
         raise FallbackError(message)
@@ -125,6 +131,8 @@ def dtype_reasons(x: Tensor, dtype: torch.dtype) -> list[str]:
 def context_reasons(x: Tensor) -> list[str]:
     """Why no module can run fused on ``x`` where it is called."""
     reasons = surroundings_reasons()
+    if is_distributed(x):
+        reasons.append("the input is a DTensor, which takes only operators that say how they are sharded")
     if autocasts(x) and x.dtype not in (
         torch.float32,
         torch.float64,
@@ -132,6 +140,14 @@ def context_reasons(x: Tensor) -> list[str]:
     ):
         reasons.append(f"autocast to {torch.get_autocast_dtype(x.device.type)} of an input in {x.dtype}")
     return reasons
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor, parts of which are on several devices."""
+    if type(x) is Tensor or torch.compiler.is_compiling():
+        return False
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(x, kind)
 
 
 def is_calm() -> bool:

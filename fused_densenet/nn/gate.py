@@ -45,7 +45,7 @@ class Gate(Remembered):
             if torch.jit.is_tracing():  # to which sizes are tensors
                 return self._fall_back(transform_reasons(), x, passage)
         plan, tensors = known = known or known_of(self, self.work_out)
-        if not (calm and tensors is not None and isinstance(x, Tensor) and plan.fits(x)):
+        if not (calm and tensors is not None and type(x) in (Tensor, nn.Parameter) and plan.fits(x)):
             self._check(x, plan)
             if reasons := self._reasons_for(x, plan):
                 return self._fall_back(reasons, x, passage)
@@ -67,7 +67,7 @@ class Gate(Remembered):
         return reasons if x is None else self._reasons_for(x, plan)
 
     def _fall_back(self, reasons: list[str], x: Tensor, passage: Passage) -> Tensor:
-        announce(reasons, self.gate_name)
+        announce(reasons, self.gate_name, self)
         return passage.through_operators(self._operator_by_operator, x)
 
     @abstractmethod

@@ -98,7 +98,7 @@ class FusedFeatures(Remembered, nn.Sequential):
         passage = Passage(layout_of(input))
         if not passage.is_calm() and (reasons := surroundings_reasons()):  # every module needs to be called
             if any(step.run for step in plan.steps):
-                announce(reasons, type(self).__name__)
+                announce(reasons, type(self).__name__, self)
             return super().forward(input)
         x, i = channels_last(input) if plan.channels_last else input, 0
         while i < len(plan.steps):
@@ -112,7 +112,7 @@ class FusedFeatures(Remembered, nn.Sequential):
                     x = on_plain(x, functools.partial(_fused, run=step.run, tensors=tensors, passage=passage))
                     i += len(step.run.modules)
                     continue
-                announce(reasons, type(self).__name__)
+                announce(reasons, type(self).__name__, self)
             known = Known(step.plan, tensors) if step.plan is not None and passage.undisturbed else None
             x = passage.through(step.module, x, step.kind, known)
             i += 1

@@ -1,4 +1,4 @@
-"""Subclasses of Tensor, as data loaders give them: in and out as through the unfused network."""
+"""Tensors of other kinds: subclasses, as data loaders give them, in and out as through the unfused network; negated ones."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from networks import images, torchvisions
-from tolerances import assert_largest
+from tolerances import assert_largest, assert_same
 from torch import Tensor, nn
 
 from fused_densenet import FusedDenseBlock, FusedTransition, fuse, strict
@@ -107,3 +107,27 @@ def test_own_modules() -> None:
     x = tagged(torch.randn(2, 4, 6, 6))
     for module in (FusedDenseBlock(2, 4, 2, 4), FusedTransition(4, 3)):
         assert described(module(x))[:2] == (Tagged, "a")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [FusedDenseBlock, FusedTransition])
+def test_numbers_that_are_to_be_negated(kind: type[nn.Module], training: bool) -> None:
+    """The imaginary part of a conjugate: memory that holds the numbers' negatives."""
+    module: nn.Module = FusedDenseBlock(2, 8, 2, 4) if kind is FusedDenseBlock else FusedTransition(8, 4)
+    module.double().train(training)
+
+    def negated(x: Tensor) -> Tensor:
+        result = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert result.is_neg()
+        return result
+
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    gradient = torch.randn(module(x).shape, dtype=torch.float64)
+    results = []
+    for made in (torch.clone, negated):
+        leaf = x.clone().requires_grad_()
+        out = module(made(leaf))
+        out.backward(made(gradient))
+        assert leaf.grad is not None
+        results.append({"output": out.detach(), "gradient": leaf.grad})
+    assert_same(*results, "float64 whole block")

@@ -100,7 +100,7 @@ class Block(Operator):
         outputs = _allocate(a.x, structure)
         buffer, kept, constants = outputs
         operands = {
-            "x": [a.x],
+            "x": [a.x.resolve_neg()],
             "buffer": [buffer],
             "bottleneck": kept or _scratch(buffer, structure.width),
             **_constants(constants),
@@ -125,7 +125,7 @@ class Block(Operator):
         correction = [torch.zeros_like(c) for c in constants[:1]]
         found = dweights, dgammas, dbetas, dbiases
         operands = {
-            "dout": [dout],
+            "dout": [dout.resolve_neg()],
             **_parameters(a),
             **backward_operands(structure, buffer, kept, constants, gradient, correction),
             **gradient_operands(found, needed),

@@ -56,7 +56,7 @@ class Stopped(BaseException):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=folder, default="gpu_report", metavar="FOLDER")
+    parser.add_argument("--output", type=folder, default=pathlib.Path("gpu_report"), metavar="FOLDER")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, to show that the report works")
     parser.add_argument("--minutes", type=minutes, default=8.5, help="the report is complete before they are over")
     parser.add_argument("--skip", nargs="+", default=[], choices=STAGES, help="stages to leave out")
@@ -100,6 +100,7 @@ class Report:
     def __init__(self, folder: pathlib.Path, seconds: float, smoke: bool, commit_given: str | None) -> None:
         self.folder, self.commit, self.began = folder, commit_given or commit(), time.monotonic()
         self.logs = pathlib.Path(tempfile.mkdtemp(prefix="gpu_report"))
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "rows.jsonl").unlink(missing_ok=True)
         self.run = Run((folder / "rows.jsonl").absolute(), seconds - CLOSING, smoke)
         self.written, self.started = 0.0, 0

@@ -528,8 +528,9 @@ def test_a_report_that_cannot_be_laid_out_is_its_rows(tmp_path: pathlib.Path) ->
     assert "the tables cannot be made: KeyError" in written["markdown"] and '"place"' in written["markdown"]
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_it_says_so(tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCHMARKS / "gpu_report.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "--smoke" in done.stderr
+    assert not any(tmp_path.iterdir())

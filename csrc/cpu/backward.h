@@ -43,9 +43,9 @@ class BackwardKernel {
     if (packed_.filtering > 0) {
       with_filtering<T>(packed_.filtering, [&]<int m>() {
         const auto product = by_filtering<m>(kBlock);
-        constexpr int64_t row_of_patches = (m + 2) * kChain * kBlock;
-        patches_ = arena.take<E>(most(product.patches_size(), row_of_patches + Strip<m, kChain, A>::scratch_size));
-        products_ = arena.take<A>(most(product.products_size(), row_of_patches));
+        using WeightGradient = WinogradWeightGradient<P, m>;
+        patches_ = arena.take<E>(most(product.patches_size(), WeightGradient::patches_size()));
+        products_ = arena.take<A>(most(product.products_size(), WeightGradient::gradients_size()));
       });
     }
     first_pixels_ = arena.take<int64_t>(pools() ? grid_.pixels() : 0);
@@ -346,39 +346,12 @@ class BackwardKernel {
     if constexpr (P::pair == 1) {
       with_filtering<T>(packed_.filtering, [&]<int m>() {
         const TilePlane<m> plane{b.size[1], b.size[2]};
-        const int64_t all = plane.count(), strips = ceil_div(all, kChain);
         const int64_t block_size = (b.size[0] + 2 * grid_.margin[0]) * plane_size;
-        A *patches = of_part(patches_, part), *gradients = of_part(products_, part);
-        for (int64_t s = 0; s < b.size[0] * strips; ++s) {
-          const int64_t d = s / strips;
-          const Range range = split(all, strips, s % strips);
-          const int64_t tiles = range.size(), size = tiles * kBlock;
-          const auto pixels = padded_plane(plane, of_part(activation_, part) + d * plane_size, 0);
-          const Strip<m, kChain, A> strip(plane, pixels, range.begin, tiles, channels, patches + (m + 2) * size);
-          each<kPairs<m>>([&]<int q>() {
-            strip.template begin_pair_of_rows<q>();
-            each<2>([&]<int second>() {
-              constexpr int row = second ? Pair<m, q>::second : Pair<m, q>::first;
-              each<kPairs<m>>([&]<int p>() {
-                using Columns = Pair<m, p>;
-                strip.template columns<q, p>(second, patches + Columns::first * size,
-                                             (Columns::second - Columns::first) * size);
-              });
-              for (int64_t k = 0; k < pixel_blocks_; ++k) {
-                const int64_t count = least(kBlock, f_.shape.out - k * kBlock);
-                transform_gradients<row>(plane,
-                                         plane_inside(plane, of_part(grad_, part) + k * block_size + d * plane_size),
-                                         range.begin, tiles, count, gradients);
-                const Step step{0, 0, tiles};
-                for (int64_t i = 0; i < m + 2; ++i) {
-                  A* dweight = dweight_ + part * dweight_size_ +
-                               ((row * (m + 2) + i) * dweight_rows_ + k * kBlock) * ld_dweight_ + c;
-                  multiply<P, Reduce::pixels>(gradients + i * size, 1, patches + i * size, kWidth, dweight, ld_dweight_,
-                                              count, channels, &step, 1, true, prefetch);
-                }
-              }
-            });
-          });
+        const WinogradWeightGradient<P, m> product{channels, f_.shape.out, dweight_rows_, ld_dweight_};
+        for (int64_t d = 0; d < b.size[0]; ++d) {
+          product.run(plane, padded_plane(plane, of_part(activation_, part) + d * plane_size, 0),
+                      plane_inside(plane, of_part(grad_, part) + d * plane_size, block_size),
+                      dweight_ + part * dweight_size_ + c, of_part(patches_, part), of_part(products_, part), prefetch);
         }
       });
     }

@@ -55,9 +55,9 @@ PixelPlane<A> padded_plane(const TilePlane<m>& plane, const A* operand, int64_t 
 }
 // The same without its margin.
 template <class A, int m>
-PixelPlane<A> plane_inside(const TilePlane<m>& plane, const A* operand) {
+PixelPlane<A> plane_inside(const TilePlane<m>& plane, const A* operand, int64_t block) {
   const int64_t row = (plane.width + 2) * kBlock;
-  return {operand + row + kBlock, kBlock, row, 0, 0, plane.height, 0, plane.width};
+  return {operand + row + kBlock, kBlock, row, block, 0, plane.height, 0, plane.width};
 }
 
 // Of the rows, and of the columns, of B' d B, the first and last, or two neighbours within: they are of the same

@@ -1,4 +1,4 @@
-// Winograd's filtering (filtering.h) of weights, gradients and results, and the convolution by it.
+// Winograd's filtering (filtering.h) of weights, gradients and results, and the convolution and its weight gradient by it.
 
 namespace fused_densenet::FD_ISA {
 
@@ -139,6 +139,51 @@ class WinogradProduct {
         }
       });
       transform_outputs(plane, products, ld, range.begin, tiles, columns, result, ldc);
+    }
+  }
+};
+
+// What a plane of activations, a block of `channels` channels, and of gradients, `out_channels` of them, add to the
+// weight's gradient, dweight[(m + 2)^2][dweight_rows][ld], a strip of tiles at a time. `gradients` holds a row of a
+// strip's.
+template <class P, int m>
+struct WinogradWeightGradient {
+  using A = typename P::Acc;
+  using Patches = Strip<m, kChain, A>;
+  static constexpr int64_t kRow = (m + 2) * kChain * kBlock;
+  static constexpr int64_t patches_size() { return kRow + Patches::scratch_size; }
+  static constexpr int64_t gradients_size() { return kRow; }
+
+  int64_t channels, out_channels, dweight_rows, ld;
+
+  void run(const TilePlane<m>& plane, const PixelPlane<A>& pixels, const PixelPlane<A>& gradient, A* dweight,
+           A* patches, A* gradients, Prefetch& prefetch) const {
+    const int64_t all = plane.count(), strips = ceil_div(all, kChain);
+    for (int64_t s = 0; s < strips; ++s) {
+      const Range range = split(all, strips, s);
+      const int64_t tiles = range.size(), size = tiles * kBlock;
+      const Patches strip(plane, pixels, range.begin, tiles, channels, patches + (m + 2) * size);
+      each<kPairs<m>>([&]<int q>() {
+        strip.template begin_pair_of_rows<q>();
+        each<2>([&]<int second>() {
+          constexpr int row = second ? Pair<m, q>::second : Pair<m, q>::first;
+          each<kPairs<m>>([&]<int p>() {
+            using Columns = Pair<m, p>;
+            strip.template columns<q, p>(second, patches + Columns::first * size,
+                                         (Columns::second - Columns::first) * size);
+          });
+          for (int64_t k = 0; k * kBlock < out_channels; ++k) {
+            const int64_t count = least(kBlock, out_channels - k * kBlock);
+            transform_gradients<row>(plane, gradient.at_block(k), range.begin, tiles, count, gradients);
+            const Step step{0, 0, tiles};
+            for (int64_t i = 0; i < m + 2; ++i) {
+              A* const to = dweight + ((row * (m + 2) + i) * dweight_rows + k * kBlock) * ld;
+              multiply<P, Reduce::pixels>(gradients + i * size, 1, patches + i * size, Layout<P, Reduce::pixels>::panel,
+                                          to, ld, count, channels, &step, 1, true, prefetch);
+            }
+          }
+        });
+      });
     }
   }
 };

@@ -1,4 +1,4 @@
-// Winograd's filtering (filtering.h) of weights, gradients and results, and the convolution and its weight gradient by it.
+// Winograd's filtering (filtering.h) of weights, gradients and results; the convolution and its weight gradient by it.
 
 namespace fused_densenet::FD_ISA {
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from ..callers import warn
-from ..ops.ranks import sync_group
+from ..ops.ranks import are_there_ranks, sync_group
 from ..variables import is_on
 from .anatomy import LayerParts, intercepted, kinds_of, patches, structure_reasons
 
@@ -59,7 +59,7 @@ def announce(reasons: Sequence[str], name: str = "FusedDenseBlock", module: nn.M
     message = f"{name} runs operator by operator, not fused: {reasons[0]}"
     if len(reasons) > 1:
         message += f" (and {len(reasons) - 1} more reasons, which fused_densenet.explain lists)"
-    if module is not None and any(map(sync_group, module.modules())):
+    if module is not None and are_there_ranks() and any(map(sync_group, module.modules())):
         message += (
             ". It has SyncBatchNorm, whose messages are other ones then: where one rank runs operator by operator, all have "
             "to, or they wait for one another"

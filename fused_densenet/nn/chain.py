@@ -18,6 +18,7 @@ from ..ops.network_parameters import Held
 from ..ops.network_step import Arguments, network_step
 from ..ops.operator import is_plain, records
 from ..ops.program import Bound
+from ..ops.ranks import are_there_ranks
 from .passage import Passage
 from .running import RunningStatistics
 
@@ -92,7 +93,7 @@ class Chain:
 
         Not where there are other processes, to which a module's gradients go while those before it are computed.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if are_there_ranks():
             return None
         if not looked.as_they_are or not (x.requires_grad or any(t.requires_grad for t in looked.first)):
             return None

@@ -16,7 +16,7 @@ from .weights import Weights, load_weights
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
-class Stage(NamedTuple):
+class NetworkStage(NamedTuple):
     """Of a network: ``num_layers`` dense layers that read ``width`` channels and end with ``whole``, of which ``out`` are kept."""
 
     num_layers: int
@@ -26,7 +26,9 @@ class Stage(NamedTuple):
     last: bool
 
 
-def stages(growth_rate: int, block_config: Sequence[int], num_init_features: int, compression: float) -> list[Stage]:
+def stages(
+    growth_rate: int, block_config: Sequence[int], num_init_features: int, compression: float
+) -> list[NetworkStage]:
     """Those of a network, each of which keeps the share ``compression``; the last one keeps all.
 
     Raises:
@@ -36,13 +38,13 @@ def stages(growth_rate: int, block_config: Sequence[int], num_init_features: int
     if not 0 < number("compression", compression) <= 1:
         raise ValueError(f"compression: expected a share above 0 and at most 1, got {compression}")
     block_config = sequence("block_config", block_config)
-    found: list[Stage] = []
+    found: list[NetworkStage] = []
     for i, num_layers in enumerate(block_config, 1):
         whole, last = width + num_layers * growth_rate, i == len(block_config)
         out = whole if last else int(whole * compression)
         if out < 1:
             raise ValueError(f"compression: expected a share that leaves one of {whole} channels, got {compression}")
-        found.append(Stage(num_layers, width, whole, out, last))
+        found.append(NetworkStage(num_layers, width, whole, out, last))
         width = out
     return found
 

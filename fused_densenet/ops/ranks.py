@@ -8,11 +8,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def are_there_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def sync_group(norm: nn.Module) -> str | None:
     """Name of the group over which ``norm`` takes its batch statistics; None where it takes this process's alone."""
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return None
-    if not dist.is_available() or not dist.is_initialized():
+    if not are_there_ranks():
         return None
     group: dist.ProcessGroup = norm.process_group or dist.group.WORLD  # type: ignore[assignment]
     return group.group_name if group.size() > 1 else None

@@ -112,11 +112,7 @@ def norm_relu_pool_backward(grad: Tensor, x: Tensor, norm: Norm, dx: Tensor, owe
         a = _activation(images, norm)
         dz = dout.to(a.dtype)
         if grad.shape != x.shape:
-            image = _channels_first(a).contiguous()
-            arguments = (image, *_window(image), [1, 1, 1], False, _max_pool(image)[1])
-            dz = _channels_last(
-                torch.ops.aten.max_pool3d_with_indices_backward(_channels_first(dz).contiguous(), *arguments)
-            )
+            dz = _channels_last(_max_pool_backward(_channels_first(dz).contiguous(), _channels_first(a).contiguous()))
         dz = _masked(dz, a, norm.negative_slope)
         sum_dz += dz.sum(_PIXELS)
         sum_dz_centered += (dz * (images - norm.mean)).sum(_PIXELS)
@@ -143,6 +139,18 @@ def _max_pool(image: Tensor) -> tuple[Tensor, Tensor]:
     """Maxima and where they are; windows of 3, stride 2 and padding 1 where the size is not 1."""
     kernel, stride, padding = _window(image)
     return torch.ops.aten.max_pool3d_with_indices(image.contiguous(), kernel, stride, padding)
+
+
+def _max_pool_backward(grad: Tensor, image: Tensor) -> Tensor:
+    kernel, stride, padding = _window(image)
+    if image.shape[2] > 1:
+        arguments = (kernel, stride, padding, [1, 1, 1], False, _max_pool(image)[1])
+        return torch.ops.aten.max_pool3d_with_indices_backward(grad, image, *arguments)
+    # On a GPU this one adds in a fixed order, that of volumes does not.
+    flat, window = image.squeeze(2), (kernel[1:], stride[1:], padding[1:])
+    places = torch.ops.aten.max_pool2d_with_indices(flat, *window)[1]
+    dz = torch.ops.aten.max_pool2d_with_indices_backward(grad.squeeze(2), flat, *window, [1, 1], False, places)
+    return dz.unsqueeze(2)
 
 
 def _window(image: Tensor) -> tuple[list[int], list[int], list[int]]:

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 GRAPHS = 8
 """That are kept, the last ones used."""
+_capturing = threading.Lock()
+"""torch allows one capture at a time in a process."""
 
 
 class Graphs:
@@ -39,14 +41,16 @@ class Graphs:
 
 class _Captured:
     def __init__(self, function: Callable[[Tensor], Any], x: Tensor) -> None:
-        self._input = x.clone()
+        with torch.inference_mode(False):  # else an image could be copied there in inference mode alone
+            self._input = x.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are chosen and compiled, and weights prepared, outside of the graph
             function(self._input)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # The stream is named: torch's own is on the device that captured first.
+        with _capturing, torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             self._result = function(self._input)
         self._done = torch.cuda.Event()
         self._done.record()

@@ -203,7 +203,7 @@ def _links(steps: Sequence[Step]) -> list[tuple[int, Link | None]]:
 
 
 def _for_the_run(modules: Sequence[tuple[str, nn.Module]]) -> bool:
-    plain = bool(modules) and type(modules[0][1]) in (nn.Conv2d, nn.Conv3d) and not interceptions(modules[:1])
+    plain = len(modules) > 0 and type(modules[0][1]) in (nn.Conv2d, nn.Conv3d) and not interceptions(modules[:1])
     return plain and len(modules) > 1 and run_at(modules, 1) is not None
 
 

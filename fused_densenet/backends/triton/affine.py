@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Gradient
+from .constants import constant
 
 
 class Loaded(NamedTuple):
@@ -29,6 +30,7 @@ def loaded(grad: Gradient) -> Loaded:
     return Loaded(grad.stored, grad.value, ones, slope, grad.mean, offset)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def _constants(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.zeros(channels, device=device), torch.ones(channels, device=device)
+    zeros, ones = (constant([number] * channels, torch.float32, device) for number in (0.0, 1.0))
+    return zeros, ones

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from . import backward, biases, forward, merging, packing, placement, pooling, tuning
+from .constants import constant
 from .launch import Launch, kernels
 from .problem import Problem, Size, pixel_stride, power
 from .tiles_on_disk import Tile
@@ -140,7 +141,12 @@ def pack(
         begin, end = begin + k * c * math.prod(kernel), end + math.prod(shape)
     grid = (triton.cdiv(max(math.prod(shape) for _, shape in places), 512), len(rows), 1)
     launch = Launch(packing.pack, grid, (), 4, 1, PRECISION="tf32" if tf32 else "ieee", BLOCK=512)
-    return Packing(launch, torch.tensor(rows, dtype=torch.int32, device=device), end, tuple(places))
+    return Packing(launch, _table(tuple(rows), device), end, tuple(places))
+
+
+@functools.cache
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return constant(rows, torch.int32, device)
 
 
 @_kept

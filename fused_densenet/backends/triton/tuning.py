@@ -6,6 +6,7 @@ first candidate is taken. That is the default: another tile adds in another orde
 bits on every machine of a kind and in every process, and the first step does not compile and time what it discards.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -244,7 +245,15 @@ def tune(shape: ShapeClass, device: torch.device, run: Callable[[Tile], None]) -
     Does nothing where that is done, here or by an earlier process, and while a CUDA graph is captured. A candidate that
     does not fit a GPU's shared memory or registers is left out.
     """
-    if (shape, device) in _chosen or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if (shape, device) in _chosen:
+        return False
+    with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
+        return _tune(shape, device, run)
+
+
+def _tune(shape: ShapeClass, device: torch.device, run: Callable[[Tile], None]) -> bool:
+    """On the current device, whose streams and events these are."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
     choices = candidates(shape, family(device))
     file = tiles_on_disk.file(device)

@@ -8,6 +8,7 @@ from unittest import mock
 import peers
 import processes
 import pytest
+import releases
 import report
 import sync_batch_norm
 import torch
@@ -172,7 +173,7 @@ def compiled(rank: int) -> None:
     with strict():
         expected = step(copy.deepcopy(block), x)
         actual = step(torch.compile(block, fullgraph=True, backend="aot_eager"), x)
-    assert all(torch.equal(a, b) for a, b in zip(actual.values(), expected.values(), strict=True))
+    assert all(releases.same(a, b) for a, b in zip(actual.values(), expected.values(), strict=True))
 
 
 @pytest.mark.parametrize("check", [one_value, modes, groups, second_order, undefined_gradient, compiled])
@@ -232,7 +233,7 @@ def fully_sharded(rank: int) -> None:
     theirs = torchvisions()
     ours = fuse(copy.deepcopy(theirs))
     mesh = init_device_mesh("cpu", (2,))
-    for block in [module for module in ours.modules() if isinstance(module, FusedDenseBlock)]:
+    for block in [module for module in ours.modules() if isinstance(module, FusedDenseBlock) and not releases.OLD]:
         fully_shard(block, mesh=mesh)
     fully_shard(ours, mesh=mesh)
     batches = own_batches(rank)
@@ -270,6 +271,7 @@ def sharded_input(rank: int) -> None:
             ours(distribute_tensor(x, mesh, [Shard(0)]))
 
 
+@pytest.mark.skipif(releases.OLD, reason="torch has no batch norm of sharded tensors yet")
 def test_sharded_input() -> None:
     processes.run(sharded_input)
 

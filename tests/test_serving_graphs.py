@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import threading
+import time
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +19,12 @@ class _FakeGraphs:
     """Of torch.cuda what capturing uses: a "graph" calls its function again, on the memory that it was captured with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.captures, self.replays = 0, 0
-        self._capturing: Any = None
+        self.replays, self.capturing, self.most_capturing = 0, 0, 0
+        self.streams: list[Any] = []
         fakes = {
             "CUDAGraph": lambda: types.SimpleNamespace(replay=self._replay),
-            "graph": lambda graph, **_: _nothing(),
-            "Stream": lambda: types.SimpleNamespace(wait_stream=lambda _: None),
+            "graph": self._capture,
+            "Stream": self._stream,
             "current_stream": lambda: types.SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None),
             "stream": lambda _: _nothing(),
             "device": lambda _: _nothing(),
@@ -31,6 +34,20 @@ class _FakeGraphs:
 
     def _replay(self) -> None:
         self.replays += 1
+
+    def _stream(self) -> Any:
+        self.streams.append(types.SimpleNamespace(wait_stream=lambda _: None))
+        return self.streams[-1]
+
+    @contextlib.contextmanager
+    def _capture(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        """``stream`` is needed: torch's own is on the device that captured first in the process."""
+        assert any(stream is made for made in self.streams) and capture_error_mode == "thread_local"
+        self.capturing += 1
+        self.most_capturing = max(self.most_capturing, self.capturing)
+        time.sleep(0.02)
+        yield
+        self.capturing -= 1
 
 
 @functools.cache
@@ -55,3 +72,25 @@ def test_cuda_graphs_by_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch)
     assert len(graphs._captured) == module.GRAPHS
     graphs(first)
     assert len(calls) == 2 * (module.GRAPHS + 3)
+
+
+def test_captured_in_inference_mode_called_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _FakeGraphs(monkeypatch)
+    graphs = module.Graphs(lambda x: 2 * x)
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    with torch.inference_mode():
+        assert torch.equal(graphs(x), 2 * x)
+    graphs(y)
+    with torch.inference_mode():
+        graphs(x)
+
+
+def test_one_capture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process: of any snapshots, called by any threads."""
+    fake = _FakeGraphs(monkeypatch)
+    threads = [threading.Thread(target=module.Graphs(lambda x: 2 * x), args=(torch.randn(2, 3),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fake.replays == 3 and fake.most_capturing == 1

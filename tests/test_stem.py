@@ -10,8 +10,9 @@ import torch
 from blocks import bimodal, step
 from tolerances import assert_no_worse, assert_same
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict
+from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict, use_backend
 from fused_densenet.nn.stem import FusedFeatures
 from fused_densenet.ops.statistics import statistics_of
 from fused_densenet.ops.stem import Arguments
@@ -271,3 +272,23 @@ def test_an_eps_of_zero_is_torchs_error(relu: bool) -> None:
     modules[0 if relu else 1].eps = 0.0
     with pytest.raises(ValueError, match="eps"):
         features(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_only_the_maxima_of_volumes_are_pooled_as_volumes(spatial_dims: int) -> None:
+    """In torch's own operators: on a GPU the backward pass of ``max_pool3d`` adds in any order, that of ``max_pool2d`` in one."""
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            called.append(function.overloadpacket.__name__)
+            return function(*arguments, **options or {})
+
+    stem = pair(spatial_dims, 5)[0].double()
+    x = torch.randn(2, 5, *(6, 7, 5)[:spatial_dims], dtype=torch.float64, requires_grad=True)
+    with use_backend("eager"):
+        out = stem(x)
+        with Calls():
+            out.sum().backward()
+    assert [name for name in called if name.endswith("with_indices_backward")] != []
+    assert ("max_pool3d_with_indices_backward" in called) == (spatial_dims == 3)

@@ -11,7 +11,7 @@ namespace fused_densenet::FD_ISA {
 constexpr int64_t positions_of(int64_t m) { return (m + 2) * (m + 2); }
 
 // m of a convolution of data of type T that runs this way, or 0: float32 arithmetic, 3x3 in the plane, and enough
-// channels and pixels to gain. With 4 a result's rounding error is ten times that of 2, far less than 16 bits keep; it
+// channels and pixels to gain. With 4 a result's rounding error is five times that of 2, far less than 16 bits keep; it
 // needs tiles enough for the products of 36 matrices, and a plane that they do not reach far beyond.
 template <class T, class P>
 int64_t filtering_of(const Shape& s) {

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -140,6 +141,7 @@ def test_a_candidate_that_does_not_fit_is_left_out(file: pathlib.Path, run: Call
 def test_nothing_is_tuned_while_a_graph_is_captured(
     monkeypatch: pytest.MonkeyPatch, file: pathlib.Path, run: Callable[[Tile], None]
 ) -> None:
+    monkeypatch.setattr(torch, "get_device_module", mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not tuning.tune(SHAPE, torch.device("cuda", 0), run)
     assert not run.tiles and not file.exists()
@@ -154,3 +156,23 @@ def test_a_file_for_each_gpu_and_version(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(tiles_on_disk, "__version__", "0.0.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU A")
     assert tiles_on_disk.file(torch.device("cuda", 0)) != a
+
+
+def test_timed_on_the_device_of_the_tensors(file: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["elsewhere"]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.name = str(device)
+
+        def __enter__(self) -> None:
+            current.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    seen = []
+    monkeypatch.setattr(torch, "get_device_module", lambda device: mock.Mock(device=Device))
+    monkeypatch.setattr(tuning, "_milliseconds", lambda *_: seen.append(current[-1]) or 1.0)
+    assert tuning.tune(SHAPE, torch.device("xpu", 1), lambda tile: None)
+    assert set(seen) == {"xpu:1"} and current == ["elsewhere"]

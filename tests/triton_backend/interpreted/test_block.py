@@ -11,6 +11,7 @@ import triton_cpu
 from cases import float32_products
 
 from fused_densenet import FusedDenseBlock, reference, use_backend
+from fused_densenet.backends.triton import affine, launch
 
 SIZES = {1: (2, 67), 2: (2, 7, 5), 3: (1, 3, 5, 3)}
 SHAPES = [(5, None), (12, 4)]  # growth rate, bn_size
@@ -77,3 +78,28 @@ def test_network_as_one(training: bool) -> None:
 
     mine = result(copy.deepcopy(model), x, "triton")
     tolerances.assert_same(mine, result(model.double(), x.double(), "eager"), "float32 whole block")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_a_launch_has_one_dtype_for_each_tensor(default: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch's default is: a launch keeps what was compiled for the first tensors."""
+    theirs, ours, x = pair(2, 12, 4)
+    expected = blocks.step(theirs.double(), x.double())
+    seen: dict[launch.Launch, set[tuple[torch.dtype | None, ...]]] = {}
+    execute = launch.execute
+
+    def note(it: launch.Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        seen.setdefault(it, set()).add(tuple(None if tensor is None else tensor.dtype for tensor in tensors))
+        execute(it, tensors)
+
+    affine._constants.cache_clear()
+    monkeypatch.setattr(launch, "execute", note)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        with use_backend("triton"), float32_products("ieee"):
+            actual = blocks.step(ours, x)
+    finally:
+        torch.set_default_dtype(before)
+    tolerances.assert_same(actual, expected, "float32 whole block")
+    assert seen and all(len(dtypes) == 1 for dtypes in seen.values())

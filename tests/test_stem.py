@@ -12,7 +12,9 @@ from tolerances import assert_no_worse, assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict, use_backend
+from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict
+from fused_densenet.backends import eager
+from fused_densenet.backends.contract import Norm, Owed
 from fused_densenet.nn.stem import FusedFeatures
 from fused_densenet.ops.statistics import statistics_of
 from fused_densenet.ops.stem import Arguments
@@ -284,11 +286,11 @@ def test_only_the_maxima_of_volumes_are_pooled_as_volumes(spatial_dims: int) -> 
             called.append(function.overloadpacket.__name__)
             return function(*arguments, **options or {})
 
-    stem = pair(spatial_dims, 5)[0].double()
-    x = torch.randn(2, 5, *(6, 7, 5)[:spatial_dims], dtype=torch.float64, requires_grad=True)
-    with use_backend("eager"):
-        out = stem(x)
-        with Calls():
-            out.sum().backward()
-    assert [name for name in called if name.endswith("with_indices_backward")] != []
-    assert ("max_pool3d_with_indices_backward" in called) == (spatial_dims == 3)
+    sizes = (*(1, 1, 1)[spatial_dims:], *(6, 7, 5)[:spatial_dims])
+    x, dx = torch.randn(2, 2, *sizes, 5, dtype=torch.float64)
+    grad = torch.ones(2, *[(size + 1) // 2 for size in sizes], 5, dtype=torch.float64)
+    norm = Norm(*torch.rand(4, 5, dtype=torch.float64), 1e-5)
+    with Calls():
+        eager.norm_relu_pool_backward(grad, x, norm, dx, Owed(*torch.empty(2, 5, dtype=torch.float64)))
+    backward = {name for name in called if name.endswith("with_indices_backward")}
+    assert backward == {f"max_pool{3 if spatial_dims == 3 else 2}d_with_indices_backward"}

@@ -265,12 +265,12 @@ def default_architectures() -> str:
     return ";".join(map(dotted, here)) + "+PTX"
 
 
-def architectures(wanted: str) -> list[str]:
-    """nvcc's flags for a list as TORCH_CUDA_ARCH_LIST has it: ``8.0;9.0+PTX``, or spaces between.
+def architectures(wanted: str) -> dict[str, str]:
+    """Of a list as TORCH_CUDA_ARCH_LIST has it, ``8.0;9.0+PTX``, or spaces between, each entry with nvcc's flag.
 
     What is older than the kernels support is left out.
     """
-    flags = []
+    flags = {}
     for entry in wanted.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if match is None:
@@ -281,7 +281,7 @@ def architectures(wanted: str) -> list[str]:
             continue
         number = f"{major}{minor}{family}"
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
-        flags.append(f"-gencode=arch=compute_{number},code={code}")
+        flags[entry] = f"-gencode=arch=compute_{number},code={code}"
     if not flags:
         raise SystemExit(
             f"TORCH_CUDA_ARCH_LIST: expected a GPU of {dotted(MINIMUM_CAPABILITY)} or newer, got {wanted!r}"
@@ -323,11 +323,11 @@ def cuda_statements(library: Path, torch: Path) -> list[str]:
     """
     target = f"0x{MINIMUM_TORCH[0]:02X}{MINIMUM_TORCH[1]:02X}000000000000"
     flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures()
-    kernel = [*flags, *architectures(wanted)]
+    compiled = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures())
+    kernel = [*flags, *compiled.values()]
     binding = [*flags, "-Xcompiler=-Wall,-Wextra", f"-DTORCH_TARGET_VERSION={target}", "-DTORCH_STABLE_ONLY"]
     binding += ["-isystem", str(torch / "include")]
-    binding.append(f"-DFD_ARCHITECTURES={':'.join(wanted.replace(';', ' ').split())}")
+    binding.append(f"-DFD_ARCHITECTURES={':'.join(compiled)}")
     # torch's CUDA libraries, where there are any, come with libtorch, of which itself nothing is used. nvcc would put
     # -l before the linker's own options.
     link = ["-cudart=static", f"-L{torch / 'lib'}"]

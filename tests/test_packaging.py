@@ -329,7 +329,7 @@ def test_where_nvcc_is_looked_for(setup: ModuleType, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_architectures(setup: ModuleType, wanted: str, flags: list[str]) -> None:
-    assert setup.architectures(wanted) == [f"-gencode={flag}" for flag in flags]
+    assert list(setup.architectures(wanted).values()) == [f"-gencode={flag}" for flag in flags]
 
 
 @pytest.mark.parametrize(
@@ -406,6 +406,14 @@ def test_what_is_compiled_by_nvcc(setup: ModuleType, monkeypatch: pytest.MonkeyP
     sources, flags = builds["_cuda.so"]
     assert set(sources.split()) == {"cuda_binding.o", *kernels}
     assert {"-cudart=static", f"-Xlinker=--build-id=0x{setup.fingerprint(ROOT, '_cuda.so')}"} < set(flags)
+
+
+def test_what_is_left_out_is_not_called_compiled(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.0 7.0+PTX;8.0 9.0+PTX")
+    builds = statements(build_script(setup, monkeypatch, tmp_path, cuda=True))
+    assert "-DFD_ARCHITECTURES=8.0:9.0+PTX" in builds["cuda_binding.o"][1]
 
 
 CORES = len(os.sched_getaffinity(0))

@@ -258,6 +258,7 @@ __global__ void __launch_bounds__(256, MI == 2 ? 1 : 0) conv1x1_kernel(const Con
   if (split) {
     if (!adds_splits(f.output, reinterpret_cast<unsigned*>(statistics.part(0, 0)))) return;
     for (tile_index = blockIdx.x; tile_index < tiles; tile_index += gridDim.x) {
+      __syncthreads();  // the statistics of the tile before have been read
       tile.start(bias);
       tile.add_partials(f.output, tile_index);
       store_tile();

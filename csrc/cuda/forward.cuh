@@ -182,7 +182,7 @@ struct WarpTile {
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      const float2 own = load2(bias + local + 2 * (threadIdx.x & 3) + 8 * j);
+      const float2 own = j * 8 < columns ? load2(bias + local + 2 * (threadIdx.x & 3) + 8 * j) : float2{};
 #pragma unroll
       for (int i = 0; i < 2 * MI; ++i) {
         sum[i / 2][j][2 * (i & 1)] = own.x;

@@ -63,12 +63,16 @@ def problem(library: ctypes.CDLL, index: int) -> str | None:
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    """Machine code runs on its major version from its minor on, PTX on everything newer, ``9.0a`` on that GPU alone."""
+    """Machine code runs on its major version from its minor on, PTX on everything newer, ``9.0a`` on that GPU alone.
+
+    But 7.5's PTX, which has neither TF32's products nor bfloat16's, is for GPUs without them.
+    """
     number, _, ptx = architecture.partition("+")
     if not number[-1].isdigit():
         return number[:-1] == f"{capability[0]}.{capability[1]}"
     major, minor = map(int, number.split("."))
-    return (major == capability[0] and minor <= capability[1]) or (ptx == "PTX" and (major, minor) <= capability)
+    newer = ptx == "PTX" and (major, minor) <= capability and (major >= 8 or capability[0] < 8)
+    return (major == capability[0] and minor <= capability[1]) or newer
 
 
 def place(x: Tensor, out: Tensor | None, mean: Tensor | None, var: Tensor | None) -> None:

@@ -53,6 +53,8 @@ def test_cuda_then_triton_then_eager(monkeypatch: pytest.MonkeyPatch) -> None:
         ((12, 0), ["8.0", "9.0"], "it was compiled for compute capability 8.0, 9.0, this GPU has 12.0"),
         ((8, 0), ["8.6+PTX"], "it was compiled for compute capability 8.6+PTX, this GPU has 8.0"),
         ((10, 0), ["9.0a+PTX"], "it was compiled for"),
+        ((7, 5), ["7.5+PTX"], None),
+        ((9, 0), ["7.5+PTX"], "it was compiled for compute capability 7.5+PTX, this GPU has 9.0"),
         ((7, 0), ["7.5"], "it needs compute capability 7.5, this GPU has 7.0"),
     ],
 )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import small
 import torch
-from cases import Case
+from cases import ALL, ONE, SQUARE, Case
 from emulated import Emulated
 from primitives import loaded_gradient
 from sanitized import Sanitized
@@ -22,6 +22,21 @@ def program(request: pytest.FixtureRequest) -> Iterator[Sanitized]:
 @pytest.mark.parametrize("case", small.CASES, ids=str)
 def test_norm_relu_conv(case: Case, arithmetic: str, program: Sanitized) -> None:
     small.run(case, arithmetic, program)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 1, 9, 31), 1100, 48, ONE),  # channels in two splits
+        Case((1, 1, 9, 131), 1100, 80, ONE, form=ALL),
+        Case((2, 1, 15, 17), 70, 100, SQUARE),
+        Case((2, 1, 21, 25), 70, 33, ONE, accumulate=False, pool=True),
+    ],
+    ids=str,
+)
+def test_several_tiles_a_block(case: Case, program: Sanitized) -> None:
+    """What a block keeps in shared memory of one tile is read before the next one's is written."""
+    small.run(case, "float32", program, multiprocessors=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

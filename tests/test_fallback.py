@@ -11,8 +11,10 @@ from typing import Any
 import peers
 import pytest
 import torch
+from networks import torchvisions
 from tolerances import assert_largest
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fused_densenet
 from fused_densenet import FallbackError, FallbackWarning, FusedDenseBlock, strict, use_backend
@@ -229,6 +231,73 @@ def test_global_hook_of_any_origin(module: str | None) -> None:
     finally:
         handle.remove()
     assert seen.count("Conv2d") == 2 * SIZE[0]
+
+
+class DoubledReLU(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **kwargs or {})
+        return 2 * out if function is nn.functional.relu else out
+
+
+@pytest.mark.parametrize("part", ["", "features.denseblock2"])
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+def test_a_function_mode_is_followed(part: str) -> None:
+    whole = torchvisions().eval()
+    theirs, ours = (model.get_submodule(part) for model in (whole, fused_densenet.fuse(copy.deepcopy(whole))))
+    channels = next(iter(theirs.parameters())).shape
+    x = torch.randn(2, channels[1] if part == "" else channels[0], 32, 32, dtype=torch.float64)
+    expected = theirs(x)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), expected)
+        with DoubledReLU():
+            torch.testing.assert_close(ours(x), theirs(x))
+            with pytest.raises(FallbackError, match="a TorchFunctionMode is active: DoubledReLU"), strict():
+                ours(x)
+    with strict(), torch.device("cpu"):  # a mode of torch's own
+        torch.testing.assert_close(ours(x), expected)
+
+
+class Negated(Tensor):
+    """A weight that convolutions read with the other sign."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = function(*args, **kwargs or {})
+        return -out if function in (torch.conv2d, nn.functional.conv2d, nn.functional.batch_norm) else out
+
+
+WEIGHTS = {
+    "features.denseblock1": ["denselayer1.conv2.weight", "denselayer2.norm1.weight"],
+    "features.transition1": ["conv.weight", "norm.bias"],
+    "features": ["norm0.weight", "norm5.running_mean", "conv0.weight"],
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in WEIGHTS.items() for name in names])
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+def test_a_weight_whose_class_is_asked(module: str, name: str) -> None:
+    """Before a call and between two, and away again."""
+    theirs = torchvisions().double().eval()
+    ours = fused_densenet.fuse(copy.deepcopy(theirs))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    path, _, key = f"{module}.{name}".rpartition(".")
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), theirs(x))
+        plain = []
+        for model in (theirs, ours):
+            owner: Any = model.get_submodule(path)
+            place = owner._parameters if key in owner._parameters else owner._buffers
+            plain.append((place, place[key]))
+            place[key] = place[key].detach().as_subclass(Negated)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x))
+            if name not in ("conv0.weight", "norm5.running_mean"):  # which torch runs
+                reason = rf"{name.replace('.', '[.]')} is a Negated"
+                with pytest.raises(FallbackError, match=reason), strict():
+                    ours(x)
+        for place, tensor in plain:
+            place[key] = tensor
 
 
 def test_parameters_that_are_there_in_their_modules_forward_alone() -> None:

@@ -21,6 +21,7 @@ from report import sections
 from snapshots import HEADS, Heads, assert_served, randomised, segments, small
 from tolerances import assert_error_ratio, assert_largest, tolerance
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fused_densenet import (
     DenseNet,
@@ -305,6 +306,26 @@ def test_hooks_on_all_modules_are_not_passed_over() -> None:
     finally:
         handle.remove()
     served(x)
+
+
+class Counting(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **kwargs or {})
+
+
+def test_function_modes_are_not_passed_over() -> None:
+    served, x = optimize_for_inference(torchvisions()), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"a TorchFunctionMode is active \(Counting\)"), Counting():
+        served(x)
+    with torch.device("cpu"):
+        served(x)
+
+
+def test_what_cannot_be_exported_says_so() -> None:
+    """A program would stand in the file as an address of this process."""
+    served, x = optimize_for_inference(torchvisions()), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"torch[.]export cannot record a snapshot"):
+        torch.export.export(served, (x,))
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Flatten, nn.AdaptiveAvgPool2d])

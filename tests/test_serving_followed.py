@@ -3,9 +3,11 @@
 import copy
 import functools
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +194,56 @@ LOOKS: dict[str, Callable[[Any, Tensor], Any]] = {
     "class": lambda features, x: features(x) if isinstance(features, nn.Sequential) else -x,
     "call and attribute": lambda features, x: (features(x), features.conv0(x)),
 }
+
+
+class Flipping(nn.Module):
+    """By chance, in one way of many."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        super().__init__()
+        self.inside, self.calls = torchvisions(), 0
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x.flip(-1) if self.draw() else x)
+
+
+class Counted(Flipping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inside(x if self.calls < 50 else x.flip(-1))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: Flipping(lambda: random.random() < 0), "its forward draws random numbers"),
+        (lambda: Flipping(lambda: np.random.rand() < 0), "its forward draws random numbers"),
+        (lambda: Flipping(lambda: bool(torch.rand(()) < 0)), "its forward draws random numbers"),
+        (lambda: Counted(lambda: 0), "its forward sets attributes of its own"),
+    ],
+    ids=["python", "numpy", "torch", "counter"],
+)
+def test_a_branch_that_may_be_another_next_time_stays(model: Callable[[], nn.Module], reason: str) -> None:
+    """Whichever it was while the forward was followed; what random numbers follow is not changed."""
+    made, x = model().eval(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    states = random.getstate(), torch.get_rng_state()
+    served = optimize_for_inference(made)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert reason in str(explain(served))
+    assert_largest(served(x), made(x), "float64 whole block", "output")
+
+
+def test_what_asks_whether_there_are_gradients_is_followed_without_them() -> None:
+    class Asking(Flipping):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inside(x if torch.is_grad_enabled() else x.flip(-1))
+
+    made = Asking(lambda: 0).eval()
+    served, x = optimize_for_inference(made), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        assert_largest(served(x), made(x), "float64 whole block", "output")
+    assert segments(served)
 
 
 @pytest.mark.parametrize("name", LOOKS)

@@ -17,6 +17,7 @@ from ..backends import use_backend
 from ..fallback.anatomy import CHANNEL_DROPOUTS, CONVS, HOOKS, interceptions, is_batch_norm
 from ..fallback.reasons import quiet
 from ..nn.gate import Gate
+from .trace import plain_settings, random_states
 from .trial import undisturbed
 
 _SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -25,6 +26,10 @@ _SIZES: dict[int, list[tuple[int, ...]]] = {
     3: [(36, 33, 40), (64, 64, 64)],
 }
 """Of images on which a graph is compared with what it was made of."""
+
+
+_TRACES = 3
+"""Other threads may draw random numbers meanwhile; a forward that does, does so each time."""
 
 
 class NotFollowed(Exception):
@@ -82,12 +87,7 @@ def follow(module: nn.Module) -> GraphModule:
     parameters = inspect.signature(module.forward).parameters.values()
     if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
         raise NotFollowed("its forward takes something else than one tensor")
-    own = copy.deepcopy(module)
-    try:
-        with _TRACING:
-            graph = _Tracer().trace(own)
-    except Exception as error:
-        raise NotFollowed(f"its forward cannot be followed: {type(error).__name__}: {_first_line(error)}") from error
+    own, graph = _traced(module)
     _flatten_views(graph, own)
     without_hooks(own)
     found = GraphModule(own, graph)
@@ -97,6 +97,28 @@ def follow(module: nn.Module) -> GraphModule:
         if node.op == "get_attr" and hasattr(own, node.target) and not hasattr(module, node.target):
             setattr(module, node.target, getattr(own, node.target))
     return GraphModule(module, graph).eval()
+
+
+def _traced(module: nn.Module) -> tuple[nn.Module, Graph]:
+    """A copy, and its graph as it is without gradients."""
+    for _ in range(_TRACES):
+        own = copy.deepcopy(module)
+        settings = [plain_settings(part) for part in own.modules()]
+        with undisturbed(), torch.no_grad():
+            before = [*random_states(), torch.get_rng_state().tolist()]
+            try:
+                with _TRACING:
+                    graph = _Tracer().trace(own)
+            except Exception as error:
+                raise NotFollowed(
+                    f"its forward cannot be followed: {type(error).__name__}: {_first_line(error)}"
+                ) from error
+            drawn = before != [*random_states(), torch.get_rng_state().tolist()]
+        if settings != [plain_settings(part) for part in own.modules()]:
+            raise NotFollowed("its forward sets attributes of its own")
+        if not drawn:
+            return own, graph
+    raise NotFollowed("its forward draws random numbers")
 
 
 def without_hooks(module: nn.Module) -> None:

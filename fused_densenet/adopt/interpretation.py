@@ -163,7 +163,7 @@ def read_residual(module: nn.Module, trace: Trace) -> Reading:
             reasons.append(_described(module, node))
     reasons += _left_over(module, trace, places, [*convs, *pieces[1:], *([] if last is None else [last])], [])
     if not scale:
-        reasons.append("it multiplies by what is no number")
+        reasons.append("it multiplies by 0, or by what is no number")
     if reasons:
         return Reading(reasons=list(dict.fromkeys(reasons)))
     number_of = {place.path: number for number, place in enumerate(places)}

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..fallback.anatomy import MODULES_OWN, attribute_names, contents_of, own_class
 from ..fallback.description import Contents, is_plain
 
-HARMLESS = frozenset({"grad_fn", "dim", "ndim", "device", "_assert"})
+HARMLESS = frozenset({"dim", "ndim", "device", "_assert"})
 """What a module may ask of a tensor: every input of a kind that the fused operators take answers the same."""
 
 DROPOUTS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d": True, "feature_dropout": True}
@@ -87,7 +87,7 @@ def trace(module: nn.Module, x: Tensor) -> Trace:
         Exception: whatever ``module(x)`` raises.
     """
     recorder = _Recorder(module, x)
-    before = list(_world())
+    before = list(random_states())
     attributes = [_attributes(part) for part in module.modules()]
     handles = [handle for path, part in module.named_modules() for handle in recorder.follow(path, part)]
     try:
@@ -97,7 +97,7 @@ def trace(module: nn.Module, x: Tensor) -> Trace:
         for handle in handles:
             handle.remove()
     remarks = list(recorder.remarks)
-    if before != list(_world()):
+    if before != list(random_states()):
         remarks.append(("", "draws random numbers that are not torch's"))
     if attributes != [_attributes(part) for part in module.modules()]:
         remarks.append(("", "sets attributes of its own"))
@@ -155,7 +155,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return others | plain_settings(module)
 
 
-def _world() -> Iterator[Any]:
+def random_states() -> Iterator[Any]:
+    """Of the generators that are not torch's."""
     yield random.getstate()
     if "numpy" in sys.modules:
         state = sys.modules["numpy"].random.get_state()
@@ -224,7 +225,7 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(self._node(t) for t in tensors if id(t) not in self.owners)
         arguments = {key: value for key, value in (*enumerate(args), *options.items()) if not list(_tensors(value))}
         rest = _without_first(inputs[0], args[1]) if name == "__getitem__" and len(inputs) == 1 else None
-        if name in _SAME or (name in DROPOUTS and not rate(arguments)):
+        if inputs and (name in _SAME or (name in DROPOUTS and not rate(arguments))):
             nodes = [inputs[0]] * len(results)
         elif rest is not None:
             nodes = [rest]

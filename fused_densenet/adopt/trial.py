@@ -4,6 +4,7 @@ import contextlib
 import copy
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ _SIZES = {1: ((5,), (12,)), 2: ((5, 3), (9, 10)), 3: ((2, 3, 5), (3, 3, 9))}
 _BATCHES = (3, 2)
 _MIXED = "training of some modules"
 _MODES = (("training", "eval", _MIXED), ("training", "eval"))
+_ALONE = threading.RLock()
 
 
 def observe(module: nn.Module, channels: int, spatial_dims: int) -> tuple[nn.Module, list[Trace]]:
@@ -72,6 +74,9 @@ def differs(
                 for what, value in expected.items():
                     if not _same(value, actual[what]):
                         return f"{what} in {mode}"
+                with torch.no_grad():
+                    if not _same(*(_seeded(module, x.detach()) for module in (own, fused))):
+                        return f"its result in {mode} without gradients"
     return ""
 
 
@@ -85,11 +90,18 @@ def _set_mode(module: nn.Module, mode: str, described: Described) -> None:
             module.get_submodule(described.places[place.follows].path).training = True
 
 
-def _step(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+def _seeded(module: nn.Module, x: Tensor) -> Tensor:
     torch.manual_seed(0)
     random.seed(0)
+    out: Tensor = module(x * 1)
+    return out
+
+
+def _step(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     x = x.requires_grad_()
     given = x * 1
+    torch.manual_seed(0)
+    random.seed(0)
     out = module(given)
     named = dict(module.named_parameters())
     torch.manual_seed(1)
@@ -112,17 +124,18 @@ def _same(expected: Tensor | None, actual: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leaves random numbers alone, and whatever gradients and autocast are set to."""
+    """Leaves random numbers alone, and whatever gradients and autocast are set to; one thread at a time, whose they are."""
     numpy: Any = sys.modules.get("numpy")
-    states = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            torch.manual_seed(0)
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
+    with _ALONE:
+        states = random.getstate(), numpy and numpy.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                torch.manual_seed(0)
+                yield
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
 
 
 def _copy(module: nn.Module, spatial_dims: int) -> nn.Module:

@@ -259,9 +259,27 @@ def interceptions(named: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
             reasons.append(f"{name} has hooks")
         if own_methods(module):
             reasons.append(f"{name} has a forward of its own")
+        reasons += [f"{name}.{key} is a {type(t).__name__}" for key, t in foreign_tensors(module)]
         if module._modules and is_batch_norm(module):
             reasons += interceptions((f"{name}.{key}", inner) for key, inner in module._modules.items())
     return reasons
+
+
+def foreign_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Those of a module's own parameters and buffers whose class says itself what torch's functions make of them."""
+    if torch.compiler.is_compiling():
+        return []
+    named = (*module._parameters.items(), *module._buffers.items())
+    return [(key, t) for key, t in named if t is not None and _is_foreign(type(t))]
+
+
+@functools.cache
+def _is_foreign(kind: Any) -> bool:
+    """Not torch's own classes: a parameter, those that compilers use, those that are sharded while nobody calls them."""
+    asked, usual = (getattr(of.__torch_function__, "__func__", None) for of in (kind, torch.Tensor))
+    asks = kind.__torch_function__ is not torch._C._disabled_torch_function_impl and asked is not usual
+    dispatches = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return (asks or dispatches) and not kind.__module__.startswith("torch.")
 
 
 def own_methods(module: nn.Module) -> list[str]:

@@ -155,6 +155,7 @@ def is_calm() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or (torch._C._len_torch_function_stack() and foreign_function_modes())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -168,7 +169,16 @@ def surroundings_reasons() -> list[str]:
     reasons = [] if torch.compiler.is_compiling() else transform_reasons()
     if has_global_hooks():
         reasons.append("hooks on all modules are registered")
+    if not torch.compiler.is_compiling():
+        reasons += [f"a TorchFunctionMode is active: {name}" for name in foreign_function_modes()]
     return reasons
+
+
+def foreign_function_modes() -> list[str]:
+    """Names of the active modes that may change what torch's functions compute, and are not torch's own."""
+    number: int = torch._C._len_torch_function_stack()
+    kinds = [type(torch._C._get_function_stack_at(i)) for i in range(number)]
+    return [kind.__name__ for kind in kinds if not kind.__module__.startswith(("torch.", "fused_densenet."))]
 
 
 def transform_reasons() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..backends import cpu, extension
-from .anatomy import CONVS, HOOKS, MODULES_OWN, SWITCHES, attribute_names, dicts_within, own_class
+from .anatomy import CONVS, HOOKS, MODULES_OWN, SWITCHES, attribute_names, dicts_within, foreign_tensors, own_class
 
 Plan = TypeVar("Plan")
 
@@ -44,13 +44,14 @@ class Standing(Generic[Plan]):
         looked_at = ((kind, (*attribute_names(kind), *SWITCHES, "__call__")) for kind in kinds)
         methods = [(kind, name) for kind, names in looked_at for name in names if hasattr(kind, name)]
         self._is_as_it_was = _watch(held, tensors, modules, methods)
-        self._tensors = tensors
+        self._tensors, self._owners = tensors, modules
         kernels = [
             of_one["_parameters"] for of_one, inner in zip(attributes, modules, strict=True) if type(inner) in CONVS
         ]
         self._kernels = [of_one for of_one in kernels if of_one.get("weight") is not None]
         self._shapes = [_shape_of(of_one) for of_one in self._kernels]
         self._look_at_tensors()
+        self._planned = self._foreign
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -58,10 +59,11 @@ class Standing(Generic[Plan]):
             return False
         if not self._has_the_same_tensors():
             self._look_at_tensors()
-        return self._has_the_same_shapes()
+        return self._foreign == self._planned and self._has_the_same_shapes()
 
     def _look_at_tensors(self) -> None:
         self.tensors = self._has_the_same_tensors = _watch(self._tensors, [], [], [])
+        self._foreign = [key for module in self._owners for key, _ in foreign_tensors(module)]
         self.one_device = len({t.device for of_one in self._tensors for t in of_one.values() if t is not None}) < 2
         self._has_the_same_shapes = _watch_shapes(self._kernels, self._shapes)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..arguments import check_image
 from ..backends import BACKENDS, choose
-from ..fallback.reasons import has_global_hooks
+from ..fallback.reasons import foreign_function_modes, has_global_hooks
 from ..fallback.recording import one_call, refuse_script
 from ..ops.block import Parameters
 from ..ops.network import Network, NormReluPool, Parts, StridedConvolution, places
@@ -123,6 +123,8 @@ class Segment(Frozen):
             return result
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot record a snapshot: trace the model that it was made from")
+        if torch.compiler.is_exporting():
+            raise RuntimeError("torch.export cannot record a snapshot: export the model that it was made from")
         if not isinstance(input, Tensor):
             return self._run(input)  # which says so
         return _outside_of_graphs(self, input) if torch.compiler.is_compiling() else on_plain(input, self._run)
@@ -303,12 +305,18 @@ class Snapshot(Frozen):
         """The network's own result, without gradients, in the snapshot's dtype whatever autocast says.
 
         Raises:
-            RuntimeError: gradients by an input are asked for, or hooks on all modules are registered.
+            RuntimeError: gradients by an input are asked for, hooks on all modules are registered, or somebody's
+                TorchFunctionMode is active.
         """
         if module_hooks._has_any_global_hook() and has_global_hooks():
             raise RuntimeError(
                 "hooks on all modules are registered, which a snapshot's programs do not call: "
                 "call the model that it was made from"
+            )
+        if torch._C._len_torch_function_stack() and foreign_function_modes():
+            raise RuntimeError(
+                f"a TorchFunctionMode is active ({', '.join(foreign_function_modes())}), which a snapshot's programs do not "
+                "ask: call the model that it was made from"
             )
         if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in _tensors((inputs, options))):
             raise RuntimeError(

@@ -261,3 +261,26 @@ def test_tensors_can_be_swapped(change: Any, training: bool, monkeypatch: pytest
     x = x.to(model.classifier.weight.dtype)
     with torch.set_grad_enabled(training):
         assert torch.equal(model(x), expected(x))
+
+
+@pytest.mark.parametrize("part", ["", "features", "features.denseblock1", "features.transition1"])
+def test_computed_weights_are_for_one_call(part: str) -> None:
+    """As inner steps of meta-learning make them: with them would live all that they were computed from."""
+    network = torchvisions()
+    theirs, ours = (model.get_submodule(part) for model in (network, fuse(copy.deepcopy(network))))
+    first = next(iter(theirs.parameters())).shape
+    x = torch.randn(2, first[0] if "." in part else 3, 32, 32, dtype=torch.float64)
+    results = []
+    for module in (theirs, ours):
+        factor = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
+        weights = {name: parameter.detach() * factor for name, parameter in module.named_parameters()}
+        alive = [weakref.ref(weight) for weight in weights.values()]
+        with strict():
+            torch.func.functional_call(module, weights, (x,)).square().sum().backward()
+        del weights
+        gc.collect()
+        assert not any(weight() is not None for weight in alive)
+        results.append(factor.grad)
+        with strict():
+            module(x)
+    torch.testing.assert_close(*results)

@@ -27,7 +27,8 @@ class Standing(Generic[Plan]):
     Attributes:
         plan: what was worked out; not the module itself, whose life must not depend on it.
         one_device: whether all parameters and buffers are on one device, but for what was moved in place since.
-        tensors: another object whenever one of the parameters and buffers is another.
+        tensors: another object whenever one of the parameters and buffers is another; None where one was computed from
+            others: it is for this call, and what it was computed from must not be kept.
     """
 
     def __init__(self, plan: Plan, module: nn.Module, inside: Iterable[nn.Module]) -> None:
@@ -62,10 +63,13 @@ class Standing(Generic[Plan]):
         return self._foreign == self._planned and self._has_the_same_shapes()
 
     def _look_at_tensors(self) -> None:
-        self.tensors = self._has_the_same_tensors = _watch(self._tensors, [], [], [])
+        found = [t for of_one in self._tensors for t in of_one.values() if t is not None]
         self._foreign = [key for module in self._owners for key, _ in foreign_tensors(module)]
-        self.one_device = len({t.device for of_one in self._tensors for t in of_one.values() if t is not None}) < 2
-        self._has_the_same_shapes = _watch_shapes(self._kernels, self._shapes)
+        self.one_device = len({t.device for t in found}) < 2
+        computed = any(t.grad_fn is not None for t in found)
+        self.tensors = None if computed else _watch(self._tensors, [], [], [])
+        self._has_the_same_tensors = (lambda: False) if self.tensors is None else self.tensors
+        self._has_the_same_shapes = _watch_shapes(self._kernels, self._shapes, keeps=not computed)
 
 
 def _shape_of(kernel: dict[str, Any]) -> torch.Size:
@@ -73,15 +77,15 @@ def _shape_of(kernel: dict[str, Any]) -> torch.Size:
     return shape
 
 
-def _watch_shapes(kernels: Sequence[dict[str, Any]], shapes: Sequence[torch.Size]) -> Callable[[], bool]:
-    """What tells whether the weights of convolutions, the tensors that they are now, have these shapes."""
+def _watch_shapes(kernels: Sequence[dict[str, Any]], shapes: Sequence[torch.Size], keeps: bool) -> Callable[[], bool]:
+    """What tells whether the weights of convolutions have these shapes; where it ``keeps`` them, the tensors that they are now."""
 
     def look() -> bool:
         return all(_shape_of(kernel) == shape for kernel, shape in zip(kernels, shapes, strict=True))
 
     weights = [kernel["weight"] for kernel in kernels]
     plain = all(type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type == "cpu" for weight in weights)
-    if not weights or not plain or extension.cpu is None or not look():
+    if not keeps or not weights or not plain or extension.cpu is None or not look():
         return look
     bound = cpu.bind(weights)
     return look if bound is None else _Shapes(bound).hold

@@ -361,10 +361,12 @@ class BlockPlan:
 
     def parameters(self, tensors: object | None = None) -> Parameters:
         """What the modules hold, looked up anew unless the ``tensors`` are those of the last time."""
-        if tensors is None or self._parameters is None or self._parameters[0] is not tensors:
-            self._parameters = tensors, self._look_up()
-            self._strided = not all(t.is_contiguous() for t in self._parameters[1].running)
-        return self._parameters[1]
+        kept = self._parameters
+        if tensors is None or kept is None or kept[0] is not tensors:
+            kept = tensors, self._look_up()
+            self._strided = not all(t.is_contiguous() for t in kept[1].running)
+            self._parameters = None if tensors is None else kept
+        return kept[1]
 
     def operands(self, tensors: object | None) -> Parameters:
         """:meth:`parameters` as the operator reads them: running statistics contiguous."""

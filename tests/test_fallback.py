@@ -257,6 +257,19 @@ def test_a_function_mode_is_followed(part: str) -> None:
         torch.testing.assert_close(ours(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore::fused_densenet.FallbackWarning")
+def test_nothing_is_computed_again_outside_of_a_function_mode() -> None:
+    kept, ours = (FusedDenseBlock(*SIZE, memory_efficient=efficient).double() for efficient in (False, True))
+    ours.load_state_dict(kept.state_dict())
+    x = torch.randn(2, SIZE[1], 4, 4, dtype=torch.float64)
+    gradients = []
+    for block in (kept, ours):
+        with DoubledReLU():
+            out = block(x)
+        gradients.append(torch.autograd.grad(out.square().sum(), list(block.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
 class Negated(Tensor):
     """A weight that convolutions read with the other sign."""
 

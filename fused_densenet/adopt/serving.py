@@ -39,11 +39,10 @@ def optimize_for_inference(
 
     ``model`` is not changed, nor is the snapshot by what happens to it; other threads may call theirs while it is made.
     Images of any batch and size may come, in the snapshot's dtype; several threads may call at once, and get the bits that
-    one would get. Feature maps that it returns have the layout that those of ``model`` have, or,
-    where they come from blocks without norms or of new features alone, channels-last. A ``forward`` that looks at what it
-    was given is followed as it is for a tensor. A snapshot can be copied,
-    pickled and moved to another device. It has no gradients, no training mode, takes no other weights and no other
-    dtype: each is a RuntimeError.
+    one would get. Feature maps that it returns have the layout that those of ``model`` have, or, where they come from blocks
+    without norms or of new features alone, channels-last. A ``forward`` that looks at what it was given is followed as it is
+    for a tensor. A snapshot can be copied, pickled and moved to another device. It has no gradients, no training mode, takes
+    no other weights and no other dtype: each is a RuntimeError.
 
     Args:
         model: the network, in training or evaluation mode; what runs is evaluation.

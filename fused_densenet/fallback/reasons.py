@@ -155,7 +155,7 @@ def is_calm() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or (torch._C._len_torch_function_stack() and foreign_function_modes())
+        or foreign_function_modes()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -169,8 +169,6 @@ def surroundings_reasons() -> list[str]:
     reasons = [] if torch.compiler.is_compiling() else transform_reasons()
     if has_global_hooks():
         reasons.append("hooks on all modules are registered")
-    if not torch.compiler.is_compiling():
-        reasons += [f"a TorchFunctionMode is active: {name}" for name in foreign_function_modes()]
     return reasons
 
 
@@ -190,7 +188,7 @@ def transform_reasons() -> list[str]:
         reasons.append("forward-mode differentiation is active")
     if torch.jit.is_tracing():
         reasons.append("torch.jit.trace is recording")
-    return reasons
+    return reasons + [f"a TorchFunctionMode is active: {name}" for name in foreign_function_modes()]
 
 
 def structure_and_hook_reasons(layers: Sequence[LayerParts], layer_class: type | None) -> list[str]:

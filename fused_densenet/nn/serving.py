@@ -313,9 +313,9 @@ class Snapshot(Frozen):
                 "hooks on all modules are registered, which a snapshot's programs do not call: "
                 "call the model that it was made from"
             )
-        if torch._C._len_torch_function_stack() and foreign_function_modes():
+        if modes := foreign_function_modes():
             raise RuntimeError(
-                f"a TorchFunctionMode is active ({', '.join(foreign_function_modes())}), which a snapshot's programs do not "
+                f"a TorchFunctionMode is active ({', '.join(modes)}), which a snapshot's programs do not "
                 "ask: call the model that it was made from"
             )
         if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in _tensors((inputs, options))):

@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.fx import Proxy
 from torch.nn.utils import prune
 
 from fused_densenet import DenseNet, explain, optimize_for_inference
+from fused_densenet.adopt import serving
 from fused_densenet.nn.serving import Segment
 
 IMAGE = (2, 3, 40, 33)
@@ -58,6 +60,30 @@ def test_other_threads_go_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(done) == 2
     for found, expected in zip(done[1], done[0], strict=True):
         assert torch.equal(found, expected)
+
+
+def test_made_while_another_thread_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed, images = threading.Event(), serving.images
+
+    class Slow(Meanwhile):
+        def forward(self, x: Any) -> Any:
+            if isinstance(x, Proxy):
+                followed.set()
+                time.sleep(0.3)
+            return self.net(x)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        others = []
+
+        def images_meanwhile(module: nn.Module) -> Any:  # asked for between a graph and its programs
+            if not others:
+                others.append(threads.submit(optimize_for_inference, Slow()))
+                followed.wait()
+            return images(module)
+
+        monkeypatch.setattr(serving, "images", images_meanwhile)
+        served = [optimize_for_inference(small()), others[0].result()]
+    assert [len(segments(one)) for one in served] == [1, 1]
 
 
 def test_made_by_several_threads_at_once() -> None:

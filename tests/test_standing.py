@@ -16,7 +16,7 @@ from torch import nn
 from fused_densenet import DenseNet, FusedDenseBlock, fuse, strict
 from fused_densenet.backends import extension
 from fused_densenet.fallback import standing
-from fused_densenet.fallback.standing import Standing
+from fused_densenet.fallback.standing import Standing, known_of
 
 
 def norms_eps(features: Any) -> None:
@@ -200,6 +200,19 @@ def test_replaced_method_of_a_class_is_seen(look: str, monkeypatch: pytest.Monke
         patch.setattr(nn.ReLU, "forward", lambda self, x: x)
         assert not known.holds()
     assert known.holds()
+
+
+def test_what_was_worked_out_while_another_thread_traced(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, call = DenseNet(4, (2, 2), 8).eval().features, nn.Module.__call__
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: call(self, *args))  # as torch.fx does
+
+    def work_out() -> Any:
+        worked_out = features.work_out()
+        monkeypatch.setattr(nn.Module, "__call__", call)
+        return worked_out
+
+    assert not known_of(features, work_out).plan.chains
+    assert known_of(features, features.work_out).plan.chains
 
 
 def test_tensor_on_another_device_is_seen(look: str) -> None:

@@ -30,7 +30,7 @@ from ..nn.transition import AVG_POOL, halves
 from ..ops.block import Parameters
 from ..ops.network import Convolution, NormReluPool, Part, Parts, Reduction, channels
 from ..ops.schedule import Structure
-from .following import Called, Mean
+from .following import TRACING, Called, Mean
 from .swapping import around_layers
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
@@ -46,8 +46,13 @@ def _step(module: nn.Module, run: Any) -> Step:
     return step
 
 
-def drafts(path: Sequence[Called]) -> Iterator[tuple["Draft", Sequence[Called]]]:
+def drafts(path: Sequence[Called]) -> list[tuple["Draft", Sequence[Called]]]:
     """What stands on a path that can be a segment, with what it takes the place of."""
+    with TRACING:
+        return [*_drafts(path)]
+
+
+def _drafts(path: Sequence[Called]) -> Iterator[tuple["Draft", Sequence[Called]]]:
     modules = [(called.node.name, called.module) for called in path]
     steps = [_step(module, run_at(modules, i)) for i, (_, module) in enumerate(modules)]
     begin = i = 0
@@ -66,7 +71,9 @@ def drafts(path: Sequence[Called]) -> Iterator[tuple["Draft", Sequence[Called]]]
 def alone(module: Gate) -> "Draft | None":
     """A module by itself as a segment."""
     draft = Draft()
-    return draft if draft.take([("", module)], [_step(module, None)], 0) and draft.has_gates else None
+    with TRACING:
+        taken = draft.take([("", module)], [_step(module, None)], 0)
+    return draft if taken and draft.has_gates else None
 
 
 class _Layers(Step):

@@ -36,8 +36,9 @@ class NotFollowed(Exception):
     """Why a module's ``forward`` is no graph."""
 
 
-_TRACING = threading.Lock()
-"""While torch.fx traces, ``nn.Module.__call__`` is its own, for all threads of the process: one traces at a time."""
+TRACING = threading.Lock()
+"""While torch.fx traces, ``nn.Module.__call__`` is its own, for all threads of the process: one traces at a time, and who asks
+whether somebody else has replaced it waits."""
 
 
 class _Tracer(torch.fx.Tracer):
@@ -107,7 +108,7 @@ def _traced(module: nn.Module) -> tuple[nn.Module, Graph]:
         with undisturbed(), torch.no_grad():
             before = [*random_states(), torch.get_rng_state().tolist()]
             try:
-                with _TRACING:
+                with TRACING:
                     graph = _Tracer().trace(own)
             except Exception as error:
                 raise NotFollowed(

@@ -213,8 +213,11 @@ def known_of(module: nn.Module, work_out: Callable[[], tuple[Any, Iterable[nn.Mo
         return Known(work_out()[0], None)
     kind, known = _standing.get(module, (None, None))
     if known is None or kind is not type(module) or not known.holds():
+        called = nn.Module.__call__
         plan, inside = work_out()
         known = Standing(plan, module, inside)
+        if nn.Module.__call__ is not called:  # torch.fx has begun or ended in another thread: it is for this call
+            return Known(plan, None)
         _standing[module] = type(module), known
         if module not in _keeping:
             _keeping.add(module)

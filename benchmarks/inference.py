@@ -35,7 +35,7 @@ from common import (
 )
 from provenance import describe, environment
 from rich.table import Table
-from timing import CPU, MATRIX, flops, limits, measure, rates, spread
+from timing import CPU, flops, limits, measure, product_size, rates, spread
 from torch import Tensor, nn
 
 import fused_densenet
@@ -259,27 +259,33 @@ def main() -> None:
 
     model = network(args.layers)
     rows: list[dict[str, Any]] = []
-    seen: dict[str, dict[str, float]] = {}
+    seen: dict[Setting, dict[str, float]] = {}
     for name in args.dtypes:
         peers = [peer for peer in args.peers if peer not in missing[name]]
         settings = [Setting(DTYPES[name], torch.randn(batch, 3, args.size, args.size)) for batch in args.batches]
         found = []
         with progress(len(settings) * (len(peers) + args.rounds + 1)) as advance:
             for setting in settings:
-                new, seen[str(setting)] = time_all(model, peers, setting, args.rounds, args.threads, advance)
+                new, seen[setting] = time_all(model, peers, setting, args.rounds, args.threads, advance)
                 found += new
         rows += found
         title = f"DenseNet of {args.layers} layers, {name}, {args.size}×{args.size}, {args.threads} threads"
         console.print(table(title, found, missing[name]))
     for setting, rate in seen.items():
-        text = f"{setting}: matrix product {MATRIX}³ {rate['product'] / 1e9:.0f} GFLOP/s, copy {rate['copy'] / 1e9:.1f} GB/s"
-        console.print(text, highlight=False)
+        product = f"matrix product {product_size(setting.dtype)}³ {rate['product'] / 1e9:.0f} GFLOP/s"
+        console.print(f"{setting}: {product}, copy {rate['copy'] / 1e9:.1f} GB/s", highlight=False)
     where = environment(CPU, torch.float32)
     packages = {package for peer in PEERS.values() for package in peer.packages if importlib.util.find_spec(package)}
     where["versions"] |= {package: importlib.metadata.version(package) for package in sorted(packages)}
     console.print(describe(where), highlight=False)
     if args.json:
-        write_json(args.json, where, rows, missing=missing, flop_and_bytes_per_second=seen)
+        write_json(
+            args.json,
+            where,
+            rows,
+            missing=missing,
+            flop_and_bytes_per_second={str(setting): rate for setting, rate in seen.items()},
+        )
     if args.plot:
         save_plot(draw(rows), args.plot)
 

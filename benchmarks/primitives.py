@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from common import DTYPES, console, plot_axes, progress, save_plot, write_json
 from provenance import describe, environment
 from rich.table import Table
-from timing import CPU, MATRIX, limits, measure, rates, spread
+from timing import CPU, limits, measure, product_size, rates, spread
 
 from fused_densenet.backends import BACKENDS, choose
 from fused_densenet.backends.contract import Gradient, Norm, Owed, accumulate_dtype
@@ -180,7 +180,7 @@ def main() -> None:
         new = [summarise(layer, way, times, seen[name]) for layer in found for way in ("forward", "backward")]
         rows += new
         console.print(table(f"{name}, batch {args.batch}, {args.threads} threads", new))
-        limit = f"matrix product {MATRIX}³: {seen[name]['product'] / 1e9:.0f} GFLOP/s"
+        limit = f"matrix product {product_size(DTYPES[name])}³: {seen[name]['product'] / 1e9:.0f} GFLOP/s"
         console.print(f"{limit}; copy: {seen[name]['copy'] / 1e9:.1f} GB/s", highlight=False)
     where = environment(CPU, DTYPES[args.dtypes[0]])
     console.print(describe(where), highlight=False)

@@ -34,7 +34,7 @@ from common import (
 )
 from provenance import describe, environment
 from rich.table import Table
-from timing import MATRIX, flops, quartiles, seconds, spread
+from timing import flops, product_size, quartiles, seconds, spread
 from torch import Tensor, nn
 
 
@@ -140,14 +140,20 @@ def check_parity(timed: dict[str, Timed]) -> dict[str, dict[str, float]]:
     return errors
 
 
+def products(device: torch.device) -> dict[str, tuple[torch.dtype, int]]:
+    """Dtype and size of the matrices whose products are timed, by the name of that."""
+    sizes = {dtype: product_size(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    return {f"matrix product {n}³, {str(dtype).removeprefix('torch.')}": (dtype, n) for dtype, n in sizes.items()}
+
+
 def measure(
     timed: dict[str, Timed], mode: str, rounds: int, device: torch.device, advance: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; ``matrix product``, float32 and bfloat16, is timed beside them."""
+    """Seconds of each variant in each round; :func:`products` are timed beside them."""
     runs: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
-        runs[f"matrix product, {str(dtype).removeprefix('torch.')}"] = functools.partial(torch.matmul, a, a)
+    for name, (dtype, size) in products(device).items():
+        a = torch.randn(size, size, device=device).to(dtype)
+        runs[name] = functools.partial(torch.matmul, a, a)
     for name, t in timed.items():
         if mode == "training" or not t.variant.memory_efficient:
             t.model.train(mode == "training")
@@ -269,12 +275,12 @@ def main() -> None:
                 threads=args.threads,
             )
             rows += found
-            for name in (name for name in times if name.startswith("matrix")):
-                matrix[name] = max(matrix.get(name, 0.0), 2 * MATRIX**3 / statistics.median(times[name]) / 1e9)
+            for name, (_, n) in products(device).items():
+                matrix[name] = max(matrix.get(name, 0.0), 2 * n**3 / statistics.median(times[name]) / 1e9)
             title = f"{network}, {mode}, batch {args.batch}, {args.size}×{args.size}, {args.threads} threads"
             console.print(table(title, found))
     where = environment(device, torch.float32)
-    console.print("; ".join(f"{name} {MATRIX}³: {rate:.0f} GFLOP/s" for name, rate in matrix.items()), highlight=False)
+    console.print("; ".join(f"{name}: {rate:.0f} GFLOP/s" for name, rate in matrix.items()), highlight=False)
     console.print(describe(where), highlight=False)
     if args.json:
         write_json(args.json, where, rows, parity=parity, matrix_product_gflop_per_second=matrix)

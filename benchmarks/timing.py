@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-MATRIX = 2048
 COPIED = 2**24
 """Numbers that a copy moves."""
 CPU = torch.device("cpu")
@@ -40,9 +39,26 @@ def measure(
     return times
 
 
+@functools.cache
+def product_size(dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """Rows and columns of the matrices whose product shows the machine's rate: 2048, or as many as take about a second.
+
+    Where a CPU has no instructions for 16-bit numbers, torch multiplies them one by one, of any size at the same rate.
+    """
+    size = 256
+    while size < 2048:
+        a = torch.randn(size, size, device=device).to(dtype)
+        run = functools.partial(torch.matmul, a, a)
+        if min(seconds(run, device) for _ in range(2)) > 0.1:  # the next takes 8 times as long
+            break
+        size *= 2
+    return size
+
+
 def limits(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What :func:`measure` takes, for :func:`rates`."""
-    a = torch.randn(MATRIX, MATRIX).to(dtype)
+    size = product_size(dtype)
+    a = torch.randn(size, size).to(dtype)
     source, target = (torch.zeros(COPIED, dtype=dtype) for _ in range(2))
     return {"matrix product": functools.partial(torch.matmul, a, a), "copy": functools.partial(target.copy_, source)}
 
@@ -50,7 +66,7 @@ def limits(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 def rates(times: dict[Any, list[float]], dtype: torch.dtype) -> dict[str, float]:
     """FLOPs of a large product and bytes of a copy, read and written, per second."""
     product, copy = (statistics.median(times[key]) for key in ("matrix product", "copy"))
-    return {"product": 2 * MATRIX**3 / product, "copy": 2 * COPIED * dtype.itemsize / copy}
+    return {"product": 2 * product_size(dtype) ** 3 / product, "copy": 2 * COPIED * dtype.itemsize / copy}
 
 
 def flops(run: Callable[[], object]) -> int:

@@ -15,7 +15,10 @@ REPORT = (
     "print(*(cpu.instruction_set(extension.cpu, dtype) for dtype in (torch.float32, torch.bfloat16)))"
 )
 ARM = platform.machine() == "aarch64"
-CAPABILITIES = ["DEFAULT"] if ARM else ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16"]
+LACKS_AVX512 = pytest.mark.skipif(
+    not ARM and not torch.cpu._is_avx512_supported(), reason="a processor without AVX-512"
+)
+CAPABILITIES = ["DEFAULT"] if ARM else ["DEFAULT", "AVX2", pytest.param("AVX512", marks=LACKS_AVX512), "AVX512_BF16"]
 """As torch names them, and ours for AVX-512's dot products of bfloat16, which torch takes for its default."""
 
 

@@ -417,7 +417,7 @@ class BackwardKernel {
   template <Form form>
   void store_data_gradient(const Activation<T, form>& activation, const Box& b, int64_t part, int64_t c, int64_t begin,
                            int64_t channels, A* sums) const {
-    constexpr int together = kTileRows > 6 ? kTogether : 2;  // fewer where there are half as many registers
+    constexpr int together = kSmallTiles ? 2 : kTogether;  // fewer where there are half as many registers
     int64_t j = begin;
     for (; j + together * V::size <= channels; j += together * V::size) {
       store_vectors<together, true>(activation, b, part, c, j, V::size, sums);

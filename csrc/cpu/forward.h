@@ -23,7 +23,9 @@ class ForwardKernel {
         chunk_(f.shape.taps() == 1 ? least(blocks_, kChunk) : blocks_),
         ldc_(packed_.panels() * packed_.width) {
     const int64_t bytes_per_pixel = chunk_ * kBlock * sizeof(E) + ldc_ * sizeof(A) / 2;
-    grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.filtering);
+    const bool pointwise = f.shape.taps() == 1;
+    grid_ = plan_grid(f.shape, bytes_per_pixel, threads, packed_.filtering,
+                      pointwise ? longest_read(f.shape.in * f.shape.window() * int64_t{sizeof(T)}) : kLongest);
     parts_ = parts_of(grid_, threads);
     Arena& arena = arena_;
     weight_ = f.weight.packed ? static_cast<E*>(f.weight.data) : arena.take<E>(packed_.bytes() / sizeof(E));
@@ -31,7 +33,6 @@ class ForwardKernel {
     next_boxes_ = arena.take<int64_t>(parts_ * kApart);
     bias_ = arena.take<A>(finishes() ? f.shape.out : 0);
     for_parts_ = arena.used();
-    const bool pointwise = f.shape.taps() == 1;
     const int64_t panel = least(chunk_ * kBlock, packed_.row_elements()) * packed_.width * int64_t{sizeof(E)};
     const int64_t strip_rows = strip_bytes(panel) / (chunk_ * kBlockBytes);
     strip_ = pointwise ? most(strip_rows / kTileRows, 1) * kTileRows : grid_.box[2];
@@ -142,10 +143,10 @@ class ForwardKernel {
     if (pools()) windows_.first_pixels(b.begin[2], b.size[2], of_part(first_pixels_, part));
     const int64_t strips = ceil_div(b.size[2], strip_);
     for (int64_t s = 0; s < strips; ++s) {
-      const Range range = split(b.size[2], strips, s);
+      const Range range = split(ceil_div(b.size[2], grid_.unit[2]), strips, s);
       Box strip = b;
-      strip.begin[2] += range.begin;
-      strip.size[2] = range.size();
+      strip.begin[2] += range.begin * grid_.unit[2];
+      strip.size[2] = least(range.end * grid_.unit[2], b.size[2]) - range.begin * grid_.unit[2];
       for (int64_t k = 0; k < blocks_; k += chunk_) {
         convolve(strip, b.begin[2], {k, least(blocks_, k + chunk_)}, part, output, prefetch);
       }

@@ -4,8 +4,15 @@ namespace fused_densenet::FD_ISA {
 
 constexpr int64_t kCacheBytes = 384 << 10;  // of a core's second-level cache, for the operands of one box
 // For the activations of a strip of pixels: of the first-level cache; of the second, where AMX reads each of them far
-// less often than the next strip's wait for what was just stored.
-constexpr int64_t kStripBytes = (kWhole > 1 ? 64 : 16) << 10;
+// less often than the next strip's wait for what was just stored, or where tiles are so small that the weight's panels,
+// read once for each, are what the first is for.
+constexpr int64_t kStripBytes = (kWhole > 1 || kSmallTiles ? 64 : 16) << 10;
+constexpr int64_t kLongest = most(8 * kTileRows, 96);  // pixels of a box's row
+constexpr int64_t kReadBytes = 96 << 10;
+// Of a 1x1 convolution whose pixels are read once: the first box is waited for, while the next is always on its way.
+inline int64_t longest_read(int64_t bytes_per_pixel) {
+  return kSmallTiles ? least(kLongest, most(kReadBytes / bytes_per_pixel, 2 * kTileRows)) : kLongest;
+}
 // Of a first-level cache of 48 KiB, those of AVX-512's newer cores: more, where a panel of the weight leaves as much.
 #if defined(FD_AVX512) && !defined(FD_AMX)
 constexpr int64_t kFirstCacheBytes = 40 << 10;
@@ -15,8 +22,10 @@ constexpr int64_t kFirstCacheBytes = 0;
 inline int64_t strip_bytes(int64_t panel) { return most(kStripBytes, kFirstCacheBytes - panel); }
 
 // A 1x1 convolution sees one long row of pixels. Boxes are as equal as they can be, and as many as fill the threads
-// evenly; where a plane is `tiled`, they are so many pixels high and wide, or a multiple, but for the last.
-inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, int64_t tiled) {
+// evenly; where a plane is `tiled`, they are so many pixels high and wide, or a multiple, but for the last. No row is
+// longer than `longest_row`.
+inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, int64_t tiled,
+                      int64_t longest_row = kLongest) {
   Grid g;
   const bool pointwise = s.taps() == 1;
   const int64_t image[3] = {pointwise ? 1 : s.d, pointwise ? 1 : s.h, pointwise ? s.out_pixels() : s.w};
@@ -26,7 +35,7 @@ inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, 
   for (int j = 0; j < 3; ++j) {
     g.image[j] = image[j];
     g.margin[j] = kernel[j] / 2;
-    g.unit[j] = tiled > 0 && j > 0 ? tiled : 1;
+    g.unit[j] = tiled > 0 && j > 0 ? tiled : kSmallTiles && pointwise && j == 2 ? kTileRows : 1;
     units[j] = ceil_div(image[j], g.unit[j]);
     g.cut(j, units[j]);
   }
@@ -34,12 +43,12 @@ inline Grid plan_grid(const Shape& s, int64_t bytes_per_pixel, int64_t threads, 
   for (int j = 2; j >= 0; --j) {  // grow along W, then H, then D, while the padded box fits
     const int64_t others = g.padded_pixels() / g.padded(j);
     const int64_t fits = most(budget / others - 2 * g.margin[j], j == 2 ? kTileRows : g.unit[j]);
-    const int64_t longest = j == 2 ? least(8 * kTileRows, fits) : fits;
+    const int64_t longest = j == 2 ? least(longest_row, fits) : fits;
     g.cut(j, ceil_div(units[j], most(longest / g.unit[j], 1)));
   }
   for (int j = 0; j < 3; ++j) {  // cut further where threads would be left without equal work
     const int64_t rest = g.count() / g.parts[j];
-    while (g.count() % threads != 0 && g.count() < 4 * threads && g.parts[j] < units[j]) {
+    while (g.count() % threads != 0 && g.count() < 16 * threads && g.parts[j] < units[j]) {
       g.cut(j, least(units[j], ceil_div(ceil_div(rest * (g.parts[j] + 1), threads) * threads, rest)));
     }
   }

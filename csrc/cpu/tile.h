@@ -19,6 +19,11 @@ constexpr int kTileRows = 14, kWhole = 1;  // 12 x 2 accumulators, 2 vectors of 
 constexpr int kTileRows = 6, kWhole = 1;  // 6 x 2 accumulators, 2 vectors of B, 1 of A: 15 of 16 registers
 #endif
 constexpr int kTileVectors = 2;
+constexpr bool kSmallTiles = kTileRows < 12;
+
+// Elements of a chain of which one turn of the loop consists: a small tile's turn is so short that the loop's end,
+// which is guessed wrong once a chain, and its counters take a tenth of the time.
+constexpr int kUnrolled = kSmallTiles ? 8 : 1;
 
 // Elements that are summed in one chain; the chains' sums are added. One long chain would round as often as it is long.
 constexpr int64_t kChain = 64;
@@ -105,6 +110,7 @@ void tile(const typename P::Element* a0, const typename P::Element* b0, const St
       const typename P::Element* a = a0 + step->a;
       const typename P::Element* b = b0 + step->b;
       left -= step->k;
+#pragma GCC unroll kUnrolled
       for (int64_t k = step->k; k > 0; --k, a += L::a_k, b += L::b_k) {
         if constexpr (kFetches) lines.fetch();
         if constexpr (kFetches && R == Reduce::channels) {

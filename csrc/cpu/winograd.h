@@ -99,21 +99,23 @@ void transform_dweight(const V* u, V* w) {
 template <class P, int m>
 class WinogradProduct {
   using A = typename P::Acc;
-  using Patches = Strip<m, kTileRows, A>;
+  // Of a strip: those of one tile of the products; of four where it is small, or the weight would be read too often.
+  static constexpr int64_t kTiles = kSmallTiles ? 4 * kTileRows : kTileRows;
+  using Patches = Strip<m, kTiles, A>;
   static constexpr int64_t width = Layout<P, Reduce::channels>::panel;
 
  public:
   int64_t rows, columns;  // channels read and written
   int64_t blocks() const { return ceil_div(rows, kBlock); }
-  static constexpr int64_t patches_size() { return 2 * kTileRows * kBlock + Patches::scratch_size; }
-  int64_t products_size() const { return positions_of(m) * kTileRows * round_up(columns, width); }
+  static constexpr int64_t patches_size() { return 2 * kTiles * kBlock + Patches::scratch_size; }
+  int64_t products_size() const { return positions_of(m) * kTiles * round_up(columns, width); }
   int64_t work(const TilePlane<m>& plane) const {
     return positions_of(m) * rows * tiles_of<P, Reduce::channels>(plane.count(), columns);
   }
 
   void run(const TilePlane<m>& plane, const PixelPlane<A>& pixels, const A* weight, int64_t panel_size, A* result,
            int64_t ldc, A* patches, A* products, Prefetch& prefetch) const {
-    const int64_t all = plane.count(), strips = ceil_div(all, kTileRows);
+    const int64_t all = plane.count(), strips = ceil_div(all, kTiles);
     const int64_t ld = round_up(columns, width);
     for (int64_t s = 0; s < strips; ++s) {
       const Range range = split(all, strips, s);
@@ -121,7 +123,7 @@ class WinogradProduct {
       each<kPairs<m>>([&]<int q>() __attribute__((always_inline)) {
         for (int64_t k = 0; k < blocks(); ++k) {
           const Step step{0, k * kBlock * width, least(kBlock, rows - k * kBlock)};
-          const Patches strip(plane, pixels.at_block(k), range.begin, tiles, step.k, patches + 2 * kTileRows * kBlock);
+          const Patches strip(plane, pixels.at_block(k), range.begin, tiles, step.k, patches + 2 * kTiles * kBlock);
           const auto product = [&](const A* patches, int64_t position) {
             multiply<P, Reduce::channels>(patches, kBlock, weight + position * rows * width, panel_size,
                                           products + position * tiles * ld, ld, tiles, columns, &step, 1, k > 0,

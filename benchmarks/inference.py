@@ -130,6 +130,10 @@ if hasattr(fused_densenet, "optimize_for_inference"):
 OURS = ("fuse", "optimize_for_inference")
 
 
+PAUSE = 0.2
+"""Seconds before each run: ONNX Runtime's threads go on spinning for some 50 ms, in which whoever came next had half a core less."""
+
+
 def missing_peers(peers: list[str], dtype: torch.dtype) -> dict[str, str]:
     reasons = {peer: PEERS[peer].missing(dtype) for peer in peers}
     return {peer: reason for peer, reason in reasons.items() if reason is not None}
@@ -175,7 +179,7 @@ def time_all(
         advance(f"{setting}: {name}")
     exact = copy.deepcopy(model).double()(x.double())
     errors = {name: float((runs[name]().double() - exact).norm() / exact.norm()) for name in peers}
-    times = measure(runs, rounds, lambda text: advance(f"{setting}: {text}"))
+    times = measure(runs, rounds, lambda text: advance(f"{setting}: {text}"), PAUSE)
     limit = rates(times, dtype)
     work = flops(functools.partial(model, x))
     engines = [name for name in peers if PEERS[name].engine]

@@ -24,13 +24,14 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(
-    timed: dict[Any, Callable[[], object]], rounds: int, advance: Callable[[str], None]
+    timed: dict[Any, Callable[[], object]], rounds: int, advance: Callable[[str], None], pause: float = 0
 ) -> dict[Any, list[float]]:
-    """Seconds of each in each round, on the CPU."""
+    """Seconds of each in each round, on the CPU; ``pause`` seconds before each, where another's threads may still spin."""
     times: dict[Any, list[float]] = {key: [] for key in timed}
     gc.disable()
     for number in range(rounds + 1):
         for key, run in timed.items():
+            time.sleep(pause)
             elapsed = seconds(run, CPU)
             if number > 0:  # the first round warms up
                 times[key].append(elapsed)

@@ -131,7 +131,7 @@ OURS = ("fuse", "optimize_for_inference")
 
 
 PAUSE = 0.2
-"""Seconds before each run: ONNX Runtime's threads go on spinning for some 50 ms, in which whoever came next had half a core less."""
+"""Seconds before each run: ONNX Runtime's threads go on spinning for some 50 ms, and whoever comes next would share the cores."""
 
 
 def missing_peers(peers: list[str], dtype: torch.dtype) -> dict[str, str]:

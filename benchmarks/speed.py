@@ -12,7 +12,6 @@ is forward, cross-entropy and backward; the update is the same for all and left 
 
 import argparse
 import copy
-import functools
 import gc
 import statistics
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from common import (
 )
 from provenance import describe, environment
 from rich.table import Table
-from timing import flops, product_size, quartiles, seconds, spread
+from timing import flops, matrix_product, product_size, quartiles, seconds, spread
 from torch import Tensor, nn
 
 
@@ -152,8 +151,7 @@ def measure(
     """Seconds of each variant in each round; :func:`products` are timed beside them."""
     runs: dict[str, Callable[[], object]] = {}
     for name, (dtype, size) in products(device).items():
-        a = torch.randn(size, size, device=device).to(dtype)
-        runs[name] = functools.partial(torch.matmul, a, a)
+        runs[name] = matrix_product(dtype, size, device)
     for name, t in timed.items():
         if mode == "training" or not t.variant.memory_efficient:
             t.model.train(mode == "training")

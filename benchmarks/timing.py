@@ -40,6 +40,12 @@ def measure(
     return times
 
 
+def matrix_product(dtype: torch.dtype, size: int, device: torch.device = CPU) -> Callable[[], object]:
+    """That of two matrices of so many rows and columns."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    return functools.partial(torch.matmul, a, a)
+
+
 @functools.cache
 def product_size(dtype: torch.dtype, device: torch.device = CPU) -> int:
     """Rows and columns of the matrices whose product shows the machine's rate: 2048, or as many as take about a second.
@@ -48,8 +54,7 @@ def product_size(dtype: torch.dtype, device: torch.device = CPU) -> int:
     """
     size = 256
     while size < 2048:
-        a = torch.randn(size, size, device=device).to(dtype)
-        run = functools.partial(torch.matmul, a, a)
+        run = matrix_product(dtype, size, device)
         if min(seconds(run, device) for _ in range(2)) > 0.1:  # the next takes 8 times as long
             break
         size *= 2
@@ -58,10 +63,11 @@ def product_size(dtype: torch.dtype, device: torch.device = CPU) -> int:
 
 def limits(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What :func:`measure` takes, for :func:`rates`."""
-    size = product_size(dtype)
-    a = torch.randn(size, size).to(dtype)
     source, target = (torch.zeros(COPIED, dtype=dtype) for _ in range(2))
-    return {"matrix product": functools.partial(torch.matmul, a, a), "copy": functools.partial(target.copy_, source)}
+    return {
+        "matrix product": matrix_product(dtype, product_size(dtype)),
+        "copy": functools.partial(target.copy_, source),
+    }
 
 
 def rates(times: dict[Any, list[float]], dtype: torch.dtype) -> dict[str, float]:

@@ -93,6 +93,11 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
+def luck_of_few(dtype: torch.dtype, entries: int) -> float:
+    """How far the relative rms errors of so many rounded entries may differ for no reason."""
+    return tolerance("sampling") * ulp(dtype) / entries**0.5
+
+
 def assert_error_ratio(
     ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, what: str, magnitude: Tensor | None = None
 ) -> None:
@@ -101,7 +106,7 @@ def assert_error_ratio(
     if not exact.numel():
         return
     our_error, their_error = rms(ours.double() - exact), rms(theirs.double() - exact)
-    luck = tolerance("sampling") * ulp(dtype) * rms(exact if magnitude is None else magnitude) / exact.numel() ** 0.5
+    luck = luck_of_few(dtype, exact.numel()) * rms(exact if magnitude is None else magnitude)
     limit = tolerance("error ratio") * their_error + luck
     assert our_error <= limit, f"{what}: error {our_error:.3g}, operator by operator {their_error:.3g}"
 
@@ -118,8 +123,7 @@ def assert_no_worse(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ex
             entries[kind] = entries.get(kind, 0) + value.numel()
     for kind, pairs in errors.items():
         our_error, their_error = torch.tensor(pairs).square().mean(0).sqrt().tolist()
-        luck = tolerance("sampling") * ulp(ours["output"].dtype) / entries[kind] ** 0.5
-        limit = tolerance("error ratio") * their_error + luck
+        limit = tolerance("error ratio") * their_error + luck_of_few(ours["output"].dtype, entries[kind])
         assert our_error <= limit, f"{kind}: {our_error:.3g}, theirs {their_error:.3g}"
 
 
